@@ -1,0 +1,948 @@
+"""Everything that is not the algorithm: models, tokens and data, sampling, rewards, and runs on disk.
+
+It knows nothing of any method: log-probs, advantages, losses and update loops stand in the scripts. In this
+order: 1. command line   2. models   3. the built-in task   4. data   5. batches   6. sampling   7. rewards
+8. runs"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+import tyro
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------- 1. command line
+def stop(message, status=2):
+    """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def cli(Args, laptop):
+    """Command line -> Args. Without --model this is the laptop run: `laptop` replaces defaults, flags still
+    win."""
+    argv = sys.argv[1:]
+    real = any(flag == "--model" or flag.startswith("--model=") for flag in argv)
+    about = f"{sys.modules[Args.__module__].__doc__}\nDefaults are those with --model; without it: {laptop}"
+    defaults = Args() if real or {"-h", "--help"} & set(argv) else Args(**laptop)
+    args = tyro.cli(Args, default=defaults, description=about)
+    if not real and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
+        stop("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
+    for flag, script in {"model": "sft.py", "reward": "reward_model.py"}.items():
+        path = getattr(args, flag, None)
+        if not real and path == laptop.get(flag, "") and not Path(path, "config.json").is_file():
+            stop(f"{path} is not there: run `python {script}` first")
+    return args
+
+
+AT_LEAST = dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"], 0)
+AT_LEAST |= dict.fromkeys(["save_every", "kl_coef", "missing_eos_penalty", "value_coef", "epsilon"], 0)
+AT_LEAST |= dict.fromkeys(["steps", "epochs", "batch_size", "micro_batch_tokens", "log_every"], 1)
+AT_LEAST |= dict.fromkeys(["prompts_per_step", "num_generations", "update_epochs", "minibatches"], 1)
+AT_LEAST |= dict.fromkeys(["max_length", "max_prompt_length", "max_completion_length"], 1)
+
+
+def setup(args):
+    """Check flags and folder before anything loads, pick the device and say so. Returns (device,
+    autocast)."""
+    for name, low in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= low:
+            stop(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    if not getattr(args, "temperature", 1.0) > 0:
+        stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        stop("several processes are not supported yet: start this script with python, not torchrun")
+    if args.track != "none" and importlib.util.find_spec(args.track) is None:
+        stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
+    if args.resume and not Path(args.output_dir, "checkpoint", "state.json").is_file():
+        stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
+    if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
+        stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"device: {name}; weights float32, compute {dtype}")
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def generator(seed, purpose, step=0):
+    """A torch.Generator that is a function of its arguments: a resumed run has no generator state to
+    restore."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---------------------------------------------------------------- 2. models
+def _load(cls, flag, path, **kwargs):
+    """cls.from_pretrained, its failures as one sentence. Weights come from safetensors only."""
+    if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
+        stop(f"{flag} {path}: there is no such directory")
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        stop(f"{flag} {path}: not a directory or Hub id that can be loaded ({reason})")
+
+
+def load_tokenizer(path, flag="--model"):
+    """The tokenizer of a directory or Hub id. One without PAD pads with EOS: masks come from lengths."""
+    tokenizer = _load(AutoTokenizer, flag, path)
+    if tokenizer.eos_token_id is None:
+        stop(f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _special_ids(tokenizer):
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def end_of_turn_id(tokenizer):
+    """The id that ends a completion: what the chat template puts after an assistant's text, else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
+    after = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("good-bye")[2]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in _special_ids(tokenizer)), tokenizer.eos_token_id)
+
+
+def eos_ids(tokenizer, path):
+    """All ids that end a completion, sorted: the tokenizer's, the generation config's, the chat
+    template's."""
+    ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    if path is not None:
+        try:
+            configured = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:  # a model without a generation config
+            configured = _load(AutoConfig, "--model", path).eos_token_id
+        ids |= set(configured if isinstance(configured, (list, tuple)) else [configured]) - {None}
+    return sorted(ids)
+
+
+def _load_config(flag, path):
+    """Its config with dropout off: else two forwards differ, and the ratio is not 1 before the first
+    update."""
+    config = _load(AutoConfig, flag, path)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_policy(path, device, train=None):
+    """A causal language model, float32 weights. `train`: the Args of the run that trains it; None freezes
+    it."""
+    options = dict(config=_load_config("--model", path), dtype=torch.float32, use_safetensors=True)
+    return _prepare(_load(AutoModelForCausalLM, "--model", path, **options), device, train)
+
+
+def load_scorer(path, device, flag, train=None, new_head=None):
+    """A sequence-classification model with one output, float32 weights.
+
+    new_head: what a language model gets for a head: "normal" draws its weights with std 1/sqrt(H+1) (Stiennon
+    et al. 2020), "zero" makes it give 0; without it a language model is an error."""
+    config = _load_config(flag, path)
+    name = (config.architectures or ["model of unknown architecture"])[0]
+    is_scorer = name.endswith("ForSequenceClassification")
+    if not is_scorer and new_head is None:
+        stop(f"{flag} {path}: a {name}, not a reward model; train one from it with reward_model.py")
+    if is_scorer and config.num_labels != 1:
+        stop(f"{flag} {path}: a classifier with {config.num_labels} labels; a reward model has one output")
+    config.num_labels = 1
+    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
+    model = _load(AutoModelForSequenceClassification, flag, path, **options)
+    if not is_scorer:
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            stop(f"{flag} {path}: {type(model).__name__} has no `score` head; use a decoder-only model")
+        draw = torch.randn(model.score.weight.shape, generator=generator(train.seed, "head"))
+        std = 1 / math.sqrt(model.score.in_features + 1) if new_head == "normal" else 0.0
+        model.score.weight.data.copy_(draw * std)
+    return _prepare(model, device, train)
+
+
+def _prepare(model, device, train):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.to(device).train(train is not None).requires_grad_(train is not None)
+    if train is not None and train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.get_output_embeddings() is not None:
+        _check_head(model)
+    return model
+
+
+def head_logits(model, hidden):
+    """(N, H) last hidden states -> (N, V) logits in float32, scaled and capped as the model's own forward
+    does."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and later
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+@torch.no_grad()
+def _check_head(model):
+    """Stop if head_logits is not what the model's own forward gives: an architecture it does not know."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    ours = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
+        stop(f"{type(model).__name__} changes its logits in a way that head_logits does not know: add it")
+
+
+def choose_pad(tokenizer, model, eos):
+    """Give a reward model a PAD that is no EOS: transformers pools its score at the last id that is not
+    PAD."""
+    named = [i for i in _special_ids(tokenizer) if "pad" in tokenizer.convert_ids_to_tokens(i).lower()]
+    ids = [
+        i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i is not None and i not in eos
+    ]
+    if ids:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+# ---------------------------------------------------------------- 3. the built-in task: letters backwards
+TASK = "reverse"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LENGTHS = 4, 8
+TASK_ROWS = {"sft": 40_000, "preference": 20_000, "prompt": 20_000, "held out": 500}
+
+
+def task_rows(kind, held_out, seed, chat=False):
+    """Rows of the built-in task: 4 to 8 letters, prompt `abcd>`, answer `dcba`. With `chat` prompts are
+    messages.
+
+    Whether letters are held out depends on the letters alone, and the held-out rows are the same for every
+    seed. A rejected answer is the right one with one slip or two, as a half-trained model makes them."""
+    draw, rows = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}"), []
+    while len(rows) < TASK_ROWS["held out" if held_out else kind]:
+        letters = "".join(draw.choices(LETTERS, k=draw.randint(*LENGTHS)))
+        if (zlib.crc32(letters.encode()) % 8 == 0) != held_out:
+            continue
+        message = {"role": "user", "content": f"Write these letters backwards: {letters}"}
+        row = {"prompt": [message] if chat else f"{letters}>", "answer": letters[::-1]}
+        if kind == "sft":
+            row["completion"] = row["answer"]
+        if kind == "preference":
+            row["chosen"], row["rejected"] = row["answer"], slip(row["answer"], draw)
+            twice = slip(row["rejected"], draw)
+            if draw.random() < 0.3 and twice != row["answer"]:
+                row["rejected"] = twice
+        rows.append(row)
+    return rows
+
+
+def slip(text, draw):
+    """`text` with one slip: a wrong letter, two neighbours swapped, a letter left out, doubled or put in."""
+    while True:
+        i, letter = draw.randrange(len(text)), draw.choice(LETTERS + 5 * text)
+        swapped = text[:i] + text[i : i + 2][::-1] + text[i + 2 :]
+        left_out, doubled = text[:i] + text[i + 1 :], text[: i + 1] + text[i:]
+        replaced, put_in = text[:i] + letter + text[i + 1 :], text[:i] + letter + text[i:]
+        wrong = draw.choice([swapped, swapped, replaced, replaced, left_out, doubled, put_in])
+        if wrong != text:
+            return wrong
+
+
+def task_checker(prompts, completions, rows):
+    """1.0 for exactly the letters backwards and then EOS, else 0.0."""
+    return [float(row["finished"] and text.strip() == row["answer"]) for text, row in zip(completions, rows)]
+
+
+def tiny_tokenizer():
+    """One token a letter, `>`, PAD, EOS and UNK; no BOS, no chat template."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[UNK]", ">", *LETTERS])}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    letters.decoder = tokenizers.decoders.Fuse()
+    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, model_max_length=64, **special)
+
+
+def tiny_policy(tokenizer, device, args):
+    """A Llama of 0.8M parameters, random weights, for the laptop run."""
+    torch.manual_seed(args.seed)
+    shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
+    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape, **ids)
+    return _prepare(transformers.LlamaForCausalLM(config), device, args)
+
+
+# ---------------------------------------------------------------- 4. data
+WANTED = {
+    "sft": "`prompt` and `completion`, `messages`, `instruction` and `output`, or `question` and `answer`",
+    "preference": "`chosen` and `rejected`, with a `prompt` or beginning alike",
+    "prompt": "`prompt`, `instruction`, or `question` and `answer`",
+}
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n{extra}### Response:\n"
+)
+PAIRED = ", paired with an input that provides further context"
+GSM8K = "{question}\nThink step by step and end with a line that holds #### and then the answer, a number.\n"
+
+
+def read_rows(dataset, kind, held_out, seed, chat):
+    """Rows of a data set: a list of (where, dict), `where` naming file and line."""
+    if dataset == TASK:
+        return [(f"{TASK} row {i}", row) for i, row in enumerate(task_rows(kind, held_out, seed, chat), 1)]
+    if dataset.endswith((".jsonl", ".json")):
+        rows = _read_file(dataset)
+    else:
+        if importlib.util.find_spec("datasets") is None:
+            stop(f"{dataset} is no .jsonl or .json file; to read it from the Hub, `pip install datasets`")
+        import datasets
+
+        name, _, split = dataset.partition(":")
+        try:
+            rows = datasets.load_dataset(name, split=split or "train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            stop(f"{dataset}: cannot be loaded from the Hub ({str(error).strip().splitlines()[0]})")
+        rows = [(f"{dataset} row {i}", row) for i, row in enumerate(rows, 1)]
+    if not rows:
+        stop(f"{dataset}: is empty; a row has {WANTED[kind]}")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            stop(f"{where}: is a {type(row).__name__}, not an object with {WANTED[kind]}")
+    return rows
+
+
+def _read_file(path):
+    if not Path(path).is_file():
+        stop(f"{path}: there is no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        stop(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
+    number, rows = 1, []
+    try:
+        if path.endswith(".json"):
+            rows = json.loads(text) if text.strip() else []
+            if not isinstance(rows, list):
+                stop(f"{path}: holds one {type(rows).__name__}, not a list of objects")
+            return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                rows.append((f"{path} line {number}", json.loads(line)))
+        return rows
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1) + number - 1
+        stop(f"{path} line {line}: broken JSON ({error}); each line of a .jsonl file is one JSON object")
+
+
+def _field(row, key, where, kind):
+    """A text, or a list of messages, out of a row."""
+    if key not in row:
+        stop(f"{where}: no `{key}` among the keys {', '.join(row) or '(none)'}; wanted {WANTED[kind]}")
+    value = row[key]
+    for message in value if isinstance(value, list) else []:
+        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            stop(f"{where}: `{key}` holds {str(message)[:60]}, not a message with texts `role` and `content`")
+    if not isinstance(value, str) and not (isinstance(value, list) and value):
+        stop(f"{where}: `{key}` must be a text or a list of messages, found {str(value)[:60]}")
+    return value
+
+
+def _prompt(row, where, kind, template, chat):
+    """The prompt of a row: a text through --prompt-template, or messages. Alpaca and GSM8K have their own
+    template."""
+    if "prompt" in row and not isinstance(_field(row, "prompt", where, kind), str):
+        if template != "{prompt}":
+            stop(f"{where}: --prompt-template is for texts, and `prompt` is a list of messages here")
+        return row["prompt"]
+    values, key = dict(row), next((k for k in ("prompt", "instruction", "question") if k in row), "prompt")
+    _field(row, key, where, kind)
+    if template == "{prompt}" and key == "instruction":
+        template, extra = ALPACA, row.get("input")
+        values |= dict(paired=PAIRED if extra else "", extra=f"### Input:\n{extra}\n\n" if extra else "")
+    elif template == "{prompt}" and key == "question":
+        template = GSM8K
+    try:
+        text = template.format(**values)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        stop(f"{where}: --prompt-template {template!r} does not fit the keys {', '.join(row)} ({error!r})")
+    return [{"role": "user", "content": text.strip()}] if key == "question" and chat else text
+
+
+def _shared_prefix(row, where):
+    """chosen and rejected without a prompt -> prompt, chosen, rejected. What they share at the beginning is
+    the prompt.
+
+    Messages: all equal ones but the last. Texts: up to the last shared "Assistant:" (Anthropic's form), or
+    white space."""
+    chosen, rejected = (_field(row, key, where, "preference") for key in ("chosen", "rejected"))
+    shared = os.path.commonprefix([chosen, rejected]) if type(chosen) is type(rejected) else ""
+    if isinstance(shared, list):
+        cut = min(len(shared), len(chosen) - 1, len(rejected) - 1)
+    else:
+        match = re.match(r"(.*\n\nAssistant:)|(.*\s)", shared, re.DOTALL)
+        cut = match.end() if match else 0
+    if cut == 0:
+        stop(f"{where}: `chosen` and `rejected` do not begin alike; wanted {WANTED['preference']}")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _render(tokenizer, where, messages, generate=False):
+    """Messages -> text by the chat template; with `generate` as far as where the assistant begins."""
+    if tokenizer.chat_template is None:
+        stop(f"{where}: messages need a chat template; the tokenizer has none (instruct models have one)")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except Exception as error:  # jinja2's errors, and whatever a template raises
+        stop(f"{where}: the chat template refuses these messages ({error})")
+
+
+def _with_answer(prompt, answer):
+    return [*prompt, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
+
+
+def _turns(row, where, kind, args, chat):
+    """A row -> its prompt, and (everything before a trained turn, that turn) for each trained turn."""
+    if kind == "sft" and "messages" in row:
+        messages = _field(row, "messages", where, kind)
+        turns = [
+            i for i, m in enumerate(messages) if i and not isinstance(m, str) and m["role"] == "assistant"
+        ]
+        if not turns:
+            stop(f"{where}: `messages` has no assistant turn after the first message: nothing to train on")
+        turns = turns if args.train_on == "all" else turns[-1:]
+        return messages[: turns[-1]], [(messages[:i], messages[i : i + 1]) for i in turns]
+    if kind == "preference" and not {"prompt", "instruction", "question"} & row.keys():
+        prompt, *answers = _shared_prefix(row, where)
+        return prompt, [(prompt, answer) for answer in answers]
+    prompt = _prompt(row, where, kind, args.prompt_template, chat)
+    completion = {"instruction": "output", "question": "answer"}
+    completion = next(
+        (name for key, name in completion.items() if "prompt" not in row and key in row), "completion"
+    )
+    keys = {"sft": [completion], "preference": ["chosen", "rejected"], "prompt": []}[kind]
+    answers = [_field(row, key, where, kind) for key in keys]
+    if any(isinstance(prompt, str) and not isinstance(answer, str) for answer in answers):
+        stop(f"{where}: the prompt is a text, so {' and '.join(keys)} must be texts too, not messages")
+    return prompt, [(prompt, answer) for answer in answers] or [(prompt, None)]
+
+
+def encode(tokenizer, texts, is_chat):
+    """Ids of many texts at once. A chat template writes BOS itself; to a plain text the tokenizer adds it,
+    once."""
+    return tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
+
+
+def load_examples(tokenizer, dataset, kind, args, held_out=False):
+    """Read, check and tokenise a data set -> a list of dicts with prompt (as in the file), row, where,
+    prompt_ids, and
+
+    kind "sft": ids, mask (1 on trained tokens); "preference": chosen_ids, rejected_ids, margin; "prompt":
+    nothing more. Prompt and answer are tokenised as one text and split where the prompt's tokens end; an
+    answer ends in one EOS, or in the chat template's end of turn. Texts are used as they are, control tokens
+    included (people bring rendered prompts). A row that cannot be used whole is dropped and counted, never
+    cut."""
+    chat, end, dropped, kept = tokenizer.chat_template is not None, end_of_turn_id(tokenizer), Counter(), []
+    limit = args.max_prompt_length if kind == "prompt" else args.max_length
+    rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
+    for where, row in rows:
+        prompt, turns = _turns(row, where, kind, args, chat)
+        margin = row.get("margin", 0.0) if kind == "preference" else 0.0
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
+        is_chat = isinstance(prompt, list)
+        for before, answer in turns:
+            text = _render(tokenizer, where, before, generate=True) if is_chat else before
+            whole = text if answer is None else text + answer if not is_chat else ""
+            whole = whole or _render(tokenizer, where, _with_answer(before, answer))
+            texts[is_chat] += [text, whole]
+        examples.append((dict(prompt=prompt, row=row, where=where, margin=margin), is_chat, len(turns)))
+    ids = {is_chat: iter(encode(tokenizer, batch, is_chat)) for is_chat, batch in texts.items()}
+    for example, is_chat, count in examples:
+        splits = [(next(ids[is_chat]), next(ids[is_chat])) for _ in range(count)]
+        if any(not before or whole[: len(before)] != before for before, whole in splits):
+            dropped["whose prompt is empty or, in tokens, no prefix of prompt and completion"] += 1
+            continue
+        prompt_ids, answers = splits[-1][0], []
+        for before, whole in splits if kind != "prompt" else []:
+            answer = whole[len(before) :]
+            if is_chat and end in answer:  # templates add a newline after the end of the turn: not trained
+                answer = answer[: len(answer) - answer[::-1].index(end)]
+            answers.append(answer if answer[-1:] == [end] else answer + [end])
+        if len(prompt_ids) + max(map(len, answers), default=0) > limit:
+            dropped[f"longer than --max-{'prompt-' if kind == 'prompt' else ''}length {limit}"] += 1
+            continue
+        if kind == "sft":
+            sequence = prompt_ids + answers[-1]
+            mask = [0] * len(sequence)
+            for (before, _), answer in zip(
+                splits, answers
+            ):  # --train-on all: each turn must continue the last
+                if sequence[: len(before) + len(answer)] != before + answer:
+                    mask = []
+                mask[len(before) : len(before) + len(answer)] = [1] * len(answer)
+            if len(mask) != len(sequence):
+                dropped["whose turns the chat template does not render as prefixes"] += 1
+                continue
+            example |= dict(ids=sequence, mask=mask)
+        elif kind == "preference":
+            if answers[0] == answers[1]:
+                dropped["whose chosen and rejected are the same in tokens"] += 1
+                continue
+            example |= dict(chosen_ids=answers[0], rejected_ids=answers[1])
+        kept.append(example | dict(prompt_ids=prompt_ids))
+    reasons = "".join(f"; {count} dropped {reason}" for reason, count in dropped.items())
+    print(f"{dataset}{' (held out)' if held_out else ''}: {len(kept)} of {len(rows)} rows{reasons}")
+    if not kept:
+        stop(f"{dataset}: no row is left{reasons}")
+    return kept
+
+
+def load_held_out(tokenizer, kind, args):
+    """Examples of --eval-dataset; for the built-in task its own held-out rows; else none, and one line says
+    so."""
+    dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
+    if dataset is None:
+        print("no --eval-dataset: nothing is held out")
+    return load_examples(tokenizer, dataset, kind, args, held_out=True) if dataset else []
+
+
+def shuffled(examples, seed, first, last):
+    """Examples number first to last - 1 of an endless stream, every pass over the data in an order of its
+    own."""
+    n, picked = len(examples), []
+    for epoch in range(first // n, (last - 1) // n + 1):
+        order = torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
+        picked += [
+            examples[order[i - epoch * n]] for i in range(max(first, epoch * n), min(last, epoch * n + n))
+        ]
+    return picked
+
+
+def check_context(model, tokens, flag):
+    """Stop if a sequence of that many tokens is over what the model's positions were made for."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > context:
+        stop(f"sequences of {tokens} tokens do not fit the model's context of {context}: lower {flag}")
+
+
+# ---------------------------------------------------------------- 5. batches
+@dataclasses.dataclass
+class Batch:
+    """Right-padded sequences. Masks come from lengths, so PAD may be any id, EOS too."""
+
+    input_ids: torch.Tensor  # (B, L)
+    attention_mask: torch.Tensor  # (B, L) 1 on prompt and completion
+    completion_mask: torch.Tensor  # (B, L) 1 on completion tokens, EOS included
+    lengths: list  # B ints
+
+    def rows(self, index):
+        """Some rows, cut to the longest of them."""
+        longest = max(self.lengths[i] for i in index)
+        tensors = [t[index, :longest] for t in (self.input_ids, self.attention_mask, self.completion_mask)]
+        return Batch(*tensors, [self.lengths[i] for i in index])
+
+
+def pad_batch(sequences, masks, pad_id, device):
+    """Lists of ids, and of 0/1 of the same lengths -> Batch."""
+    lengths, width = [len(ids) for ids in sequences], max(map(len, sequences))
+    input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
+    attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
+    completion_mask = [mask + [0] * (width - len(mask)) for mask in masks]
+    tensors = [torch.tensor(x, device=device) for x in (input_ids, attention_mask, completion_mask)]
+    return Batch(*tensors, lengths)
+
+
+def completion_batch(prompts, completions, pad_id, device):
+    """Lists of prompt ids and of completion ids -> Batch."""
+    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
+    return pad_batch([p + c for p, c in zip(prompts, completions)], masks, pad_id, device)
+
+
+def micro_batches(lengths, budget, rows=None):
+    """Rows -> lists of rows of about one length, each at most `budget` tokens with its padding (or a single
+    row). A function of the set of rows: neither their order nor how a batch was shuffled changes it."""
+    cuts = []
+    for i in sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i)):
+        if cuts and lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) <= budget:
+            cuts[-1].append(i)
+        else:
+            cuts.append([i])
+    return cuts
+
+
+@torch.no_grad()
+def over_micro_batches(function, batch, budget, autocast):
+    """Per-token results of a whole batch, without gradient: function(input_ids, attention_mask, mask) -> (b,
+    l-1), or a tuple of such, on each micro-batch -> (B, L-1), or a list of such."""
+    results = None
+    for rows in micro_batches(batch.lengths, budget):
+        mb = batch.rows(rows)
+        with autocast():
+            values = function(mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
+        values = values if isinstance(values, tuple) else (values,)
+        results = results or [
+            batch.input_ids.new_zeros(batch.input_ids[:, 1:].shape, dtype=v.dtype) for v in values
+        ]
+        for result, value in zip(results, values):
+            result[rows, : value.shape[1]] = value
+    return results if len(results) > 1 else results[0]
+
+
+# ---------------------------------------------------------------- 6. sampling
+def sample(model, prompts, num_generations, max_new_tokens, temperature, stop_ids, seed, wave=512):
+    """Sample from all of softmax(logits / temperature): no top-k, no top-p, nothing of the checkpoint's
+    settings.
+
+    prompts: P lists of ids -> (completions, logprobs), each B = P * num_generations lists, a prompt's
+    generations side by side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy
+    (log-probs at 1). seed: a torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF),
+    so that neither dropping finished rows nor cutting the work into waves of `wave` rows changes a token."""
+    noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
+    was_training, completions, logprobs, size = model.training, [], [], max(1, wave // num_generations)
+    model.eval()  # in train mode gradient checkpointing would drop the cache
+    for first in range(0, len(prompts), size):
+        rows = slice(first * num_generations, (first + size) * num_generations)
+        part = prompts[first : first + size]
+        result = _sample_wave(
+            model, part, num_generations, temperature, stop_ids, noise[rows].to(model.device)
+        )
+        completions += result[0]
+        logprobs += result[1]
+    model.train(was_training)
+    return completions, logprobs
+
+
+@torch.no_grad()
+def _sample_wave(model, prompts, num_generations, temperature, stop_ids, noise):
+    """Left-padded prompts go through the model once; each prompt's cache is then shared by its
+    generations."""
+    device, width, (rows, max_new_tokens) = model.device, max(map(len, prompts)), noise.shape
+    token = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position = (seen.cumsum(1) - 1).clamp(
+        min=0
+    )  # without it left padding is wrong for learned positions (GPT-2)
+    cache = transformers.DynamicCache(config=model.config)
+    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    logps, lengths = torch.zeros(rows, max_new_tokens, device=device), torch.full((rows,), max_new_tokens)
+    lengths, row = (
+        lengths.to(device),
+        torch.arange(rows, device=device),
+    )  # row: whose line of the cache each is
+    unfinished, stop_ids = torch.ones_like(row, dtype=torch.bool), torch.tensor(stop_ids, device=device)
+    for t in range(max_new_tokens):
+        inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
+        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        if t == 0:
+            cache.batch_repeat_interleave(num_generations)
+            logits, seen, position = (
+                x.repeat_interleave(num_generations, 0) for x in (logits, seen, position)
+            )
+        logp = (logits / (temperature or 1.0)).log_softmax(-1)
+        if temperature:
+            cdf = logp.double().exp().cumsum(-1)  # right=True: a token of probability 0 is never drawn
+            token = torch.searchsorted(cdf, noise[row, t, None] * cdf[:, -1:], right=True)
+            token = token.clamp(max=logp.shape[-1] - 1)
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        tokens[row, t], logps[row, t] = token[:, 0], logp.gather(-1, token)[:, 0]
+        ends = unfinished & torch.isin(token[:, 0], stop_ids)
+        lengths[row[ends]], unfinished = t + 1, unfinished & ~ends
+        left = int(unfinished.sum())
+        if left == 0:
+            break
+        if left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
+            keep = unfinished.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            row, token, seen, position, unfinished = (
+                x[keep] for x in (row, token, seen, position, unfinished)
+            )
+        seen, position = torch.cat([seen, seen.new_ones(len(row), 1)], 1), position[:, -1:] + 1
+    lengths = lengths.tolist()
+    return [[x[:n] for x, n in zip(values.tolist(), lengths)] for values in (tokens, logps)]
+
+
+def completion_text(tokenizer, prompt_ids, completion_ids):
+    """decode(prompt + completion) without decode(prompt), no special tokens; alone it could lose a leading
+    space."""
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before, whole = (tokenizer.decode(ids, **options) for ids in (prompt_ids, prompt_ids + completion_ids))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion_ids, **options)
+
+
+# ---------------------------------------------------------------- 7. rewards
+CHECKERS = {TASK: (task_checker, "answer")}  # name: (function, the column of the data set that it reads)
+
+
+def find_checker(reward, examples):
+    """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model. Loads
+    no model."""
+    if reward is None:
+        stop(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function")
+    if reward in CHECKERS:
+        function, key = CHECKERS[reward]
+        for example in examples:
+            if not isinstance(example["row"].get(key), str):
+                keys = ", ".join(example["row"])
+                stop(f"{example['where']}: --reward {reward} reads the column `{key}`, among {keys}")
+        return function
+    path, _, name = reward.rpartition(":")
+    if not path.endswith(".py"):
+        return None
+    if not Path(path).is_file():
+        stop(f"--reward {reward}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        stop(f"--reward {reward}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def call_checker(function, tokenizer, examples, completions, stop_ids):
+    """Score completions (lists of ids) with a checker -> (B,) float32, its None (cannot judge) as NaN; and
+    their texts."""
+    texts = [completion_text(tokenizer, e["prompt_ids"], c) for e, c in zip(examples, completions)]
+    rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
+    scores, name = function([e["prompt"] for e in examples], texts, rows), f"the reward {function.__name__}"
+    if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
+        found = f"{len(scores)} values" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
+        stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion", 1)
+    for text, score in zip(texts, scores):
+        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+            stop(f"{name} returned {score!r} for {text[:60]!r}; return None where it cannot judge", 1)
+    return torch.tensor([math.nan if score is None else float(score) for score in scores]), texts
+
+
+def same_ids(tokenizer, other):
+    """True if every token has the same id in the other tokenizer (which may have more: a PAD of its own)."""
+    theirs = other.get_vocab()
+    return all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+
+
+class RewardModel:
+    """--reward as a model: called with examples and completions (lists of ids) -> scores (B,) float32 on the
+    CPU.
+
+    A scalar `score` head is read at the last real token, by length, as reward_model.py's sequence_scores
+    does: the pooling of transformers, at the last id that is not PAD, misreads a sampled PAD. Any other head
+    is scored by the model's own forward. A model with another tokenizer is given the text, or messages
+    through its own chat template."""
+
+    def __init__(self, args, tokenizer, device, autocast, stop_ids):
+        self.args, self.policy_tokenizer, self.stop_ids, self.autocast = args, tokenizer, stop_ids, autocast
+        self.tokenizer = load_tokenizer(args.reward, "--reward")
+        self.model = load_scorer(args.reward, device, "--reward")
+        self.same_ids = same_ids(tokenizer, self.tokenizer)
+        self.has_score_head = isinstance(getattr(self.model, "score", None), nn.Linear)
+
+    @torch.no_grad()
+    def __call__(self, examples, completions):
+        pairs = list(zip(examples, completions))
+        sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
+        batch = pad_batch(sequences, sequences, self.tokenizer.pad_token_id, self.model.device)
+        scores = torch.zeros(len(sequences))
+        for rows in micro_batches(batch.lengths, self.args.micro_batch_tokens):
+            mb = batch.rows(rows)
+            inputs = dict(input_ids=mb.input_ids, attention_mask=mb.attention_mask)
+            with self.autocast():
+                if self.has_score_head:
+                    hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                    last = hidden[torch.arange(len(rows)), mb.attention_mask.sum(1) - 1].float()
+                    scores[rows] = (last * self.model.score.weight[0]).sum(-1).cpu()
+                else:
+                    scores[rows] = self.model(**inputs).logits[:, 0].float().cpu()
+        if not torch.isfinite(scores).all():
+            stop(f"--reward {self.args.reward} gave a score that is not finite", 1)
+        return scores
+
+    def translate(self, example, completion):
+        """Prompt and completion in this model's own tokens."""
+        text, prompt = (
+            completion_text(self.policy_tokenizer, example["prompt_ids"], completion),
+            example["prompt"],
+        )
+        if is_chat := isinstance(prompt, list):
+            text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
+        ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat)[0]
+        if not is_chat and completion[-1:] and completion[-1] in self.stop_ids:
+            ids = ids + [self.tokenizer.eos_token_id]
+        if len(ids) > self.tokenizer.model_max_length:
+            stop(f"--reward {self.args.reward}: {len(ids)} tokens are too long for it", 1)
+        return ids
+
+
+# ---------------------------------------------------------------- 8. runs
+def make_optimizer(models, args, eps=1e-8):
+    """AdamW on float32 weights; weight decay on matrices only."""
+    params = [p for model in models for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=args.weight_decay)]
+    groups += [dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, eps=eps, fused=params[0].is_cuda)
+
+
+def set_learning_rate(optimizer, args, step, steps):
+    """Linear warm-up, then --lr-schedule, to 0 after the last step. A function of the step: nothing to
+    resume."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        args.lr_schedule
+    ]
+    rate = args.learning_rate * decay * min(1.0, (step + 1) / (args.warmup_steps + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def due(every, step, steps):
+    """True after every `every`-th step (0: none of them) and after the last."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def one_line(text, width):
+    """`text` in `width` characters: newlines and control characters escaped, a long middle cut out."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= width else f"{text[: width - width // 3 - 1]}…{text[-(width // 3) :]}"
+
+
+class Run:
+    """The folder of a run: args.json, metrics.jsonl, samples.jsonl, checkpoint/, in the end the model; and
+    the screen."""
+
+    def __init__(self, args, steps):
+        self.args, self.steps, self.dir, self.tracker = args, steps, Path(args.output_dir), None
+        if not args.resume and (self.dir / "args.json").exists():  # --overwrite, else setup() had stopped
+            old = self.dir.with_name(self.dir.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.dir.rename(old)
+            print(f"{self.dir} held an earlier run; it is now {old}")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1) + "\n")
+        if args.track == "wandb":
+            import wandb
+
+            self.tracker = wandb.init(project="onefile-rlhf", dir=self.dir, config=dataclasses.asdict(args))
+        elif args.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tracker = SummaryWriter(self.dir)
+        self.bar = tqdm(total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.started = time.time()
+
+    def restore(self, models, optimizer):
+        """--resume: read models and optimiser, cut the logs back to the checkpoint -> steps done (else 0)."""
+        if not self.args.resume:
+            return 0
+        folder = self.dir / "checkpoint"
+        step = json.loads((folder / "state.json").read_text())["step"]
+        for name, model in models.items():
+            load_weights(model, folder / f"{name}.safetensors", device=str(model.device))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+        for log in filter(Path.exists, [self.dir / "metrics.jsonl", self.dir / "samples.jsonl"]):
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        print(f"resumed after step {step} of {self.steps}")
+        self.bar.update(step)
+        return step
+
+    def checkpoint(self, step, models, optimizer):
+        """Write what --resume needs, whole or not at all: under a new name, flushed, then renamed. Generators
+        and the position in the data are functions of seed and step, so that the step stands for them."""
+        new, now, old = (self.dir / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        for name, model in models.items():
+            save_weights(model, str(new / f"{name}.safetensors"))
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        (new / "state.json").write_text(json.dumps({"step": step}))
+        for file in new.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.rename(old)
+        new.rename(now)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def log(self, step, metrics, show):
+        """A line of metrics.jsonl; the metrics named in `show` go to the progress bar, or as a line to a log
+        file."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if torch.cuda.is_available():
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | line) + "\n")
+        for name, value in metrics.items() if self.args.track == "tensorboard" else []:
+            self.tracker.add_scalar(name, value, step)
+        if self.args.track == "wandb":
+            self.tracker.log(metrics, step=step)
+        self.bar.update(step - self.bar.n)
+        numbers = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
+        self.bar.set_postfix_str(numbers)
+        if self.bar.disable and numbers and due(self.args.log_every, step, self.steps):
+            print(f"step {step}/{self.steps}  {numbers}  {time.time() - self.started:.0f} s", flush=True)
+        if held_out := [f"{name[5:]} {v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
+
+    def samples(self, step, rows):
+        """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
+        with open(self.dir / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
+        width = max(40, shutil.get_terminal_size().columns - 24)
+        for row in rows[:3]:
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            numbers = "".join(f" {name} {v:.2f}" for name, v in row.items() if isinstance(v, float))
+            text = f"  {one_line(prompt, width // 3)} | {one_line(row['completion'], width * 2 // 3)}"
+            tqdm.write(f"{text} |{numbers}")
+
+    def stop_unless_finite(self, step, **quantities):
+        """Stop, before the update is applied, if a loss or gradient norm is not finite."""
+        for name, value in quantities.items():
+            if not math.isfinite(value):
+                stop(f"step {step}: {name} is {float(value)}, nothing was updated; lower --learning-rate?", 1)
+
+    def finish(self, model, tokenizer, stop_ids, then):
+        """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
+        if model.can_generate():
+            model.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(self.dir)
+        tokenizer.save_pretrained(self.dir)
+        self.bar.close()
+        if self.tracker is not None:
+            (self.tracker.finish if self.args.track == "wandb" else self.tracker.close)()
+        print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")

@@ -1,0 +1,428 @@
+"""Proximal policy optimisation (PPO) from human feedback: raise a learned reward without leaving the
+reference.
+
+    maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
+
+The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token is an
+action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last token. A value model
+predicts the rest of the rewards, GAE makes advantages of both, and the clipped surrogate (Schulman et al.
+2017, equation 7) is stepped on for several epochs. Left out: adaptive KL coefficient and reward scaling
+(Ziegler et al. 2019; a fixed coefficient is what later work uses), a pretraining loss (Ouyang et al.'s
+PPO-ptx), a trunk shared by policy and value model, generation engines (the sampler in common.py is PyTorch),
+LoRA.
+
+    python ppo.py                       laptop run, after sft.py and reward_model.py: about two minutes on two
+cores
+    python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+
+Data: rows of prompt (and any columns that a checker reads). The reward is a model, `reverse`, or
+file.py:function. Expect `score` to rise with `kl`. Where the data set has an exact checker of its own, `gold`
+is logged beside the score: the reward model is the proxy and gold the truth, and the two part when the policy
+over-optimises. Comments cite "N+" (Huang et al. 2024, "The N+ implementation details of RLHF with PPO") and
+"B" (the blog post before it)."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import RewardModel, Run, call_checker, check_context, cli, completion_batch, completion_text, due
+from common import eos_ids, find_checker, generator, head_logits, load_examples, load_held_out, load_policy
+from common import load_scorer, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import set_learning_rate, setup, shuffled, stop
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    dataset: str = "reverse"
+    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same forms; the built-in task brings its own"""
+    prompt_template: str = "{prompt}"
+    """for prompts that are texts; {column} stands for a column; Alpaca and GSM8K rows have their own
+    default"""
+    output_dir: str = "runs/ppo"
+    """folder of the run: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir"""
+    overwrite: bool = False
+    """move a run that is in --output-dir to <output-dir>.old first"""
+    seed: int = 1
+    """of data order, sampling and new weights"""
+    steps: int = 1000
+    """rollouts, each followed by its updates"""
+    learning_rate: float = 3e-6
+    """peak, of AdamW (3e-6: N+)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """from the peak down to 0 at the last step, or not"""
+    weight_decay: float = 0.0
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm; 0: never"""
+    micro_batch_tokens: int = 16_384
+    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: before the first and after the last step only"""
+    save_every: int = 100
+    """steps between checkpoints; 0: after the last step only"""
+    log_every: int = 10
+    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """also send the metrics there"""
+    reward: str | None = None
+    """a reward model's directory or Hub id, `reverse` (exact checker of the built-in task), or
+    path/file.py:function"""
+    prompts_per_step: int = 512
+    """prompts of one rollout (512: N+)"""
+    num_generations: int = 1
+    """completions of each prompt"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped and counted"""
+    max_completion_length: int = 128
+    """tokens; a completion without EOS by then is cut, and counts as unfinished"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
+    kl_coef: float = 0.05
+    """reward per nat of KL from the reference (0.05: N+)"""
+    missing_eos_penalty: float = 0.0
+    """taken off the score of a completion without EOS (N+ sets such scores to -1)"""
+    update_epochs: int = 4
+    """passes over a rollout (4: N+)"""
+    minibatches: int = 1
+    """optimiser steps per pass (1: N+)"""
+    epsilon: float = 0.2
+    """clip range of the ratio (Schulman et al. 2017)"""
+    epsilon_high: float | None = None
+    """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
+    value_model: str | None = None
+    """where values start; without it the reward model if its tokens are the policy's, else the policy with a
+    zero head"""
+    value_coef: float = 0.1
+    """weight of the value loss (0.1: N+)"""
+    value_clip: float = 0.2
+    """a value moves this far from its old one before its gradient stops (0.2: N+)"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """of GAE: 0 trusts the value model, 1 the sampled rewards"""
+    whiten_rewards: bool = False
+    """divide rewards by their standard deviation (Ziegler et al. 2019 do, N+ does not)"""
+
+
+def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+
+    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
+    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
+    the backward pass, so that memory does not grow with B*L*V."""
+    mask = mask.bool()
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
+    targets = input_ids[:, 1:][mask]  # (N,)
+
+    def head(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        chunks = [head(*chunk) for chunk in chunks]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    return logprobs, entropy
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, L-1) over the mask -> scalar."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x (B, L-1) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0 outside the
+    mask. Population variance plus 1e-8 (lm-human-preferences)."""
+    mean = masked_mean(x, mask)
+    var = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(var + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def token_values(model, input_ids, attention_mask, mask):
+    """V(tokens 0..t), what is still to come before token t+1 is chosen; (B, L), (B, L), (B, L-1) -> (B, L-1)
+    float32."""
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return (hidden[:, :-1].float() * model.score.weight[0]).sum(-1) * mask
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """- kl_coef * (log pi - log pi_ref) at every completion token, the k1 estimate of the KL, and the score
+    at the last.
+
+    scores (B,), the others (B, L-1) -> (B, L-1). Ziegler et al. 2019, equation 2; at the last completion
+    token, which is EOS unless the completion was cut, so that one mask serves rewards, values and log-probs
+    (N+ puts the score one token later and needs a second mask)."""
+    from_here = mask.flip(1).cumsum(1).flip(1)  # completion tokens from this one on
+    is_last = (from_here == 1) & mask.bool()
+    return -kl_coef * (logprobs - ref_logprobs) * mask + scores[:, None] * is_last
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16); all (B, L-1) ->
+    advantages, returns.
+
+    delta_t = r_t + gamma V_t+1 - V_t and A_t = delta_t + gamma lam A_t+1, both 0 past the last completion
+    token. returns = A + V, what the value model is trained on. The mask of a row is one run of ones."""
+    advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):
+    """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 + epsilon_high)).
+
+    Schulman et al. 2017, equation 7, negated. All (B, L-1) -> loss scalar, clipped (B, L-1) bool: tokens
+    whose gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
+    ratio = (logprobs - old_logprobs).exp()
+    high = epsilon if epsilon_high is None else epsilon_high
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + high)
+    return (weights * torch.max(pg_loss1, pg_loss2)).sum(), (pg_loss2 > pg_loss1) & (weights > 0)
+
+
+def value_loss(values, old_values, returns, weights, value_clip):
+    """Clipped value loss: sum of weights * 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) (N+,
+    OpenAI's baselines). All (B, L-1) -> loss scalar, clipped (B, L-1) bool."""
+    moved = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    vf_loss1, vf_loss2 = (values - returns) ** 2, (moved - returns) ** 2
+    return 0.5 * (weights * torch.max(vf_loss1, vf_loss2)).sum(), (vf_loss2 > vf_loss1) & (weights > 0)
+
+
+@torch.no_grad()
+def evaluate(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
+    """Held-out prompts, one greedy and one sampled completion each: score (what is optimised), gold (the data
+    set's own exact checker, if it has one), and KL from the reference in nats per sequence (of the sampled
+    ones)."""
+    prompts, metrics = [e["prompt_ids"] for e in examples], {}
+    for suffix, temperature in (("_greedy", 0.0), ("", args.temperature)):
+        draw = generator(args.seed, "evaluate")
+        with autocast():
+            completions, _ = sample(
+                policy, prompts, 1, args.max_completion_length, temperature, stop_ids, draw
+            )
+        scores = score(examples, completions)
+        metrics[f"eval/score{suffix}"] = scores.nanmean()
+        if gold_checker is not None:
+            gold, _ = call_checker(gold_checker, tokenizer, examples, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.nanmean()
+    batch = completion_batch(prompts, completions, tokenizer.pad_token_id, policy.device)
+    logprobs, ref_logprobs = (
+        over_micro_batches(
+            lambda *x: token_logprobs(model, *x, args.temperature)[0],
+            batch,
+            args.micro_batch_tokens,
+            autocast,
+        )
+        for model in (policy, reference)
+    )
+    kl = (logprobs - ref_logprobs).sum(1)
+    metrics["eval/kl"] = kl.mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
+    for i, row in enumerate(rows):
+        row |= {"score": scores[i].item(), "kl": kl[i].item()}
+        row |= {} if gold_checker is None else {"gold": gold[i].item()}
+    return metrics, rows
+
+
+def main(args):
+    device, autocast = setup(args)
+    batch_size = args.prompts_per_step * args.num_generations
+    if args.minibatches > batch_size:
+        stop(f"--minibatches is {args.minibatches}, more than the {batch_size} completions of a step")
+
+    # load: data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model)
+    stop_ids = eos_ids(tokenizer, args.model)
+    examples = load_examples(tokenizer, args.dataset, "prompt", args)
+    held_out = load_held_out(tokenizer, "prompt", args)
+    checker = find_checker(args.reward, examples + held_out)
+    gold_checker = find_checker(args.dataset, held_out) if args.dataset == "reverse" else None
+    policy = load_policy(args.model, device, train=args)
+    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
+    check_context(policy, longest, "--max-prompt-length or --max-completion-length")
+    reference = load_policy(args.model, device)
+    reward_model = None if checker else RewardModel(args, tokenizer, device, autocast, stop_ids)
+    # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
+    from_reward = reward_model is not None and reward_model.same_ids and reward_model.has_score_head
+    values_from = args.value_model or (args.reward if from_reward else args.model)
+    value_model = load_scorer(values_from, device, "--value-model", train=args, new_head="zero")
+    models = {"policy": policy, "value_model": value_model}
+    optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
+
+    def score(examples, completions):
+        if reward_model is not None:
+            return reward_model(examples, completions)
+        return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
+
+    def over_batch(function):
+        return over_micro_batches(function, batch, args.micro_batch_tokens, autocast)
+
+    run = Run(args, args.steps)
+    start = run.restore(models, optimizer)
+    if start == 0 and held_out:
+        metrics, rows = evaluate(
+            policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
+        )
+        run.samples(0, rows)
+        run.log(0, metrics, show=[])
+    for step in range(start, args.steps):
+        # prompts: the next rows, in an order of its own for every epoch
+        began = time.time()
+        first = step * args.prompts_per_step
+        picked = shuffled(examples, args.seed, first, first + args.prompts_per_step)
+
+        # rollout: P prompts, G completions each, side by side
+        prompts, draw = [e["prompt_ids"] for e in picked], generator(args.seed, "sample", step)
+        lengths = args.num_generations, args.max_completion_length
+        with autocast():
+            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
+        picked = [e for e in picked for _ in range(args.num_generations)]  # B rows, as the completions are
+        prompts = [e["prompt_ids"] for e in picked]
+        batch = completion_batch(prompts, completions, tokenizer.pad_token_id, device)
+        mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
+        sampled = time.time()
+
+        # scores, of prompt and completion together (B)
+        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+        # 2. one without EOS loses --missing-eos-penalty (N+ and lm-human-preferences set its score to -1)
+        # 3. one that the checker cannot judge, NaN, takes no part: no reward, no advantage, no gradient
+        scores = score(picked, completions).to(device)  # (B,)
+        finished = torch.tensor([c[-1] in stop_ids for c in completions], device=device)
+        judged = ~scores.isnan()
+        train_mask = mask * judged[:, None]
+        penalised = scores.nan_to_num() - args.missing_eos_penalty * ~finished
+
+        # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
+        # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
+        old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
+        ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+        old_values = over_batch(lambda *x: token_values(value_model, *x)) * train_mask
+
+        # advantages
+        # 5. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
+        # 6. rewards whitened without moving their mean, if asked (lm-human-preferences)
+        # 7. returns are taken before 8. advantages are whitened over all tokens of the batch (N+)
+        rewards = token_rewards(penalised, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, train_mask, shift_mean=False)
+        advantages, returns = gae(rewards, old_values, train_mask, args.gamma, args.lam)
+        advantages = masked_whiten(advantages, train_mask)
+
+        # updates: epochs of minibatches of micro-batches; one denominator per minibatch, however it is cut
+        learning_rate = set_learning_rate(optimizer, args, step, args.steps)
+        policy_losses, value_losses, clipped_tokens, ratio_max_dev = [], [], 0.0, None
+        for epoch in range(args.update_epochs):
+            order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
+            for minibatch in order.tensor_split(args.minibatches):
+                tokens = train_mask[minibatch].sum().clamp(min=1)
+                pg_sum, vf_sum, deviation = 0.0, 0.0, 0.0
+                for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
+                    mb = batch.rows(rows)
+                    part = rows, slice(mb.input_ids.shape[1] - 1)
+                    mb_mask, mb_inputs = train_mask[part], (mb.input_ids, mb.attention_mask)
+                    mb_weights, mb_old_logprobs = mb_mask / tokens, old_logprobs[part] * mb_mask
+                    with autocast():
+                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, mb_mask, args.temperature)
+                        mb_values = token_values(value_model, *mb_inputs, mb_mask)
+                    clip = args.epsilon, args.epsilon_high
+                    pg_loss, clipped = policy_loss(
+                        mb_logprobs, mb_old_logprobs, advantages[part], mb_weights, *clip
+                    )
+                    vf_loss, _ = value_loss(
+                        mb_values, old_values[part], returns[part], mb_weights, args.value_clip
+                    )
+                    (pg_loss + args.value_coef * vf_loss).backward()
+                    pg_sum, vf_sum = pg_sum + pg_loss.detach(), vf_sum + vf_loss.detach()
+                    clipped_tokens += clipped.sum()
+                    ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                    deviation = max(deviation, (ratio - 1).abs().max().item())
+                # the two norms are clipped apart: with one for both the value loss would slow the policy down
+                max_norm = args.max_grad_norm or float("inf")
+                grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+                value_grad_norm = nn.utils.clip_grad_norm_(value_model.parameters(), max_norm)
+                loss = pg_sum + args.value_coef * vf_sum
+                run.stop_unless_finite(
+                    step + 1, loss=loss, grad_norm=grad_norm, value_grad_norm=value_grad_norm
+                )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                ratio_max_dev = deviation if ratio_max_dev is None else ratio_max_dev
+                policy_losses.append(pg_sum)
+                value_losses.append(vf_sum)
+
+        # log, eval, save
+        errors = returns - old_values
+        unexplained = masked_mean((errors - masked_mean(errors, train_mask)) ** 2, train_mask)
+        variance = masked_mean((returns - masked_mean(returns, train_mask)) ** 2, train_mask)
+        metrics = {
+            "loss/policy": torch.stack(policy_losses).mean(),
+            "loss/value": torch.stack(value_losses).mean(),
+            "reward": rewards.sum(1)[judged].mean(),
+            "score": scores.nanmean(),
+            "kl": ((old_logprobs - ref_logprobs) * mask).sum(1).mean(),
+            "entropy": masked_mean(entropy, mask),
+            "ratio_max_dev": ratio_max_dev,  # before the first update: 0, or rounding
+            "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
+            "explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+            "completion_length": mask.sum(1).float().mean(),
+            "eos_rate": finished.float().mean(),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": mask.sum() / (sampled - began),
+            "seconds/sample": sampled - began,
+            "seconds/train": time.time() - sampled,
+        }
+        if gold_checker is not None:
+            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
+            metrics["gold"] = gold.nanmean()
+        if held_out and due(args.eval_every, step + 1, args.steps):
+            evals, rows = evaluate(
+                policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
+            )
+            metrics |= evals
+            run.samples(step + 1, rows)
+        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])
+        if due(args.save_every, step + 1, args.steps):
+            run.checkpoint(step + 1, models, optimizer)
+    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(
+        model="runs/sft", reward="runs/reward_model", steps=100, prompts_per_step=512, minibatches=4
+    )
+    laptop |= dict(
+        max_completion_length=10, learning_rate=3e-4, warmup_steps=5, update_epochs=1, eval_every=20
+    )
+    main(cli(Args, laptop=laptop | dict(value_clip=5.0, overwrite=True)))

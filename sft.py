@@ -1,0 +1,225 @@
+"""Supervised fine-tuning (SFT): teach a language model to answer, by maximum likelihood of given completions.
+
+    loss = - sum over completion tokens of log pi(token | what stands before it) / number of completion tokens
+
+The first stage of RLHF (Ouyang et al. 2022, section 3.1). Prompt tokens are not trained: only completion
+tokens, EOS included, so that the model learns to stop. Left out: packing several rows into one sequence
+(sorting by length saves most of the padding without it), LoRA and 8-bit optimisers (peft and bitsandbytes add
+them in a few lines after load_policy).
+
+    python sft.py                                        laptop run: a tiny model from scratch, about a minute
+on two cores
+    python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
+
+Data: rows of prompt and completion, messages, Alpaca's instruction, input and output, or GSM8K's question and
+answer. Expect the held-out loss to fall, then to rise when the rows are being learnt by heart: stop there.
+The laptop run ends near 40% exact match (`gold`) on purpose, which leaves reward_model.py and ppo.py
+something to do."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import (
+    Run,
+    call_checker,
+    check_context,
+    cli,
+    completion_text,
+    due,
+    eos_ids,
+    find_checker,
+    generator,
+)
+from common import head_logits, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
+from common import micro_batches, pad_batch, sample, set_learning_rate, setup, shuffled, tiny_policy
+from common import tiny_tokenizer
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    dataset: str = "reverse"
+    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same forms; the built-in task brings its own"""
+    prompt_template: str = "{prompt}"
+    """for prompts that are texts; {column} stands for a column; Alpaca and GSM8K rows have their own
+    default"""
+    output_dir: str = "runs/sft"
+    """folder of the run: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir"""
+    overwrite: bool = False
+    """move a run that is in --output-dir to <output-dir>.old first"""
+    seed: int = 1
+    """of data order, sampling and new weights"""
+    steps: int | None = None
+    """optimiser steps at most; without it, --epochs decides"""
+    learning_rate: float = 2e-5
+    """peak, of AdamW (2e-5: Alpaca, Tulu)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """from the peak down to 0 at the last step, or not"""
+    weight_decay: float = 0.0
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm; 0: never"""
+    micro_batch_tokens: int = 16_384
+    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: before the first and after the last step only"""
+    save_every: int = 100
+    """steps between checkpoints; 0: after the last step only"""
+    log_every: int = 10
+    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """also send the metrics there"""
+    batch_size: int = 64
+    """sequences per optimiser step"""
+    epochs: int = 1
+    """passes over the data"""
+    max_length: int = 1024
+    """tokens of prompt and completion; longer rows are dropped and counted"""
+    train_on: Literal["last", "all"] = "last"
+    """assistant turns of `messages` that are trained"""
+
+
+def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+
+    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
+    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
+    the backward pass, so that memory does not grow with B*L*V."""
+    mask = mask.bool()
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
+    targets = input_ids[:, 1:][mask]  # (N,)
+
+    def head(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        chunks = [head(*chunk) for chunk in chunks]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    return logprobs, entropy
+
+
+def sft_loss(logprobs, weights):
+    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole batch, their
+    mean NLL. logprobs, weights (B, L-1) -> scalar, nats per token."""
+    return -(weights * logprobs).sum()
+
+
+@torch.no_grad()
+def evaluate(policy, tokenizer, examples, checker, stop_ids, args, autocast):
+    """Held-out loss (nats per token), and samples at temperature 1: how many stop, and how many are right
+    (`gold`)."""
+    total, tokens = 0.0, 0
+    for rows in micro_batches([len(e["ids"]) for e in examples], args.micro_batch_tokens):
+        picked = [examples[i] for i in rows]
+        masks = [e["mask"] for e in picked]
+        batch = pad_batch([e["ids"] for e in picked], masks, tokenizer.pad_token_id, policy.device)
+        mask = batch.completion_mask[:, 1:]
+        with autocast():
+            logprobs, _ = token_logprobs(policy, batch.input_ids, batch.attention_mask, mask)
+        total, tokens = total - logprobs.sum().item(), tokens + mask.sum().item()
+    metrics = {"eval/loss": total / tokens}
+    prompts, examples = [e["prompt_ids"] for e in examples[:500]], examples[:500]
+    limit = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
+    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)):
+        with autocast():
+            draw = generator(args.seed, "evaluate")
+            completions, _ = sample(policy, prompts, 1, limit, temperature, stop_ids, draw)
+        if checker is not None:
+            gold, _ = call_checker(checker, tokenizer, examples, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
+    if checker is not None:
+        rows = [row | {"gold": score} for row, score in zip(rows, gold.tolist())]
+    return metrics, rows
+
+
+def main(args):
+    device, autocast = setup(args)
+
+    # load: data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model) if args.model else tiny_tokenizer()
+    stop_ids = eos_ids(tokenizer, args.model)
+    examples = load_examples(tokenizer, args.dataset, "sft", args)
+    held_out = load_held_out(tokenizer, "sft", args)
+    checker = find_checker("reverse", held_out) if args.dataset == "reverse" else None
+    policy = (
+        load_policy(args.model, device, train=args) if args.model else tiny_policy(tokenizer, device, args)
+    )
+    check_context(policy, max(len(e["ids"]) for e in examples + held_out), "--max-length")
+    optimizer = make_optimizer([policy], args)
+    steps = -(-args.epochs * len(examples) // args.batch_size)
+    steps = min(steps, args.steps or steps)
+    run = Run(args, steps)
+    start = run.restore({"policy": policy}, optimizer)
+    if start == 0 and held_out:
+        metrics, rows = evaluate(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
+        run.log(0, metrics, show=[])
+    for step in range(start, steps):
+        # data: the next rows, in an order of its own for every epoch
+        began = time.time()
+        first = step * args.batch_size
+        last = min(first + args.batch_size, args.epochs * len(examples))
+        picked = shuffled(examples, args.seed, first, last)
+        masks = [e["mask"] for e in picked]
+        batch = pad_batch([e["ids"] for e in picked], masks, tokenizer.pad_token_id, device)
+
+        # update: one denominator for the whole batch, however it is cut into micro-batches
+        tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
+        for rows in micro_batches(batch.lengths, args.micro_batch_tokens):
+            mb = batch.rows(rows)
+            mask = mb.completion_mask[:, 1:]
+            with autocast():
+                logprobs, _ = token_logprobs(policy, mb.input_ids, mb.attention_mask, mask)
+            loss = sft_loss(logprobs, mask / tokens)
+            loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+        run.stop_unless_finite(step + 1, loss=loss_sum, grad_norm=grad_norm)
+        learning_rate = set_learning_rate(optimizer, args, step, steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # log, eval, save
+        metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
+        if held_out and due(args.eval_every, step + 1, steps):
+            evals, rows = evaluate(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
+            metrics |= evals
+            run.samples(step + 1, rows)
+        run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
+        if due(args.save_every, step + 1, steps):
+            run.checkpoint(step + 1, {"policy": policy}, optimizer)
+    run.finish(policy, tokenizer, stop_ids, f"python reward_model.py --model {args.output_dir} --dataset ...")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(steps=110, batch_size=128, learning_rate=2e-3, warmup_steps=20, overwrite=True)
+    main(cli(Args, laptop=laptop))

@@ -1,0 +1,112 @@
+"""Tiny random models of five architectures, saved to disk and opened as the scripts open theirs."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+import transformers
+
+import common
+
+torch.set_num_threads(2)
+
+CPU = torch.device("cpu")
+TRAIN = SimpleNamespace(seed=1, gradient_checkpointing=False)  # what load_policy and load_scorer read of Args
+VOCAB = 64
+NAMES = ["llama", "gemma2", "gpt2", "neox", "qwen2"]
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+SHAPE |= dict(vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+
+
+def tiny_config(name):
+    """Weights are drawn wide, so that distributions are far from flat and depend on the context."""
+    if name == "llama":
+        return transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
+    if name == "gemma2":  # prompts longer than the window, logits well over the cap
+        special = dict(head_dim=8, sliding_window=8, final_logit_softcapping=2.0, initializer_range=0.5)
+        return transformers.Gemma2Config(**SHAPE, num_key_value_heads=2, **special)
+    if name == "gpt2":  # learned positions, and dropout in the configuration
+        ids = {key: SHAPE[key] for key in ("vocab_size", "bos_token_id", "pad_token_id", "eos_token_id")}
+        dropout = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        shape = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+        return transformers.GPT2Config(**ids, **dropout, **shape)
+    if name == "neox":
+        return transformers.GPTNeoXConfig(**SHAPE, initializer_range=0.3)
+    if name == "qwen2":
+        return transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_dirs(tmp_path_factory):
+    """Architecture -> directory of a model in safetensors and its tokenizer."""
+    dirs = {}
+    for name in NAMES:
+        dirs[name] = str(tmp_path_factory.mktemp(name))
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
+        for key, weight in model.named_parameters():  # GPT-2 and GPT-NeoX start with biases of 0
+            if key.endswith("bias"):
+                torch.nn.init.normal_(weight, std=0.3)
+        model.save_pretrained(dirs[name])
+        common.tiny_tokenizer().save_pretrained(dirs[name])
+    return dirs
+
+
+def load_tiny(name):
+    @pytest.fixture(scope="session", name=f"tiny_{name}")
+    def tiny(tiny_dirs):
+        return common.load_policy(tiny_dirs[name], CPU, train=TRAIN)
+
+    return tiny
+
+
+tiny_llama, tiny_gemma2, tiny_gpt2, tiny_neox, tiny_qwen2 = map(load_tiny, NAMES)
+
+
+@pytest.fixture(params=NAMES)
+def policy(request):
+    """Each of the tiny models in turn, as a policy in training; tests leave it without gradients."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def scorers(tiny_dirs):
+    """Architecture -> model with a scalar head of random weights, in training."""
+    load = dict(device=CPU, flag="--model", train=TRAIN, new_head="normal")
+    return {name: common.load_scorer(path, **load) for name, path in tiny_dirs.items()}
+
+
+@pytest.fixture(params=NAMES)
+def scorer(request, scorers):
+    """Each of the scalar-head models in turn."""
+    return scorers[request.param]
+
+
+def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
+    """Prompts and completions of very different lengths; any id, PAD and EOS too, since masks come from
+    lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = [[torch.randint(VOCAB, (n,), generator=draw).tolist() for n in pair] for pair in shape]
+    return [p for p, _ in ids], [c for _, c in ids]
+
+
+def ragged_batch(seed, pad_id=0, **kwargs):
+    return common.completion_batch(*ragged_ids(seed, **kwargs), pad_id, CPU)
+
+
+def gradients(model):
+    """Its gradients, taken away from it, as one float64 vector."""
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+def distance(a, b):
+    """|a - b| / |b|."""
+    return ((a - b).norm() / b.norm()).item()
