@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import numbers
 import os
 import random
 import re
@@ -110,9 +111,9 @@ def _load(cls, flag, path, **kwargs):
 def load_tokenizer(path, flag="--model"):
     """The tokenizer of a directory or Hub id. One without PAD pads with EOS: masks come from lengths."""
     tokenizer = _load(AutoTokenizer, flag, path)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and flag == "--model":
         stop(f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -126,7 +127,7 @@ def end_of_turn_id(tokenizer):
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
-    after = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("good-bye")[2]
+    after = _render(tokenizer, "the model's tokenizer", probe).rpartition("good-bye")[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids
     return next((i for i in ids if i in _special_ids(tokenizer)), tokenizer.eos_token_id)
 
@@ -225,45 +226,45 @@ def choose_pad(tokenizer, model, eos):
     """Give a reward model a PAD that is no EOS: transformers pools its score at the last id that is not
     PAD."""
     named = [i for i in _special_ids(tokenizer) if "pad" in tokenizer.convert_ids_to_tokens(i).lower()]
-    ids = [
-        i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i is not None and i not in eos
-    ]
+    ids = [i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i not in (None, *eos)]
     if ids:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
     else:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-# ---------------------------------------------------------------- 3. the built-in task: letters backwards
-TASK = "reverse"
+# ---------------------------------------------------------------- 3. the built-in task: letters into order
+TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LENGTHS = 4, 8
-TASK_ROWS = {"sft": 40_000, "preference": 20_000, "prompt": 20_000, "held out": 500}
+TASK_ROWS = {"sft": 160, "preference": 40_000, "prompt": 20_000, "held out": 500}  # demonstrations are scarce
 
 
 def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task: 4 to 8 letters, prompt `abcd>`, answer `dcba`. With `chat` prompts are
-    messages.
+    """Rows of the built-in task: 4 to 8 different letters, prompt `dbca>`, answer `abcd`; messages with
+    `chat`.
 
     Whether letters are held out depends on the letters alone, and the held-out rows are the same for every
-    seed. A rejected answer is the right one with one slip or two, as a half-trained model makes them."""
+    seed. A rejected answer has one slip or two, and, like most mistakes of a half-trained model, is in order
+    half of the time.
+    """
     draw, rows = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}"), []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
-        letters = "".join(draw.choices(LETTERS, k=draw.randint(*LENGTHS)))
+        letters = "".join(draw.sample(LETTERS, draw.randint(4, 8)))
         if (zlib.crc32(letters.encode()) % 8 == 0) != held_out:
             continue
-        message = {"role": "user", "content": f"Write these letters backwards: {letters}"}
-        row = {"prompt": [message] if chat else f"{letters}>", "answer": letters[::-1]}
+        message = {"role": "user", "content": f"Put these letters into alphabetical order: {letters}"}
+        row = {"prompt": [message] if chat else f"{letters}>", "answer": "".join(sorted(letters))}
         if kind == "sft":
             row["completion"] = row["answer"]
         if kind == "preference":
-            row["chosen"], row["rejected"] = row["answer"], slip(row["answer"], draw)
-            twice = slip(row["rejected"], draw)
-            if draw.random() < 0.3 and twice != row["answer"]:
-                row["rejected"] = twice
+            row["chosen"], wrong = row["answer"], row["answer"]
+            while wrong == row["answer"]:
+                wrong = slip(wrong if draw.random() < 0.7 else slip(wrong, draw), draw)
+                wrong = "".join(sorted(wrong)) if draw.random() < 0.6 else wrong
+            row["rejected"] = wrong
         rows.append(row)
     return rows
 
@@ -271,17 +272,17 @@ def task_rows(kind, held_out, seed, chat=False):
 def slip(text, draw):
     """`text` with one slip: a wrong letter, two neighbours swapped, a letter left out, doubled or put in."""
     while True:
-        i, letter = draw.randrange(len(text)), draw.choice(LETTERS + 5 * text)
+        i, letter = draw.randrange(len(text)), draw.choice(LETTERS)
         swapped = text[:i] + text[i : i + 2][::-1] + text[i + 2 :]
         left_out, doubled = text[:i] + text[i + 1 :], text[: i + 1] + text[i:]
         replaced, put_in = text[:i] + letter + text[i + 1 :], text[:i] + letter + text[i:]
-        wrong = draw.choice([swapped, swapped, replaced, replaced, left_out, doubled, put_in])
+        wrong = draw.choice([swapped, replaced, replaced, left_out, doubled, put_in])
         if wrong != text:
             return wrong
 
 
 def task_checker(prompts, completions, rows):
-    """1.0 for exactly the letters backwards and then EOS, else 0.0."""
+    """1.0 for exactly the letters in order and then EOS, else 0.0."""
     return [float(row["finished"] and text.strip() == row["answer"]) for text, row in zip(completions, rows)]
 
 
@@ -363,7 +364,9 @@ def _read_file(path):
         return rows
     except (json.JSONDecodeError, RecursionError) as error:
         line = getattr(error, "lineno", 1) + number - 1
-        stop(f"{path} line {line}: broken JSON ({error}); each line of a .jsonl file is one JSON object")
+        reason = getattr(error, "msg", "nested too deep")
+        wanted = "one list of JSON objects" if path.endswith(".json") else "one JSON object a line"
+        stop(f"{path} line {line}: broken JSON ({reason}); wanted {wanted}")
 
 
 def _field(row, key, where, kind):
@@ -374,9 +377,14 @@ def _field(row, key, where, kind):
     for message in value if isinstance(value, list) else []:
         fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
-            stop(f"{where}: `{key}` holds {str(message)[:60]}, not a message with texts `role` and `content`")
+            stop(
+                f"{where}: `{key}` holds {repr(message)[:60]}, not a message with texts `role` and `content`"
+            )
     if not isinstance(value, str) and not (isinstance(value, list) and value):
-        stop(f"{where}: `{key}` must be a text or a list of messages, found {str(value)[:60]}")
+        stop(f"{where}: `{key}` must be a text or a list of messages, found {repr(value)[:60]}")
+    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+    if any("\ud800" <= letter <= "\udfff" for letter in set("".join(texts))):
+        stop(f"{where}: `{key}` holds half of a surrogate pair, which is no text; mend or leave out the row")
     return value
 
 
@@ -388,7 +396,8 @@ def _prompt(row, where, kind, template, chat):
             stop(f"{where}: --prompt-template is for texts, and `prompt` is a list of messages here")
         return row["prompt"]
     values, key = dict(row), next((k for k in ("prompt", "instruction", "question") if k in row), "prompt")
-    _field(row, key, where, kind)
+    if not isinstance(_field(row, key, where, kind), str):
+        stop(f"{where}: `{key}` must be a text, found a list of messages; messages go into `prompt`")
     if template == "{prompt}" and key == "instruction":
         template, extra = ALPACA, row.get("input")
         values |= dict(paired=PAIRED if extra else "", extra=f"### Input:\n{extra}\n\n" if extra else "")
@@ -408,11 +417,14 @@ def _shared_prefix(row, where):
     Messages: all equal ones but the last. Texts: up to the last shared "Assistant:" (Anthropic's form), or
     white space."""
     chosen, rejected = (_field(row, key, where, "preference") for key in ("chosen", "rejected"))
-    shared = os.path.commonprefix([chosen, rejected]) if type(chosen) is type(rejected) else ""
-    if isinstance(shared, list):
-        cut = min(len(shared), len(chosen) - 1, len(rejected) - 1)
-    else:
-        match = re.match(r"(.*\n\nAssistant:)|(.*\s)", shared, re.DOTALL)
+    if type(chosen) is not type(rejected):
+        stop(f"{where}: `chosen` and `rejected` must both be texts or both lists of messages")
+    same = [a == b for a, b in zip(chosen, rejected)]
+    cut = (same + [False]).index(False)
+    if isinstance(chosen, list):
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+    elif chosen != rejected:
+        match = re.match(r"(.*\n\nAssistant:)|(.*\s)", chosen[:cut], re.DOTALL)
         cut = match.end() if match else 0
     if cut == 0:
         stop(f"{where}: `chosen` and `rejected` do not begin alike; wanted {WANTED['preference']}")
@@ -426,7 +438,7 @@ def _render(tokenizer, where, messages, generate=False):
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # jinja2's errors, and whatever a template raises
-        stop(f"{where}: the chat template refuses these messages ({error})")
+        stop(f"{where}: the chat template refuses these messages ({' '.join(str(error).split())})")
 
 
 def _with_answer(prompt, answer):
@@ -444,7 +456,8 @@ def _turns(row, where, kind, args, chat):
             stop(f"{where}: `messages` has no assistant turn after the first message: nothing to train on")
         turns = turns if args.train_on == "all" else turns[-1:]
         return messages[: turns[-1]], [(messages[:i], messages[i : i + 1]) for i in turns]
-    if kind == "preference" and not {"prompt", "instruction", "question"} & row.keys():
+    whole = isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
+    if kind == "preference" and (whole or not {"prompt", "instruction", "question"} & row.keys()):
         prompt, *answers = _shared_prefix(row, where)
         return prompt, [(prompt, answer) for answer in answers]
     prompt = _prompt(row, where, kind, args.prompt_template, chat)
@@ -459,10 +472,13 @@ def _turns(row, where, kind, args, chat):
     return prompt, [(prompt, answer) for answer in answers] or [(prompt, None)]
 
 
-def encode(tokenizer, texts, is_chat):
+def encode(tokenizer, texts, is_chat, keep_eos=False):
     """Ids of many texts at once. A chat template writes BOS itself; to a plain text the tokenizer adds it,
     once."""
-    return tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
+    eos = [] if keep_eos or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
+    own = [eos and i[-1:] == eos and not text.endswith(tokenizer.eos_token) for i, text in zip(ids, texts)]
+    return [i[:-1] if strip else i for i, strip in zip(ids, own)]  # (some tokenizers add EOS, to prompts too)
 
 
 def load_examples(tokenizer, dataset, kind, args, held_out=False):
@@ -479,14 +495,15 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
     rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
     for where, row in rows:
         prompt, turns = _turns(row, where, kind, args, chat)
-        margin = row.get("margin", 0.0) if kind == "preference" else 0.0
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        margin = 0.0 if kind != "preference" or row.get("margin") is None else row["margin"]
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e9:
             stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
         is_chat = isinstance(prompt, list)
         for before, answer in turns:
             text = _render(tokenizer, where, before, generate=True) if is_chat else before
-            whole = text if answer is None else text + answer if not is_chat else ""
-            whole = whole or _render(tokenizer, where, _with_answer(before, answer))
+            whole = text
+            if answer is not None:
+                whole = _render(tokenizer, where, _with_answer(before, answer)) if is_chat else text + answer
             texts[is_chat] += [text, whole]
         examples.append((dict(prompt=prompt, row=row, where=where, margin=margin), is_chat, len(turns)))
     ids = {is_chat: iter(encode(tokenizer, batch, is_chat)) for is_chat, batch in texts.items()}
@@ -500,7 +517,9 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
             answer = whole[len(before) :]
             if is_chat and end in answer:  # templates add a newline after the end of the turn: not trained
                 answer = answer[: len(answer) - answer[::-1].index(end)]
-            answers.append(answer if answer[-1:] == [end] else answer + [end])
+            answers.append(
+                answer if answer and answer[-1] in (end, tokenizer.eos_token_id) else answer + [end]
+            )
         if len(prompt_ids) + max(map(len, answers), default=0) > limit:
             dropped[f"longer than --max-{'prompt-' if kind == 'prompt' else ''}length {limit}"] += 1
             continue
@@ -575,8 +594,9 @@ class Batch:
         return Batch(*tensors, [self.lengths[i] for i in index])
 
 
-def pad_batch(sequences, masks, pad_id, device):
-    """Lists of ids, and of 0/1 of the same lengths -> Batch."""
+def pad_batch(sequences, masks, device, pad_id=0):
+    """Lists of ids, and of 0/1 of the same lengths -> Batch. Padding is never read: any id of the model will
+    do."""
     lengths, width = [len(ids) for ids in sequences], max(map(len, sequences))
     input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
     attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
@@ -585,10 +605,10 @@ def pad_batch(sequences, masks, pad_id, device):
     return Batch(*tensors, lengths)
 
 
-def completion_batch(prompts, completions, pad_id, device):
+def completion_batch(prompts, completions, device):
     """Lists of prompt ids and of completion ids -> Batch."""
     masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
-    return pad_batch([p + c for p, c in zip(prompts, completions)], masks, pad_id, device)
+    return pad_batch([p + c for p, c in zip(prompts, completions)], masks, device)
 
 
 def micro_batches(lengths, budget, rows=None):
@@ -720,12 +740,15 @@ def find_checker(reward, examples):
                 stop(f"{example['where']}: --reward {reward} reads the column `{key}`, among {keys}")
         return function
     path, _, name = reward.rpartition(":")
+    if reward.endswith(".py"):
+        stop(f"--reward {reward}: say which function of it, {reward}:function")
     if not path.endswith(".py"):
         return None
     if not Path(path).is_file():
         stop(f"--reward {reward}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # (dataclasses in that file look themselves up)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         stop(f"--reward {reward}: {path} has no function {name}")
@@ -742,7 +765,7 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
         found = f"{len(scores)} values" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
         stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion", 1)
     for text, score in zip(texts, scores):
-        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+        if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
             stop(f"{name} returned {score!r} for {text[:60]!r}; return None where it cannot judge", 1)
     return torch.tensor([math.nan if score is None else float(score) for score in scores]), texts
 
@@ -773,7 +796,7 @@ class RewardModel:
     def __call__(self, examples, completions):
         pairs = list(zip(examples, completions))
         sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
-        batch = pad_batch(sequences, sequences, self.tokenizer.pad_token_id, self.model.device)
+        batch = pad_batch(sequences, sequences, self.model.device, self.tokenizer.pad_token_id or 0)
         scores = torch.zeros(len(sequences))
         for rows in micro_batches(batch.lengths, self.args.micro_batch_tokens):
             mb = batch.rows(rows)
@@ -797,9 +820,14 @@ class RewardModel:
         )
         if is_chat := isinstance(prompt, list):
             text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
-        ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat)[0]
-        if not is_chat and completion[-1:] and completion[-1] in self.stop_ids:
-            ids = ids + [self.tokenizer.eos_token_id]
+        ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
+        end, finished = end_of_turn_id(self.tokenizer), completion[-1] in self.stop_ids
+        if (
+            is_chat and end in ids
+        ):  # as trained: nothing after the end of the turn; and no end if there was none
+            ids = ids[: len(ids) - ids[::-1].index(end) - (not finished)]
+        elif finished and end is not None and ids[-1] not in (end, self.tokenizer.eos_token_id):
+            ids = ids + [end]
         if len(ids) > self.tokenizer.model_max_length:
             stop(f"--reward {self.args.reward}: {len(ids)} tokens are too long for it", 1)
         return ids

@@ -15,7 +15,7 @@ LoRA.
 cores
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt (and any columns that a checker reads). The reward is a model, `reverse`, or
+Data: rows of prompt (and any columns that a checker reads). The reward is a model, `sort`, or
 file.py:function. Expect `score` to rise with `kl`. Where the data set has an exact checker of its own, `gold`
 is logged beside the score: the reward model is the proxy and gold the truth, and the two part when the policy
 over-optimises. Comments cite "N+" (Huang et al. 2024, "The N+ implementation details of RLHF with PPO") and
@@ -39,7 +39,7 @@ from common import set_learning_rate, setup, shuffled, stop
 class Args:
     model: str | None = None
     """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
-    dataset: str = "reverse"
+    dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
@@ -81,7 +81,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model's directory or Hub id, `reverse` (exact checker of the built-in task), or
+    """a reward model's directory or Hub id, `sort` (exact checker of the built-in task), or
     path/file.py:function"""
     prompts_per_step: int = 512
     """prompts of one rollout (512: N+)"""
@@ -232,7 +232,7 @@ def evaluate(policy, reference, tokenizer, examples, score, gold_checker, stop_i
         if gold_checker is not None:
             gold, _ = call_checker(gold_checker, tokenizer, examples, completions, stop_ids)
             metrics[f"eval/gold{suffix}"] = gold.nanmean()
-    batch = completion_batch(prompts, completions, tokenizer.pad_token_id, policy.device)
+    batch = completion_batch(prompts, completions, policy.device)
     logprobs, ref_logprobs = (
         over_micro_batches(
             lambda *x: token_logprobs(model, *x, args.temperature)[0],
@@ -266,7 +266,7 @@ def main(args):
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
     checker = find_checker(args.reward, examples + held_out)
-    gold_checker = find_checker(args.dataset, held_out) if args.dataset == "reverse" else None
+    gold_checker = find_checker(args.dataset, held_out) if args.dataset == "sort" else None
     policy = load_policy(args.model, device, train=args)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     check_context(policy, longest, "--max-prompt-length or --max-completion-length")
@@ -308,7 +308,7 @@ def main(args):
             completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
         picked = [e for e in picked for _ in range(args.num_generations)]  # B rows, as the completions are
         prompts = [e["prompt_ids"] for e in picked]
-        batch = completion_batch(prompts, completions, tokenizer.pad_token_id, device)
+        batch = completion_batch(prompts, completions, device)
         mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
         sampled = time.time()
 
@@ -419,9 +419,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(
-        model="runs/sft", reward="runs/reward_model", steps=100, prompts_per_step=512, minibatches=4
-    )
+    laptop = dict(model="runs/sft", reward="runs/reward_model", steps=60, prompts_per_step=512, minibatches=4)
     laptop |= dict(
         max_completion_length=10, learning_rate=3e-4, warmup_steps=5, update_epochs=1, eval_every=20
     )

@@ -33,7 +33,7 @@ from common import set_learning_rate, setup, shuffled
 class Args:
     model: str | None = None
     """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
-    dataset: str = "reverse"
+    dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
@@ -103,11 +103,11 @@ def bradley_terry_loss(chosen_scores, rejected_scores, margin=None):
     return -F.logsigmoid(difference if margin is None else difference - margin)
 
 
-def pair_batch(examples, pad_id, device):
+def pair_batch(examples, device):
     """B pairs as one batch of 2B sequences, chosen ones first: one forward scores both."""
     prompts = [e["prompt_ids"] for e in examples]
     completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-    return completion_batch(prompts + prompts, completions, pad_id, device)
+    return completion_batch(prompts + prompts, completions, device)
 
 
 def pair_length(example):
@@ -121,7 +121,7 @@ def evaluate(model, tokenizer, examples, args, autocast):
     scores."""
     chosen, rejected = torch.zeros(len(examples)), torch.zeros(len(examples))
     for rows in micro_batches([pair_length(e) for e in examples], args.micro_batch_tokens // 2):
-        batch = pair_batch([examples[i] for i in rows], tokenizer.pad_token_id, model.device)
+        batch = pair_batch([examples[i] for i in rows], model.device)
         with autocast():
             scores = sequence_scores(model, batch.input_ids, batch.attention_mask).cpu()
         chosen[rows], rejected[rows] = scores.chunk(2)
@@ -175,7 +175,7 @@ def main(args):
         # update: one denominator for the whole batch, however it is cut into micro-batches
         loss_sum, accuracy, margin, tokens = 0.0, 0.0, 0.0, 0
         for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
-            mb = pair_batch([picked[i] for i in rows], tokenizer.pad_token_id, device)
+            mb = pair_batch([picked[i] for i in rows], device)
             with autocast():
                 scores = sequence_scores(model, mb.input_ids, mb.attention_mask)
             chosen_scores, rejected_scores = scores.chunk(2)
@@ -210,7 +210,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(
-        model="runs/sft", steps=150, batch_size=128, learning_rate=5e-4, warmup_steps=20, overwrite=True
-    )
+    laptop = dict(model="runs/sft", steps=450, learning_rate=6e-4, warmup_steps=20, overwrite=True)
     main(cli(Args, laptop=laptop))

@@ -44,7 +44,7 @@ from common import tiny_tokenizer
 class Args:
     model: str | None = None
     """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
-    dataset: str = "reverse"
+    dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
@@ -136,7 +136,7 @@ def evaluate(policy, tokenizer, examples, checker, stop_ids, args, autocast):
     for rows in micro_batches([len(e["ids"]) for e in examples], args.micro_batch_tokens):
         picked = [examples[i] for i in rows]
         masks = [e["mask"] for e in picked]
-        batch = pad_batch([e["ids"] for e in picked], masks, tokenizer.pad_token_id, policy.device)
+        batch = pad_batch([e["ids"] for e in picked], masks, policy.device)
         mask = batch.completion_mask[:, 1:]
         with autocast():
             logprobs, _ = token_logprobs(policy, batch.input_ids, batch.attention_mask, mask)
@@ -168,7 +168,7 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "sft", args)
     held_out = load_held_out(tokenizer, "sft", args)
-    checker = find_checker("reverse", held_out) if args.dataset == "reverse" else None
+    checker = find_checker("sort", held_out) if args.dataset == "sort" else None
     policy = (
         load_policy(args.model, device, train=args) if args.model else tiny_policy(tokenizer, device, args)
     )
@@ -188,7 +188,7 @@ def main(args):
         last = min(first + args.batch_size, args.epochs * len(examples))
         picked = shuffled(examples, args.seed, first, last)
         masks = [e["mask"] for e in picked]
-        batch = pad_batch([e["ids"] for e in picked], masks, tokenizer.pad_token_id, device)
+        batch = pad_batch([e["ids"] for e in picked], masks, device)
 
         # update: one denominator for the whole batch, however it is cut into micro-batches
         tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
@@ -221,5 +221,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(steps=110, batch_size=128, learning_rate=2e-3, warmup_steps=20, overwrite=True)
+    laptop = dict(epochs=125, learning_rate=1e-3, warmup_steps=20, overwrite=True)
     main(cli(Args, laptop=laptop))

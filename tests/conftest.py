@@ -1,5 +1,6 @@
 """Tiny random models of five architectures, saved to disk and opened as the scripts open theirs."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import transformers
 
 import common
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # these models are too small to share; on a busy machine it is far faster
 
 CPU = torch.device("cpu")
 TRAIN = SimpleNamespace(seed=1, gradient_checkpointing=False)  # what load_policy and load_scorer read of Args
@@ -96,8 +97,8 @@ def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
     return [p for p, _ in ids], [c for _, c in ids]
 
 
-def ragged_batch(seed, pad_id=0, **kwargs):
-    return common.completion_batch(*ragged_ids(seed, **kwargs), pad_id, CPU)
+def ragged_batch(seed):
+    return common.completion_batch(*ragged_ids(seed), CPU)
 
 
 def gradients(model):
@@ -105,6 +106,12 @@ def gradients(model):
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return torch.cat([part.flatten() for part in parts]).double()
+
+
+def precise(model):
+    """A copy in float64, so that equal gradients are equal to 1e-15 and not to 1e-6. Gemma 2 stays in
+    float32: its attention takes the softmax there, where float64's lowest number in a mask is -inf."""
+    return copy.deepcopy(model) if model.config.model_type == "gemma2" else copy.deepcopy(model).double()
 
 
 def distance(a, b):

@@ -1,0 +1,727 @@
+"""Data: every form of row, every refusal, and where prompts end, turns end and masks begin in tokens."""
+
+import codecs
+import importlib.machinery
+import importlib.util
+import json
+import string
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+
+import common
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+CHATML = (
+    "{% for m in messages %}"
+    "{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["[PAD]", "[EOS]", "[UNK]", "<s>", "<|im_start|>", "<|im_end|>"]
+
+
+def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
+    """One token a character; with `bos` it adds <s> as Llama's does, with `chat` a template as Qwen's."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *string.printable])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    if bos:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
+        )
+    special = dict(eos_token="[EOS]", unk_token="[UNK]", pad_token=pad, bos_token="<s>" if bos else None)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[4:]})
+    tokenizer.chat_template = template if chat else None
+    return tokenizer
+
+
+def merging():
+    """Byte pairs of which a and b merge, so that a prompt ending in a may not be a prefix in tokens."""
+    model = tokenizers.models.BPE({"[EOS]": 0, "a": 1, "b": 2, "c": 3, "ab": 4}, [("a", "b")])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), eos_token="[EOS]", pad_token="[EOS]"
+    )
+
+
+def stories():
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there: a Llama tokenizer is tested where it is")
+    return common.load_tokenizer(STORIES)
+
+
+def flags(**given):
+    defaults = dict(
+        prompt_template="{prompt}", train_on="last", seed=1, max_length=500, max_prompt_length=500
+    )
+    return types.SimpleNamespace(**defaults | given)
+
+
+def talk(*contents, first="user"):
+    """Messages of user and assistant in turn."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def turns(*contents, tail=""):
+    """The same, as CHATML renders it."""
+    shown = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talk(*contents))
+    return shown + tail
+
+
+ASKED = "<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """rows (or the text, or bytes, of a file) -> load_examples of a file that holds them."""
+
+    def function(rows, kind="sft", tokenizer=None, name="rows.jsonl", **given):
+        if isinstance(rows, list):
+            rows = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+        return common.load_examples(tokenizer or letters(), str(tmp_path / name), kind, flags(**given))
+
+    return function
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls, expects exit status 2 and one line on stderr that holds all the words; returns the line."""
+
+    def function(words, call, *args, **kwargs):
+        with pytest.raises(SystemExit) as stopped:
+            call(*args, **kwargs)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        assert all(word in lines[0] for word in words), lines[0]
+        return lines[0]
+
+    return function
+
+
+def parts(tokenizer, example):
+    """Prompt, and the rest without the EOS that must end it, as text."""
+    n = len(example["prompt_ids"])
+    assert example["ids"][:n] == example["prompt_ids"] and example["ids"][-1] == tokenizer.eos_token_id
+    assert example["mask"] == [0] * n + [1] * (len(example["ids"]) - n)
+    return tokenizer.decode(example["prompt_ids"]), tokenizer.decode(example["ids"][n:-1])
+
+
+def trained(tokenizer, example):
+    return tokenizer.decode([i for i, m in zip(example["ids"], example["mask"], strict=True) if m])
+
+
+# ---------------------------------------------------------------- files
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_bom_crlf_and_blank_lines_are_read(load, name, bom, end):
+    rows = ['{"prompt": "a>",', '"completion": "b"}'] if name == "rows.json" else []
+    text = end.join(["[", *rows, "]"] if rows else ['{"prompt": "a>", "completion": "b"}', "", ""])
+    (example,) = load(bom + text.encode(), name=name)
+    assert parts(letters(), example) == ("a>", "b")
+
+
+def test_rows_are_separated_by_newlines_only(load):
+    """Other line separators of Unicode are legal inside a JSON text."""
+    examples = load('{"prompt": "a\u2028b\x85>", "completion": "b"}\n{"prompt": "c>", "completion": "d"}')
+    assert [e["prompt"] for e in examples] == ["a\u2028b\x85>", "c>"]
+
+
+def test_where_names_file_and_line(load, tmp_path):
+    examples = load('{"prompt": "a>", "completion": "b"}\n\n{"prompt": "c>", "completion": "d"}\n')
+    assert [e["where"] for e in examples] == [f"{tmp_path / 'rows.jsonl'} line {n}" for n in (1, 3)]
+    examples = load('[{"prompt": "a>", "completion": "b"}]', name="rows.json")
+    assert examples[0]["where"] == f"{tmp_path / 'rows.json'} row 1"
+
+
+def test_two_rows_are_a_data_set(load, capsys):
+    assert len(load([{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}])) == 2
+    assert capsys.readouterr().out.endswith("rows.jsonl: 2 of 2 rows\n")
+
+
+def test_missing_file(refused):
+    refused(
+        ["none/rows.jsonl", "no such file"],
+        common.load_examples,
+        letters(),
+        "none/rows.jsonl",
+        "sft",
+        flags(),
+    )
+
+
+GOOD = '{"prompt": "a>", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("rows.jsonl", "", ["rows.jsonl", "empty", "`completion`"]),
+        ("rows.jsonl", "\n \n", ["rows.jsonl", "empty"]),
+        ("rows.json", "", ["rows.json", "empty"]),
+        ("rows.json", "[]", ["rows.json", "empty"]),
+        ("rows.jsonl", GOOD * 6 + '{"prompt": \n' + GOOD, ["rows.jsonl line 7", "broken JSON"]),
+        ("rows.jsonl", GOOD * 6 + "prompt,completion\n", ["rows.jsonl line 7", "broken JSON"]),
+        ("rows.jsonl", "[" * 100_000, ["rows.jsonl line 1", "broken JSON"]),
+        ("rows.json", "[\n" + "\n" * 5 + "{,}]", ["rows.json line 7", "broken JSON"]),
+        ("rows.json", GOOD, ["rows.json", "one dict", "not a list"]),
+        ("rows.jsonl", GOOD + "[1]\n", ["rows.jsonl line 2", "list", "not an object", "`completion`"]),
+        ("rows.json", f'[{GOOD}, "a"]', ["rows.json row 2", "str", "not an object"]),
+        ("rows.jsonl", GOOD.encode("utf-16"), ["rows.jsonl", "not UTF-8", "byte 0"]),
+        ("rows.jsonl", GOOD.encode() + b'"\xe9"', ["rows.jsonl", "not UTF-8"]),
+        ("rows.jsonl", GOOD.encode("utf-16-le"), ["rows.jsonl line 1", "broken JSON"]),
+    ],
+)
+def test_bad_files(load, refused, name, content, words):
+    refused(words, load, content, name=name)
+
+
+def test_hub_name_without_the_datasets_package(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = ["someone/some-data", "pip install datasets", ".jsonl"]
+    refused(words, common.load_examples, letters(), "someone/some-data", "sft", flags())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the datasets package, which holds one data set with two splits."""
+    fake, splits = types.ModuleType("datasets"), {"train": ["a>", "b>"], "test": ["c>"]}
+
+    def load_dataset(name, split):
+        if name != "someone/some-data" or split not in splits:
+            raise ValueError(f"no {name} {split}\nand more")
+        return [{"prompt": prompt, "completion": "d"} for prompt in splits[split]]
+
+    fake.load_dataset, fake.__spec__ = load_dataset, importlib.machinery.ModuleSpec("datasets", None)
+    fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+
+@pytest.mark.parametrize(
+    "dataset, prompts", [("someone/some-data", ["a>", "b>"]), ("someone/some-data:test", ["c>"])]
+)
+def test_hub_splits(hub, dataset, prompts):
+    examples = common.load_examples(letters(), dataset, "sft", flags())
+    assert [e["prompt"] for e in examples] == prompts
+    assert examples[0]["where"] == f"{dataset} row 1"
+
+
+@pytest.mark.parametrize("dataset", ["someone/else", "someone/some-data:dev"])
+def test_hub_name_that_does_not_load(hub, refused, dataset):
+    refused([dataset, "Hub"], common.load_examples, letters(), dataset, "sft", flags())
+
+
+# ---------------------------------------------------------------- refusals of rows
+NO_ROLE, TEXTS = [{"content": "a"}], dict(prompt="a>", completion="b")
+
+
+@pytest.mark.parametrize(
+    "kind, row, words",
+    [
+        ("sft", {"text": "a"}, ["`prompt`", "keys text", "`completion`", "`messages`", "`instruction`"]),
+        ("sft", {}, ["`prompt`", "(none)"]),
+        ("sft", {"prompt": "a>", "answer": "b"}, ["no `completion`", "keys prompt, answer"]),
+        ("sft", {"instruction": "a", "input": ""}, ["no `output`", "keys instruction, input"]),
+        ("sft", {"question": "a", "solution": "b"}, ["no `answer`", "keys question, solution"]),
+        ("preference", {"prompt": "a>", "chosen": "b"}, ["no `rejected`", "keys prompt, chosen"]),
+        ("preference", {"chosen": "a b"}, ["no `rejected`", "keys chosen"]),
+        ("preference", {"accepted": "a b"}, ["no `chosen`", "keys accepted", "`rejected`"]),
+        ("prompt", {"query": "a"}, ["no `prompt`", "keys query", "`question`"]),
+        ("sft", {"prompt": 5, "completion": "b"}, ["`prompt`", "text", "found 5"]),
+        ("sft", {"prompt": "a>", "completion": None}, ["`completion`", "text", "found None"]),
+        ("sft", {"prompt": "a>", "completion": ["b"]}, ["`completion`", "`role`"]),
+        ("sft", {"prompt": "a>", "completion": talk("b")}, ["prompt is a text", "completion", "messages"]),
+        ("sft", {"messages": []}, ["`messages`", "list of messages"]),
+        ("sft", {"messages": {"role": "user"}}, ["`messages`", "list of messages"]),
+        ("sft", {"messages": NO_ROLE}, ["`messages`", "{'content': 'a'}", "`role` and `content`"]),
+        ("sft", {"messages": [{"role": "user", "content": None}]}, ["`messages`", "`content`"]),
+        ("sft", {"messages": talk("a")}, ["`messages`", "no assistant turn"]),
+        ("sft", {"messages": talk("a", first="assistant")}, ["`messages`", "no assistant turn"]),
+        ("sft", {"messages": talk("a", "b")}, ["chat template", "none"]),
+        ("sft", {"prompt": talk("a"), "completion": "b"}, ["chat template", "none"]),
+        ("prompt", {"prompt": talk("a")}, ["chat template", "none"]),
+        ("preference", {"chosen": "yes", "rejected": "no"}, ["`chosen`", "`rejected`", "begin alike"]),
+        ("preference", {"chosen": "a b", "rejected": talk("a", "b")}, ["must both be"]),
+    ],
+)
+def test_bad_rows(load, refused, tmp_path, kind, row, words):
+    """The sentence names the file, its line, the key that is wanted and what was found."""
+    good = {"prompt": "a>", "completion": "b", "chosen": "b", "rejected": "c"}
+    refused([f"{tmp_path / 'rows.jsonl'} line 3", *words], load, [good, good, row], kind)
+
+
+@pytest.mark.parametrize("margin", ["high", "0.5", float("nan"), float("inf"), True, [1]])
+def test_margin_that_is_no_number(load, refused, margin):
+    row = dict(prompt="a>", chosen="b", rejected="c", margin=margin)
+    refused(["rows.jsonl line 1", "`margin`", "number"], load, [row], "preference")
+
+
+def test_margin_too_large_for_a_float(load, refused):
+    row = dict(prompt="a>", chosen="b", rejected="c", margin=10**400)
+    refused(["rows.jsonl line 1", "`margin`"], load, [row], "preference")
+
+
+@pytest.mark.parametrize("template", ["{wanted}", "{prompt", "{}", "{prompt.text}", "{prompt:d}"])
+def test_template_that_does_not_fit(load, refused, template):
+    words = ["rows.jsonl line 1", "--prompt-template", repr(template), "keys prompt, completion"]
+    refused(words, load, [TEXTS], prompt_template=template)
+
+
+def test_template_is_for_texts(load, refused):
+    row = dict(prompt=talk("a"), completion="b")
+    words = ["rows.jsonl line 1", "--prompt-template", "`prompt`"]
+    refused(words, load, [row], tokenizer=letters(chat=True), prompt_template="{prompt} ")
+
+
+@pytest.mark.parametrize("row", [{"messages": talk("a") + talk("b", "c")}, {"prompt": talk("a") + talk("b")}])
+def test_template_refuses_messages(load, refused, row):
+    row |= {"completion": "c"}
+    words = ["rows.jsonl line 1", "chat template", "roles must alternate"]
+    refused(words, load, [row], tokenizer=letters(chat=True))
+
+
+def test_text_that_is_no_unicode(load, refused):
+    refused(["rows.jsonl line 1", "`completion`"], load, '{"prompt": "a>", "completion": "\\ud800"}')
+
+
+# ---------------------------------------------------------------- forms of rows
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+)
+ALONE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize(
+    "row, prompt, completion",
+    [
+        ({"prompt": "a>", "completion": "b"}, "a>", "b"),
+        ({"prompt": "a>", "completion": " b\n"}, "a>", " b\n"),
+        ({"prompt": "a {x}>", "completion": "b"}, "a {x}>", "b"),
+        ({"prompt": "a>", "completion": "b", "question": "c", "answer": "d"}, "a>", "b"),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, PAIRED, "3"),
+        ({"instruction": "Add.", "input": "", "output": "3"}, ALONE, "3"),
+        ({"instruction": "Add.", "input": None, "output": "3"}, ALONE, "3"),
+        ({"instruction": "Add.", "output": "3"}, ALONE, "3"),
+    ],
+)
+def test_texts(load, row, prompt, completion):
+    (example,) = load([row])
+    assert parts(letters(), example) == (prompt, completion)
+    assert example["prompt"] == prompt and example["row"] == row
+
+
+@pytest.mark.parametrize(
+    "row, template, prompt",
+    [
+        ({"prompt": "a", "completion": "b", "hint": "h"}, "{hint}: {prompt} ", "h: a "),
+        ({"instruction": "Add.", "input": "1 2", "output": "b"}, "{instruction} {input}=", "Add. 1 2="),
+        ({"question": "How?", "answer": "b"}, "Q: {question} A:", "Q: How? A:"),
+    ],
+)
+def test_prompt_template(load, row, template, prompt):
+    (example,) = load([row], prompt_template=template)
+    assert parts(letters(), example) == (prompt, "b")
+
+
+@pytest.mark.parametrize("key, answer", [("instruction", "output"), ("question", "answer")])
+def test_instruction_must_be_a_text(load, refused, key, answer):
+    refused(["rows.jsonl line 1", f"`{key}`"], load, [{key: talk("a"), answer: "b"}])
+
+
+@pytest.mark.parametrize("kind", ["sft", "prompt"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_gsm8k(load, kind, chat):
+    row = {"question": "How many?", "answer": "One and one.\n#### 2"}
+    tokenizer = letters(chat=chat)
+    (example,) = load([row], kind, tokenizer)
+    prompt = tokenizer.decode(example["prompt_ids"])
+    if chat:
+        (message,) = example["prompt"]
+        assert message["role"] == "user"
+        assert prompt == turns(message["content"]) + ASKED
+        text = message["content"]
+    else:
+        assert prompt == example["prompt"]
+        text = prompt
+    assert "How many?" in text and "####" in text and "One and one" not in text
+    assert example["row"] == row
+    if kind == "sft":
+        assert trained(tokenizer, example) == row["answer"] + ("<|im_end|>" if chat else "[EOS]")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row, train_on, shown",
+    [
+        ({"messages": talk("hi", "yo")}, "last", ["yo"]),
+        ({"messages": talk("hi", "yo", "so?", "no")}, "last", ["no"]),
+        ({"messages": talk("hi", "yo", "so?", "no")}, "all", ["yo", "no"]),
+        ({"messages": talk("hi", "yo", "so?")}, "last", ["yo"]),
+        ({"messages": talk("hi", "yo", "so?")}, "all", ["yo"]),
+        ({"messages": [SYSTEM, *talk("hi", "yo", "so?", "no")]}, "all", ["yo", "no"]),
+        ({"messages": talk("oh", "hi", "yo", first="assistant")}, "all", ["yo"]),
+        ({"prompt": talk("hi"), "completion": "yo"}, "last", ["yo"]),
+        ({"prompt": talk("hi"), "completion": talk("yo", first="assistant")}, "last", ["yo"]),
+        ({"prompt": talk("hi", "yo", "so?"), "completion": "no"}, "all", ["no"]),
+    ],
+)
+def test_messages(load, row, train_on, shown):
+    """Trained: the turns asked for and the token that ends each, not the newline that the template adds."""
+    tokenizer = letters(chat=True)
+    (example,) = load([row], tokenizer=tokenizer, train_on=train_on)
+    assert trained(tokenizer, example) == "".join(f"{text}<|im_end|>" for text in shown)
+    assert example["ids"][-1] == common.end_of_turn_id(tokenizer)
+    assert tokenizer.eos_token_id not in example["ids"]
+    messages = row.get("messages") or row["prompt"] + talk(shown[-1], first="assistant")
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+    assert tokenizer.decode(example["ids"]) + "\n" == whole
+    assert example["prompt"] == messages[:last]
+    before = tokenizer.apply_chat_template(messages[:last], tokenize=False) + ASKED
+    assert tokenizer.decode(example["prompt_ids"]) == before
+
+
+def test_train_on_all_drops_rows_that_a_template_renders_anew(load, capsys):
+    """As Qwen 3's does, which leaves the thoughts of earlier turns out."""
+    forgetful = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:1] }}")
+    rows = [{"messages": talk("hi", "yo", "so", "no")}, {"messages": talk("a", "yo")}]
+    examples = load(rows, tokenizer=letters(chat=True, template=forgetful), train_on="all")
+    assert [e["row"] for e in examples] == rows[1:]
+    assert "1 of 2 rows; 1 dropped" in capsys.readouterr().out
+
+
+HELPFUL = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, prompt, chosen, rejected",
+    [
+        (dict(prompt="a>", chosen="b", rejected="c"), "a>", "b", "c"),
+        (dict(instruction="Add.", input="1 2", chosen="3", rejected="4"), PAIRED, "3", "4"),
+        (dict(chosen=HELPFUL + " yes", rejected=HELPFUL + " no"), HELPFUL, " yes", " no"),
+        (dict(chosen=HELPFUL + " I am", rejected=HELPFUL + " I do"), HELPFUL, " I am", " I do"),
+        (dict(chosen=HELPFUL + " I", rejected=HELPFUL + " I do"), HELPFUL, " I", " I do"),
+        (dict(chosen="say it: good", rejected="say it: bad"), "say it: ", "good", "bad"),
+        (dict(chosen="say it: bad", rejected="say it: bed"), "say it: ", "bad", "bed"),
+        (dict(chosen="say it:\nyes", rejected="say it:\nno"), "say it:\n", "yes", "no"),
+    ],
+)
+def test_preferences(load, row, prompt, chosen, rejected):
+    tokenizer = letters()
+    (example,) = load([row], "preference", tokenizer)
+    assert example["prompt"] == tokenizer.decode(example["prompt_ids"]) == prompt
+    for key, text in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+        assert tokenizer.decode(example[key]) == text + "[EOS]"
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        (dict(prompt=talk("hi"), chosen="yes", rejected="no"), talk("hi")),
+        (
+            dict(
+                prompt=talk("hi"),
+                chosen=talk("yes", first="assistant"),
+                rejected=talk("no", first="assistant"),
+            ),
+            talk("hi"),
+        ),
+        pytest.param(dict(chosen=talk("hi", "yes"), rejected=talk("hi", "no")), talk("hi")),
+        pytest.param(
+            dict(chosen=talk("hi", "a", "so?", "yes"), rejected=talk("hi", "a", "so?", "no")),
+            talk("hi", "a", "so?"),
+        ),
+    ],
+)
+def test_preferences_in_messages(load, row, prompt):
+    tokenizer = letters(chat=True)
+    (example,) = load([row], "preference", tokenizer)
+    assert example["prompt"] == prompt
+    assert tokenizer.decode(example["prompt_ids"]) == tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(example["chosen_ids"]) == "yes<|im_end|>"
+    assert tokenizer.decode(example["rejected_ids"]) == "no<|im_end|>"
+
+
+def test_messages_that_begin_differently(load, refused):
+    row = dict(chosen=talk("hi", "yes"), rejected=talk("ho", "no"))
+    refused(["line 1", "begin alike"], load, [row], "preference", letters(chat=True))
+
+
+@pytest.mark.parametrize("margin, expected", [({"margin": 0.5}, 0.5), ({"margin": 2}, 2), ({}, 0)])
+def test_margin(load, margin, expected):
+    (example,) = load([dict(prompt="a>", chosen="b", rejected="c") | margin], "preference")
+    assert example["margin"] == expected
+
+
+def test_prompts_keep_their_further_columns(load):
+    row = dict(prompt="a>", answer=["b", 1], level=3)
+    (example,) = load([row], "prompt")
+    assert example["row"] == row and example["prompt"] == "a>"
+    assert letters().decode(example["prompt_ids"]) == "a>"
+
+
+# ---------------------------------------------------------------- tokens
+@pytest.mark.parametrize("pad", ["[PAD]", "[EOS]"])
+@pytest.mark.parametrize("completion", ["b", "b[EOS]"])
+def test_one_eos_at_the_end_and_trained(load, pad, completion):
+    tokenizer = letters(pad=pad)
+    rows = [dict(prompt="a>", completion=completion), dict(prompt="a>", completion="longer")]
+    examples = load(rows, tokenizer=tokenizer)
+    end = tokenizer.eos_token_id
+    for example in examples:
+        assert example["ids"].count(end) == 1
+        assert example["ids"][-1] == end and example["mask"][-1] == 1
+    ids, masks = ([e[key] for e in examples] for key in ("ids", "mask"))
+    batch = common.pad_batch(ids, masks, "cpu")
+    assert ((batch.input_ids == end) & (batch.completion_mask == 1)).sum(1).tolist() == [1, 1]
+    assert batch.attention_mask.sum(1).tolist() == [len(x) for x in ids]
+    (pair,) = load([dict(prompt="a>", chosen=completion, rejected="c")], "preference", tokenizer)
+    assert pair["chosen_ids"].count(end) == pair["rejected_ids"].count(end) == 1
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+@pytest.mark.parametrize(
+    "make, count",
+    [
+        (stories, 1),
+        (lambda: letters(bos=True), 1),
+        (lambda: letters(bos=True, chat=True), 1),
+        (letters, 0),
+        (common.tiny_tokenizer, 0),
+    ],
+)
+def test_bos_once_or_never(load, kind, make, count):
+    tokenizer = make()
+    bos = tokenizer.bos_token_id
+    row = dict(prompt="once>", completion=" a", chosen=" b", rejected=" c")
+    (example,) = load([row], kind, tokenizer)
+    assert example["prompt_ids"][:count] == [bos] * count
+    for key in ("ids", "chosen_ids", "rejected_ids", "prompt_ids"):
+        expected = count if key in ("ids", "prompt_ids") else 0
+        assert example.get(key, [bos] * expected).count(bos) == expected
+
+
+def test_a_chat_template_writes_bos_itself(load):
+    tokenizer = letters(bos=True, chat=True, template="{{ bos_token }}" + CHATML)
+    (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
+    assert example["ids"].count(tokenizer.bos_token_id) == 1
+    assert example["ids"][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("completion", [" It was happy.", " It", ", he said.", "\nThe end.", "  Two."])
+def test_leading_space_of_a_llama_tokenizer(load, completion):
+    """Prompt and completion in tokens are those of the one text; the space that joins them is not lost."""
+    tokenizer, prompt = stories(), "Once upon a time there was a peanut."
+    (example,) = load([dict(prompt=prompt, completion=completion)], tokenizer=tokenizer)
+    assert example["ids"] == [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
+    assert example["prompt_ids"] == tokenizer(prompt).input_ids
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before = tokenizer.decode(example["prompt_ids"], **options)
+    answer = example["ids"][len(example["prompt_ids"]) :]
+    assert common.completion_text(tokenizer, example["prompt_ids"], answer) == completion
+    assert before + completion == tokenizer.decode(example["ids"], **options)
+    assert before.strip() == prompt
+
+
+def test_empty_completion_trains_eos_alone(load):
+    tokenizer = letters()
+    (example,) = load([dict(prompt="a>", completion="")], tokenizer=tokenizer)
+    assert trained(tokenizer, example) == "[EOS]" and sum(example["mask"]) == 1
+    (pair,) = load([dict(prompt="a>", chosen="b", rejected="")], "preference", tokenizer)
+    assert pair["rejected_ids"] == [tokenizer.eos_token_id]
+
+
+def test_empty_turn_trains_end_of_turn_alone(load):
+    tokenizer = letters(chat=True)
+    (example,) = load([{"messages": talk("hi", "")}], tokenizer=tokenizer)
+    assert trained(tokenizer, example) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("completion", ["yo", "yo<|im_end|>", pytest.param("yo[EOS]")])
+def test_text_rows_end_once_where_the_tokenizer_has_a_chat_template(load, completion):
+    """People bring rendered prompts, and completions that end in EOS."""
+    tokenizer = letters(chat=True)
+    (example,) = load([dict(prompt=turns("hi") + ASKED, completion=completion)], tokenizer=tokenizer)
+    answer = example["ids"][len(example["prompt_ids"]) :]
+    stops = common.eos_ids(tokenizer, None)
+    assert tokenizer.decode(answer[:-1]) == "yo" and answer[-1] in stops
+
+
+def test_end_of_turn_joins_eos():
+    tokenizer = letters(chat=True)
+    eos, im_end = tokenizer.convert_tokens_to_ids(["[EOS]", "<|im_end|>"])
+    assert common.end_of_turn_id(tokenizer) == im_end
+    assert common.eos_ids(tokenizer, None) == [eos, im_end]
+    assert common.end_of_turn_id(letters()) == eos and common.eos_ids(letters(), None) == [eos]
+
+
+@pytest.mark.parametrize(
+    "chat, generation, config, more",
+    [
+        (False, 9, None, [9]),
+        (False, [9, 1, 8], None, [8, 9]),
+        (True, [9, 8], None, [5, 8, 9]),
+        (False, [9], 7, [9]),
+        (False, None, [7, 6], [6, 7]),
+        (True, None, 7, [5, 7]),
+    ],
+)
+def test_eos_ids_of_tokenizer_and_generation_config(tmp_path, chat, generation, config, more):
+    """The model's configuration speaks where there is no generation_config.json."""
+    if generation is not None:
+        transformers.GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
+    transformers.LlamaConfig(eos_token_id=config).save_pretrained(tmp_path)
+    tokenizer = letters(chat=chat)
+    assert tokenizer.eos_token_id == 1
+    assert common.eos_ids(tokenizer, str(tmp_path)) == [1, *more]
+
+
+def test_eos_of_a_template_that_writes_eos(load):
+    """As Llama 2's and Mistral's do."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
+    )
+    tokenizer = letters(chat=True, template=template + "{% endfor %}")
+    assert common.eos_ids(tokenizer, None) == [tokenizer.eos_token_id]
+    (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
+    assert tokenizer.decode(example["ids"]) == "hi:yo[EOS]"
+    assert trained(tokenizer, example) == "yo[EOS]"
+
+
+def test_eos_where_the_template_writes_none(load):
+    template = "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' }}{% endfor %}"
+    tokenizer = letters(chat=True, template=template)
+    (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
+    assert trained(tokenizer, example) == "yo[EOS]"
+
+
+def test_overlong_rows_are_dropped_and_counted(load, capsys):
+    rows = [dict(prompt="a>", completion="b" * n) for n in (1, 2, 3, 4)]
+    examples = load(rows, max_length=5)  # prompt, completion and EOS
+    assert [e["row"] for e in examples] == rows[:2]
+    out = capsys.readouterr().out
+    assert "2 of 4 rows" in out and "2 dropped" in out and "--max-length 5" in out
+
+
+def test_overlong_pairs_and_prompts_are_dropped_and_counted(load, capsys):
+    pairs = [dict(prompt="a>", chosen="b" * n, rejected="c" * m) for n, m in ((2, 2), (3, 1), (1, 3))]
+    assert [e["row"] for e in load(pairs, "preference", max_length=5)] == pairs[:1]
+    assert "1 of 3 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
+    prompts = [dict(prompt="a" * n) for n in (4, 5, 6)]
+    assert [e["row"] for e in load(prompts, "prompt", max_prompt_length=5, max_length=1)] == prompts[:2]
+    assert "2 of 3 rows; 1 dropped longer than --max-prompt-length 5" in capsys.readouterr().out
+
+
+def test_identical_pairs_are_dropped_and_counted(load, capsys):
+    """Identical in tokens: two letters that the tokenizer does not know are one."""
+    pairs = [
+        dict(prompt="a>", chosen=c, rejected=r) for c, r in (("b", "b"), ("\u00e9", "\u00e8"), ("b", "c"))
+    ]
+    assert [e["row"] for e in load(pairs, "preference")] == pairs[2:]
+    out = capsys.readouterr().out
+    assert "1 of 3 rows; 2 dropped" in out and "same" in out
+
+
+@pytest.mark.parametrize(
+    "kind, rows",
+    [
+        ("sft", [dict(prompt="ca", completion="bc"), dict(prompt="ca", completion="cb")]),
+        (
+            "preference",
+            [dict(prompt="ca", chosen="c", rejected="b"), dict(prompt="ca", chosen="c", rejected="a")],
+        ),
+    ],
+)
+def test_prompts_that_are_no_token_prefix_are_dropped_and_counted(load, capsys, kind, rows):
+    assert [e["row"] for e in load(rows, kind, merging())] == rows[1:]
+    out = capsys.readouterr().out
+    assert "1 of 2 rows; 1 dropped" in out and "prefix" in out
+
+
+@pytest.mark.parametrize(
+    "kind, row, tokenizer, reason",
+    [
+        ("sft", dict(prompt="a>", completion="bcdef"), letters, "--max-length 5"),
+        ("prompt", dict(prompt="abcdef"), letters, "--max-prompt-length 5"),
+        ("preference", dict(prompt="a>", chosen="b", rejected="b"), letters, "same"),
+        ("sft", dict(prompt="a", completion="b"), merging, "prefix"),
+        ("sft", dict(prompt="", completion="b"), letters, "empty"),
+    ],
+)
+def test_no_row_left(load, refused, kind, row, tokenizer, reason):
+    words = ["rows.jsonl", "no row is left", "1 dropped", reason]
+    refused(words, load, [row], kind, tokenizer(), max_length=5, max_prompt_length=5)
+
+
+@pytest.mark.parametrize(
+    "kind, row", [("sft", dict(prompt="", completion="")), ("prompt", dict(prompt="", answer="b"))]
+)
+def test_empty_text_is_dropped_and_counted(load, kind, row):
+    good = dict(prompt="a>", completion="b", answer="b")
+    assert [e["row"] for e in load([good, row], kind)] == [good]
+
+
+def test_empty_prompt_of_a_tokenizer_with_bos_is_kept(load):
+    tokenizer = letters(bos=True)
+    (example,) = load([dict(prompt="")], "prompt", tokenizer)
+    assert example["prompt_ids"] == [tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize("kind", ["sft", "prompt"])
+def test_tokenizer_that_adds_eos_itself(load, kind):
+    tokenizer = letters()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [EOS]", pair="$A $B [EOS]", special_tokens=[("[EOS]", tokenizer.eos_token_id)]
+    )
+    (example,) = load([dict(prompt="a>", completion="b")], kind, tokenizer)
+    assert tokenizer.decode(example["prompt_ids"]) == "a>"
+
+
+# ---------------------------------------------------------------- held out, order
+def test_held_out_only_where_asked(load, tmp_path, capsys):
+    load([dict(prompt="a>", completion="b")])
+    path = str(tmp_path / "rows.jsonl")
+    capsys.readouterr()
+    assert common.load_held_out(letters(), "sft", flags(dataset=path, eval_dataset=None)) == []
+    assert "nothing is held out" in capsys.readouterr().out
+    (example,) = common.load_held_out(letters(), "sft", flags(dataset="x.jsonl", eval_dataset=path))
+    assert example["prompt"] == "a>" and "held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_shuffled_visits_each_row_once_an_epoch(n):
+    for epoch in range(3):
+        assert sorted(common.shuffled(range(n), 1, epoch * n, epoch * n + n)) == list(range(n))
+
+
+def test_shuffled_is_another_order_in_each_epoch_and_for_each_seed():
+    orders = [common.shuffled(range(50), seed, e * 50, e * 50 + 50) for seed in (1, 2) for e in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == common.shuffled(range(50), 1, 0, 50)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 25])
+def test_shuffled_is_one_stream_however_it_is_cut(size):
+    """A batch may be larger than the data set, and may reach over the end of an epoch."""
+    stream = common.shuffled(range(7), 5, 0, 50)
+    cut = [common.shuffled(range(7), 5, i, min(i + size, 50)) for i in range(0, 50, size)]
+    assert sum(cut, []) == stream and all(cut)
