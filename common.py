@@ -149,9 +149,10 @@ def _load_config(flag, path):
     """Its config with dropout off: else two forwards differ, and the ratio is not 1 before the first
     update."""
     config = _load(AutoConfig, flag, path)
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(part, name, 0.0)
     return config
 
 
@@ -190,12 +191,15 @@ def _prepare(model, device, train):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.to(device).train(train is not None).requires_grad_(train is not None)
-    if train is not None and train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.to(device).eval().requires_grad_(train is not None)
     if model.get_output_embeddings() is not None:
         _check_head(model)
-    return model
+    if train is not None and train.gradient_checkpointing:
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.23
+            model.activation_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(train is not None)
 
 
 def head_logits(model, hidden):
@@ -790,13 +794,15 @@ class RewardModel:
         self.tokenizer = load_tokenizer(args.reward, "--reward")
         self.model = load_scorer(args.reward, device, "--reward")
         self.same_ids = same_ids(tokenizer, self.tokenizer)
-        self.has_score_head = isinstance(getattr(self.model, "score", None), nn.Linear)
+        head = getattr(self.model, "score", None)
+        self.has_score_head = isinstance(head, nn.Linear) and head.bias is None
 
     @torch.no_grad()
     def __call__(self, examples, completions):
         pairs = list(zip(examples, completions))
         sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
-        batch = pad_batch(sequences, sequences, self.model.device, self.tokenizer.pad_token_id or 0)
+        pad_id = 0 if self.has_score_head else self.tokenizer.pad_token_id or 0  # (its own forward may look)
+        batch = pad_batch(sequences, sequences, self.model.device, pad_id)
         scores = torch.zeros(len(sequences))
         for rows in micro_batches(batch.lengths, self.args.micro_batch_tokens):
             mb = batch.rows(rows)

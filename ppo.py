@@ -96,7 +96,7 @@ class Args:
     kl_coef: float = 0.05
     """reward per nat of KL from the reference (0.05: N+)"""
     missing_eos_penalty: float = 0.0
-    """taken off the score of a completion without EOS (N+ sets such scores to -1)"""
+    """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
     """passes over a rollout (4: N+)"""
     minibatches: int = 1
@@ -133,7 +133,7 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
 
     def head(hidden, targets):
         logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
-        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time

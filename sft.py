@@ -108,7 +108,7 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
 
     def head(hidden, targets):
         logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
-        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time

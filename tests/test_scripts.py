@@ -1,0 +1,240 @@
+"""Each script end to end on a tiny model in a few steps, through its own main; the errors a person meets; resuming."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import common
+import ppo
+import reward_model
+import sft
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder with runs/sft and runs/reward_model, a few steps each, and small built-in data."""
+    folder, patch = tmp_path_factory.mktemp("chain"), pytest.MonkeyPatch()
+    patch.setattr(common, "TASK_ROWS", {"sft": 64, "preference": 64, "prompt": 64, "held out": 16})
+    common_args = dict(batch_size=16, steps=3, warmup_steps=0)
+    sft.main(sft.Args(output_dir=str(folder / "sft"), learning_rate=1e-3, **common_args))
+    args = dict(model=str(folder / "sft"), output_dir=str(folder / "reward_model"), learning_rate=1e-3)
+    reward_model.main(reward_model.Args(**args, **common_args))
+    yield folder
+    patch.undo()
+
+
+def ppo_args(chain, output_dir, **changes):
+    args = dict(model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir))
+    args |= dict(steps=2, prompts_per_step=6, num_generations=2, max_completion_length=6, learning_rate=1e-3)
+    return ppo.Args(**(args | dict(warmup_steps=0, update_epochs=2) | changes))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def refused(capsys, *words, code=2):
+    """Check that the last error was one sentence with these words."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+# ---------------------------------------------------------------- end to end
+def test_sft_saves_what_transformers_opens(chain):
+    model = AutoModelForCausalLM.from_pretrained(chain / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(chain / "sft")
+    out = model.generate(**tokenizer("dbca>", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert out.shape[1] > 5 and model.generation_config.eos_token_id == tokenizer.eos_token_id
+    steps = metrics(chain / "sft")
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    assert steps[0]["eval/loss"] > steps[-1]["eval/loss"]
+    assert {"eval/gold", "eval/gold_greedy", "eval/eos_rate"} <= steps[-1].keys()
+
+
+def test_reward_model_scores_the_same_in_transformers(chain):
+    """Right-padded rows through AutoModelForSequenceClassification give sequence_scores to 1e-5."""
+    model = AutoModelForSequenceClassification.from_pretrained(chain / "reward_model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(chain / "reward_model")
+    inputs = tokenizer(
+        ["dbca>abcd[EOS]", "hgfedcba>abcdefgh[EOS]", "ba>a"], padding=True, return_tensors="pt"
+    )
+    ours = common.load_scorer(str(chain / "reward_model"), torch.device("cpu"), "--reward")
+    with torch.no_grad():
+        theirs = model(inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, 0]
+        scores = reward_model.sequence_scores(ours, inputs.input_ids, inputs.attention_mask)
+    assert torch.allclose(scores, theirs, atol=1e-5)
+    assert tokenizer.pad_token_id not in common.eos_ids(tokenizer, str(chain / "reward_model"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ppo_starts_at_ratio_one_and_kl_zero(chain, tmp_path, temperature):
+    """Through main: before the first update the ratio is exactly 1, and the policy is the reference."""
+    ppo.main(ppo_args(chain, tmp_path / "run", temperature=temperature, eval_every=1))
+    first, second = metrics(tmp_path / "run")[1:]
+    assert first["ratio_max_dev"] == 0 and first["kl"] == 0 and second["kl"] != 0
+    assert {"gold", "score", "eval/gold", "eval/score", "eval/kl", "explained_variance"} <= first.keys()
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 3 * 16
+
+
+def test_ppo_does_not_depend_on_the_micro_batches(chain, tmp_path):
+    for budget in (20, 10_000):
+        ppo.main(ppo_args(chain, tmp_path / str(budget), micro_batch_tokens=budget, minibatches=3))
+    small, large = weights(tmp_path / "20"), weights(tmp_path / "10000")
+    assert all(torch.allclose(small[name], large[name], atol=2e-5) for name in small)
+
+
+def test_ppo_raises_an_exact_reward(chain, tmp_path):
+    """A reward that counts one letter goes up: a flipped sign anywhere would take it down."""
+    (tmp_path / "reward.py").write_text(
+        "def count(prompts, completions, rows):\n    return [text.count('a') / 6 for text in completions]\n"
+    )
+    args = dict(
+        reward=f"{tmp_path}/reward.py:count", steps=15, prompts_per_step=32, num_generations=1, kl_coef=0.0
+    )
+    ppo.main(ppo_args(chain, tmp_path / "run", **args, missing_eos_penalty=0.1, whiten_rewards=True))
+    scores = [row["score"] for row in metrics(tmp_path / "run") if "score" in row]
+    assert sum(scores[-3:]) / 3 > 3 * sum(scores[:3]) / 3 + 0.1
+
+
+def test_ppo_leaves_out_what_the_checker_cannot_judge(chain, tmp_path):
+    """If nothing is judged nothing is trained: the policy ends as it began."""
+    (tmp_path / "reward.py").write_text(
+        "def none(prompts, completions, rows):\n    return [None] * len(prompts)\n"
+    )
+    ppo.main(ppo_args(chain, tmp_path / "run", reward=f"{tmp_path}/reward.py:none", kl_coef=0.5))
+    before, after = weights(chain / "sft"), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ppo_values_start_from_a_model_that_is_named(chain, tmp_path):
+    """--value-model, and without a reward model the policy with a head that gives 0."""
+    args = ppo_args(chain, tmp_path / "run", reward="sort", steps=1, value_model=str(chain / "reward_model"))
+    ppo.main(args)
+    zero = common.load_scorer(
+        str(chain / "sft"), torch.device("cpu"), "--value-model", train=args, new_head="zero"
+    )
+    assert not zero.score.weight.any()
+
+
+def test_two_rows_are_enough(chain, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "ba>", "completion": "ab"}\n{"prompt": "dcf>", "completion": "cdf"}\n')
+    sft.main(sft.Args(model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "a"), epochs=2))
+    args = dict(dataset=str(data), reward=str(chain / "reward_model"))
+    ppo.main(ppo_args(chain, tmp_path / "b", **args))
+    assert "gold" not in metrics(tmp_path / "b")[-1]
+
+
+# ---------------------------------------------------------------- resuming
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_resume_is_exact(chain, tmp_path, monkeypatch, script):
+    """Four steps equal two steps, a stop in the middle of the third, and --resume: weights and metrics, bit for bit."""
+
+    def args(folder, **changes):
+        if script == "ppo":
+            return ppo_args(chain, tmp_path / folder, steps=4, save_every=2, eval_every=3, **changes)
+        changes |= dict(batch_size=16, steps=4, save_every=2, learning_rate=1e-3, eval_every=3)
+        return sft.Args(output_dir=str(tmp_path / folder), **changes)
+
+    main, log = {"sft": sft.main, "ppo": ppo.main}[script], common.Run.log
+
+    def broken_log(self, step, values, show):
+        log(self, step, values, show)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    main(args("whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "log", broken_log)
+        main(args("halves"))
+    main(args("halves", resume=True))
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    clock = ("tokens_per_second", "seconds/sample", "seconds/train")
+    rows = [
+        [{k: v for k, v in row.items() if k not in clock} for row in metrics(tmp_path / f)]
+        for f in ("whole", "halves")
+    ]
+    assert rows[0] == rows[1]
+    assert (tmp_path / "whole/samples.jsonl").read_text() == (tmp_path / "halves/samples.jsonl").read_text()
+
+
+def test_overwrite_moves_the_earlier_run_aside(chain, tmp_path, capsys):
+    run = dict(output_dir=str(tmp_path / "run"), batch_size=32, steps=1)
+    sft.main(sft.Args(**run))
+    with pytest.raises(SystemExit):
+        sft.main(sft.Args(**run))
+    refused(capsys, str(tmp_path / "run"), "--resume", "--overwrite")
+    sft.main(sft.Args(**run, overwrite=True))
+    assert (tmp_path / "run.old/config.json").is_file() and (tmp_path / "run/config.json").is_file()
+
+
+# ---------------------------------------------------------------- what a person meets
+@pytest.mark.parametrize(
+    "script, argv, words",
+    [
+        (reward_model, [], ["runs/sft", "python sft.py"]),
+        (ppo, [], ["runs/sft", "python sft.py"]),
+        (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
+        (sft, ["--resume"], ["--resume", "no checkpoint"]),
+        (sft, ["--steps", "0"], ["--steps is 0", "at least 1"]),
+        (sft, ["--learning-rate", "-1"], ["--learning-rate", "at least 0"]),
+        (sft, ["--learning-rate", "nan"], ["--learning-rate", "at least 0"]),
+        (sft, ["--model", "./nowhere"], ["--model ./nowhere", "no such directory"]),
+        (sft, ["--track", "wandb"], ["--track wandb", "pip install wandb"]),
+    ],
+)
+def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
+    """Exit status 2 and one sentence, before any model loads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    find = common.importlib.util.find_spec
+    monkeypatch.setattr(
+        common.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+    )
+    laptop = dict(model="runs/sft", overwrite=True) if script is not sft else dict(overwrite=True)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(common.cli(script.Args, laptop=laptop))
+    assert stopped.value.code == 2
+    refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(minibatches=13), ["--minibatches is 13", "12 completions"]),
+        (dict(reward=None), ["--reward is missing"]),
+        (dict(temperature=0.0), ["--temperature"]),
+        (dict(max_completion_length=100), ["context of 64", "--max-completion-length"]),
+        (dict(max_prompt_length=2), ["no row is left", "longer than --max-prompt-length 2"]),
+        (dict(reward="./nowhere"), ["--reward ./nowhere", "no such directory"]),
+    ],
+)
+def test_ppo_refuses(chain, tmp_path, capsys, changes, words):
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo_args(chain, tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    refused(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):
+    """Before the update is applied, with status 1, and with the last good checkpoint in place."""
+    args = dict(output_dir=str(tmp_path / "run"), batch_size=16, steps=4, save_every=1, warmup_steps=0)
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(sft.Args(**args, learning_rate=1e30, lr_schedule="constant"))
+    assert stopped.value.code == 1
+    refused(capsys, "is nan", "nothing was updated")
+    assert (tmp_path / "run/checkpoint/state.json").is_file()
+
+
+def test_text_on_the_screen_is_escaped():
+    assert common.one_line("a\nb\x1b[31m", 40) == "a\\nb\\x1b[31m"
+    assert len(common.one_line("x" * 500, 40)) == 40
