@@ -60,6 +60,7 @@ def cli(Args, laptop):
 
 AT_LEAST = dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"], 0)
 AT_LEAST |= dict.fromkeys(["save_every", "kl_coef", "missing_eos_penalty", "value_coef", "epsilon"], 0)
+AT_LEAST |= dict.fromkeys(["value_clip", "gamma", "lam", "epsilon_high", "center_coef"], 0)
 AT_LEAST |= dict.fromkeys(["steps", "epochs", "batch_size", "micro_batch_tokens", "log_every"], 1)
 AT_LEAST |= dict.fromkeys(["prompts_per_step", "num_generations", "update_epochs", "minibatches"], 1)
 AT_LEAST |= dict.fromkeys(["max_length", "max_prompt_length", "max_completion_length"], 1)
@@ -74,11 +75,13 @@ def setup(args):
             stop(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
     if not getattr(args, "temperature", 1.0) > 0:
         stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
+    if max(getattr(args, "gamma", 0), getattr(args, "lam", 0)) > 1:
+        stop(f"--gamma is {args.gamma} and --lam {args.lam}; neither may be above 1")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         stop("several processes are not supported yet: start this script with python, not torchrun")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
-    if args.resume and not Path(args.output_dir, "checkpoint", "state.json").is_file():
+    if args.resume and find_checkpoint(args.output_dir) is None:
         stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
     if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
         stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
@@ -178,9 +181,10 @@ def load_scorer(path, device, flag, train=None, new_head=None):
     config.num_labels = 1
     options = dict(config=config, dtype=torch.float32, use_safetensors=True)
     model = _load(AutoModelForSequenceClassification, flag, path, **options)
+    head = getattr(model, "score", None)
+    if train is not None and (not isinstance(head, nn.Linear) or head.bias is not None):
+        stop(f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model")
     if not is_scorer:
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            stop(f"{flag} {path}: {type(model).__name__} has no `score` head; use a decoder-only model")
         draw = torch.randn(model.score.weight.shape, generator=generator(train.seed, "head"))
         std = 1 / math.sqrt(model.score.in_features + 1) if new_head == "normal" else 0.0
         model.score.weight.data.copy_(draw * std)
@@ -206,7 +210,11 @@ def head_logits(model, hidden):
     """(N, H) last hidden states -> (N, V) logits in float32, scaled and capped as the model's own forward
     does."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
+    kind = hidden.device.type
+    # with autocast's cached copy of the head the gradients of the chunks would be summed up in bfloat16
+    cast = dict(enabled=torch.is_autocast_enabled(kind), cache_enabled=not torch.is_grad_enabled())
+    with torch.autocast(kind, torch.bfloat16, **cast):
+        logits = model.get_output_embeddings()(hidden).float()
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
@@ -243,11 +251,11 @@ def choose_pad(tokenizer, model, eos):
 # ---------------------------------------------------------------- 3. the built-in task: letters into order
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TASK_ROWS = {"sft": 160, "preference": 40_000, "prompt": 20_000, "held out": 500}  # demonstrations are scarce
+TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}  # demonstrations are scarce
 
 
 def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task: 4 to 8 different letters, prompt `dbca>`, answer `abcd`; messages with
+    """Rows of the built-in task: 4 to 7 different letters, prompt `dbca>`, answer `abcd`; messages with
     `chat`.
 
     Whether letters are held out depends on the letters alone, and the held-out rows are the same for every
@@ -256,7 +264,7 @@ def task_rows(kind, held_out, seed, chat=False):
     """
     draw, rows = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}"), []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
-        letters = "".join(draw.sample(LETTERS, draw.randint(4, 8)))
+        letters = "".join(draw.sample(LETTERS, draw.randint(4, 7)))
         if (zlib.crc32(letters.encode()) % 8 == 0) != held_out:
             continue
         message = {"role": "user", "content": f"Put these letters into alphabetical order: {letters}"}
@@ -428,7 +436,7 @@ def _shared_prefix(row, where):
     if isinstance(chosen, list):
         cut = min(cut, len(chosen) - 1, len(rejected) - 1)
     elif chosen != rejected:
-        match = re.match(r"(.*\n\nAssistant:)|(.*\s)", chosen[:cut], re.DOTALL)
+        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
         cut = match.end() if match else 0
     if cut == 0:
         stop(f"{where}: `chosen` and `rejected` do not begin alike; wanted {WANTED['preference']}")
@@ -529,16 +537,13 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
             continue
         if kind == "sft":
             sequence = prompt_ids + answers[-1]
-            mask = [0] * len(sequence)
-            for (before, _), answer in zip(
-                splits, answers
-            ):  # --train-on all: each turn must continue the last
-                if sequence[: len(before) + len(answer)] != before + answer:
-                    mask = []
-                mask[len(before) : len(before) + len(answer)] = [1] * len(answer)
-            if len(mask) != len(sequence):
+            spans = [(len(before), before + answer) for (before, _), answer in zip(splits, answers)]
+            if any(sequence[: len(text)] != text for _, text in spans):  # (--train-on all)
                 dropped["whose turns the chat template does not render as prefixes"] += 1
                 continue
+            mask = [0] * len(sequence)
+            for first, text in spans:
+                mask[first : len(text)] = [1] * (len(text) - first)
             example |= dict(ids=sequence, mask=mask)
         elif kind == "preference":
             if answers[0] == answers[1]:
@@ -574,11 +579,17 @@ def shuffled(examples, seed, first, last):
     return picked
 
 
+def context_of(model):
+    """The longest sequence that the model's positions were made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
 def check_context(model, tokens, flag):
-    """Stop if a sequence of that many tokens is over what the model's positions were made for."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
-    if tokens > context:
-        stop(f"sequences of {tokens} tokens do not fit the model's context of {context}: lower {flag}")
+    """Stop if sequences of that many tokens do not fit."""
+    if tokens > context_of(model):
+        stop(
+            f"sequences of {tokens} tokens do not fit a model's context of {context_of(model)}: lower {flag}"
+        )
 
 
 # ---------------------------------------------------------------- 5. batches
@@ -731,6 +742,11 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 CHECKERS = {TASK: (task_checker, "answer")}  # name: (function, the column of the data set that it reads)
 
 
+def find_gold(args):
+    """The exact checker of the data set itself, for `gold`; None if it has none."""
+    return task_checker if args.dataset == TASK and args.eval_dataset in (None, TASK) else None
+
+
 def find_checker(reward, examples):
     """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model. Loads
     no model."""
@@ -810,7 +826,9 @@ class RewardModel:
             with self.autocast():
                 if self.has_score_head:
                     hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-                    last = hidden[torch.arange(len(rows)), mb.attention_mask.sum(1) - 1].float()
+                    last = hidden[
+                        torch.arange(len(rows), device=hidden.device), mb.attention_mask.sum(1) - 1
+                    ].float()
                     scores[rows] = (last * self.model.score.weight[0]).sum(-1).cpu()
                 else:
                     scores[rows] = self.model(**inputs).logits[:, 0].float().cpu()
@@ -861,6 +879,12 @@ def set_learning_rate(optimizer, args, step, steps):
     return rate
 
 
+def find_checkpoint(folder):
+    """Its checkpoint, or the one before if the run died between the two renames; None if it has none."""
+    names = [Path(folder, name) for name in ("checkpoint", "checkpoint.old")]
+    return next((name for name in names if (name / "state.json").is_file()), None)
+
+
 def due(every, step, steps):
     """True after every `every`-th step (0: none of them) and after the last."""
     return step == steps or (every > 0 and step % every == 0)
@@ -900,7 +924,7 @@ class Run:
         """--resume: read models and optimiser, cut the logs back to the checkpoint -> steps done (else 0)."""
         if not self.args.resume:
             return 0
-        folder = self.dir / "checkpoint"
+        folder = find_checkpoint(self.dir)
         step = json.loads((folder / "state.json").read_text())["step"]
         for name, model in models.items():
             load_weights(model, folder / f"{name}.safetensors", device=str(model.device))
@@ -955,7 +979,11 @@ class Run:
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
         with open(self.dir / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
+            for row in rows:
+                row = {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+                }
+                file.write(json.dumps({"step": step} | row) + "\n")
         width = max(40, shutil.get_terminal_size().columns - 24)
         for row in rows[:3]:
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -972,8 +1000,11 @@ class Run:
     def finish(self, model, tokenizer, stop_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
         if model.can_generate():
-            model.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            ids = dict(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+            ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+            model.generation_config = transformers.GenerationConfig(
+                **ids
+            )  # no top-k or top-p of the checkpoint's
         model.save_pretrained(self.dir)
         tokenizer.save_pretrained(self.dir)
         self.bar.close()

@@ -30,9 +30,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import RewardModel, Run, call_checker, check_context, cli, completion_batch, completion_text, due
-from common import eos_ids, find_checker, generator, head_logits, load_examples, load_held_out, load_policy
+from common import (
+    eos_ids,
+    find_checker,
+    find_gold,
+    generator,
+    head_logits,
+    load_examples,
+    load_held_out,
+    load_policy,
+)
 from common import load_scorer, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
-from common import set_learning_rate, setup, shuffled, stop
+from common import same_ids, set_learning_rate, setup, shuffled, stop
 
 
 @dataclass
@@ -109,7 +118,7 @@ class Args:
     """where values start; without it the reward model if its tokens are the policy's, else the policy with a
     zero head"""
     value_coef: float = 0.1
-    """weight of the value loss (0.1: N+)"""
+    """weight of the value loss (0.1: N+). Adam hides it where, as here, the value model stands apart"""
     value_clip: float = 0.2
     """a value moves this far from its old one before its gradient stops (0.2: N+)"""
     gamma: float = 1.0
@@ -117,7 +126,7 @@ class Args:
     lam: float = 0.95
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
-    """divide rewards by their standard deviation (Ziegler et al. 2019 do, N+ does not)"""
+    """divide rewards by their standard deviation (lm-human-preferences does, N+ does not)"""
 
 
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
@@ -136,10 +145,10 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
     chunks = list(zip(hidden.split(size), targets.split(size)))
     if len(chunks) > 1 and torch.is_grad_enabled():
-        chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         chunks = [head(*chunk) for chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
@@ -216,7 +225,7 @@ def value_loss(values, old_values, returns, weights, value_clip):
 
 
 @torch.no_grad()
-def evaluate(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
+def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
     """Held-out prompts, one greedy and one sampled completion each: score (what is optimised), gold (the data
     set's own exact checker, if it has one), and KL from the reference in nats per sequence (of the sampled
     ones)."""
@@ -266,16 +275,19 @@ def main(args):
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
     checker = find_checker(args.reward, examples + held_out)
-    gold_checker = find_checker(args.dataset, held_out) if args.dataset == "sort" else None
+    gold_checker = find_gold(args)
     policy = load_policy(args.model, device, train=args)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
-    check_context(policy, longest, "--max-prompt-length or --max-completion-length")
     reference = load_policy(args.model, device)
     reward_model = None if checker else RewardModel(args, tokenizer, device, autocast, stop_ids)
     # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
     from_reward = reward_model is not None and reward_model.same_ids and reward_model.has_score_head
     values_from = args.value_model or (args.reward if from_reward else args.model)
+    if not same_ids(tokenizer, load_tokenizer(values_from, "--value-model")):
+        stop(f"--value-model {values_from}: its tokens are not the policy's, so it cannot value them")
     value_model = load_scorer(values_from, device, "--value-model", train=args, new_head="zero")
+    for model in (policy, value_model, *([reward_model.model] if from_reward else [])):
+        check_context(model, longest, "--max-prompt-length or --max-completion-length")
     models = {"policy": policy, "value_model": value_model}
     optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
 
@@ -288,9 +300,9 @@ def main(args):
         return over_micro_batches(function, batch, args.micro_batch_tokens, autocast)
 
     run = Run(args, args.steps)
-    start = run.restore(models, optimizer)
+    start, metrics = run.restore(models, optimizer), {}
     if start == 0 and held_out:
-        metrics, rows = evaluate(
+        metrics, rows = evaluate_policy(
             policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
         )
         run.samples(0, rows)
@@ -333,6 +345,7 @@ def main(args):
         # 6. rewards whitened without moving their mean, if asked (lm-human-preferences)
         # 7. returns are taken before 8. advantages are whitened over all tokens of the batch (N+)
         rewards = token_rewards(penalised, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
+        reward = rewards.sum(1)[judged].mean()
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, train_mask, shift_mean=False)
         advantages, returns = gae(rewards, old_values, train_mask, args.gamma, args.lam)
@@ -340,12 +353,12 @@ def main(args):
 
         # updates: epochs of minibatches of micro-batches; one denominator per minibatch, however it is cut
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        policy_losses, value_losses, clipped_tokens, ratio_max_dev = [], [], 0.0, None
+        losses, clipped_tokens, ratio_max_dev = [], 0.0, 0.0
         for epoch in range(args.update_epochs):
             order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
             for minibatch in order.tensor_split(args.minibatches):
                 tokens = train_mask[minibatch].sum().clamp(min=1)
-                pg_sum, vf_sum, deviation = 0.0, 0.0, 0.0
+                pg_sum, vf_sum = 0.0, 0.0
                 for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
                     mb = batch.rows(rows)
                     part = rows, slice(mb.input_ids.shape[1] - 1)
@@ -353,52 +366,53 @@ def main(args):
                     mb_weights, mb_old_logprobs = mb_mask / tokens, old_logprobs[part] * mb_mask
                     with autocast():
                         mb_logprobs, _ = token_logprobs(policy, *mb_inputs, mb_mask, args.temperature)
-                        mb_values = token_values(value_model, *mb_inputs, mb_mask)
                     clip = args.epsilon, args.epsilon_high
                     pg_loss, clipped = policy_loss(
                         mb_logprobs, mb_old_logprobs, advantages[part], mb_weights, *clip
                     )
+                    pg_loss.backward()  # before the value model's activations exist
+                    with autocast():
+                        mb_values = token_values(value_model, *mb_inputs, mb_mask)
                     vf_loss, _ = value_loss(
                         mb_values, old_values[part], returns[part], mb_weights, args.value_clip
                     )
-                    (pg_loss + args.value_coef * vf_loss).backward()
+                    (args.value_coef * vf_loss).backward()
                     pg_sum, vf_sum = pg_sum + pg_loss.detach(), vf_sum + vf_loss.detach()
                     clipped_tokens += clipped.sum()
-                    ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
-                    deviation = max(deviation, (ratio - 1).abs().max().item())
+                    if not losses:  # before the first update the ratio is 1, up to rounding
+                        ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                        ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
                 # the two norms are clipped apart: with one for both the value loss would slow the policy down
                 max_norm = args.max_grad_norm or float("inf")
                 grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
                 value_grad_norm = nn.utils.clip_grad_norm_(value_model.parameters(), max_norm)
-                loss = pg_sum + args.value_coef * vf_sum
-                run.stop_unless_finite(
-                    step + 1, loss=loss, grad_norm=grad_norm, value_grad_norm=value_grad_norm
-                )
+                norms = dict(grad_norm=grad_norm, value_grad_norm=value_grad_norm)
+                run.stop_unless_finite(step + 1, loss=pg_sum + vf_sum, **norms)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                ratio_max_dev = deviation if ratio_max_dev is None else ratio_max_dev
-                policy_losses.append(pg_sum)
-                value_losses.append(vf_sum)
+                losses.append([float(x) for x in (pg_sum, vf_sum, grad_norm, value_grad_norm)])
 
         # log, eval, save
-        errors = returns - old_values
+        losses, errors = torch.tensor(losses), returns - old_values
         unexplained = masked_mean((errors - masked_mean(errors, train_mask)) ** 2, train_mask)
         variance = masked_mean((returns - masked_mean(returns, train_mask)) ** 2, train_mask)
         metrics = {
-            "loss/policy": torch.stack(policy_losses).mean(),
-            "loss/value": torch.stack(value_losses).mean(),
-            "reward": rewards.sum(1)[judged].mean(),
+            "loss": losses[:, 0].mean() + args.value_coef * losses[:, 1].mean(),
+            "loss/policy": losses[:, 0].mean(),
+            "loss/value": losses[:, 1].mean(),
+            "reward": reward,
             "score": scores.nanmean(),
             "kl": ((old_logprobs - ref_logprobs) * mask).sum(1).mean(),
             "entropy": masked_mean(entropy, mask),
-            "ratio_max_dev": ratio_max_dev,  # before the first update: 0, or rounding
+            "ratio_max_dev": ratio_max_dev,
             "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
-            "explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+            "explained_variance": 1 - unexplained / variance if variance > 1e-8 else float("nan"),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": finished.float().mean(),
-            "grad_norm": grad_norm,
+            "grad_norm": losses[:, 2].mean(),
+            "value_grad_norm": losses[:, 3].mean(),
             "learning_rate": learning_rate,
-            "tokens_per_second": mask.sum() / (sampled - began),
+            "tokens_per_second": sum(batch.lengths) / (time.time() - began),
             "seconds/sample": sampled - began,
             "seconds/train": time.time() - sampled,
         }
@@ -406,7 +420,7 @@ def main(args):
             gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
             metrics["gold"] = gold.nanmean()
         if held_out and due(args.eval_every, step + 1, args.steps):
-            evals, rows = evaluate(
+            evals, rows = evaluate_policy(
                 policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
             )
             metrics |= evals
@@ -419,8 +433,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(model="runs/sft", reward="runs/reward_model", steps=60, prompts_per_step=512, minibatches=4)
+    # the reward model never saw text without EOS, and PPO finds that out unless such text costs something
+    laptop = dict(model="runs/sft", reward="runs/reward_model", steps=80, prompts_per_step=512, minibatches=4)
     laptop |= dict(
-        max_completion_length=10, learning_rate=3e-4, warmup_steps=5, update_epochs=1, eval_every=20
+        max_completion_length=10, update_epochs=1, learning_rate=1.5e-4, warmup_steps=5, kl_coef=0.03
     )
-    main(cli(Args, laptop=laptop | dict(value_clip=5.0, overwrite=True)))
+    laptop |= dict(missing_eos_penalty=5.0, value_clip=2.0, eval_every=20, overwrite=True)
+    main(cli(Args, laptop=laptop))

@@ -50,7 +50,7 @@ class Args:
     """of data order, sampling and new weights"""
     steps: int | None = None
     """optimiser steps at most; without it, --epochs decides"""
-    learning_rate: float = 1e-5
+    learning_rate: float = 9e-6
     """peak, of AdamW (9e-6: Ouyang et al. 2022)"""
     warmup_steps: int = 10
     """steps of linear warm-up"""
@@ -116,7 +116,7 @@ def pair_length(example):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, examples, args, autocast):
+def evaluate_pairs(model, tokenizer, examples, args, autocast):
     """Held-out accuracy (a tie counts half), its binomial standard error, margin, and mean and spread of the
     scores."""
     chosen, rejected = torch.zeros(len(examples)), torch.zeros(len(examples))
@@ -161,9 +161,10 @@ def main(args):
     steps = -(-args.epochs * len(examples) // args.batch_size)
     steps = min(steps, args.steps or steps)
     run = Run(args, steps)
-    start = run.restore({"model": model}, optimizer)
+    start, metrics = run.restore({"model": model}, optimizer), {}
     if start == 0 and held_out:
-        metrics, rows = evaluate(model, tokenizer, held_out, args, autocast)
+        metrics, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
+        run.samples(0, rows)
         run.log(0, metrics, show=[])
     for step in range(start, steps):
         # data: the next pairs, in an order of its own for every epoch
@@ -199,7 +200,7 @@ def main(args):
         metrics = {"loss": loss_sum, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm}
         metrics |= {"learning_rate": learning_rate, "tokens_per_second": tokens / (time.time() - began)}
         if held_out and due(args.eval_every, step + 1, steps):
-            evals, rows = evaluate(model, tokenizer, held_out, args, autocast)
+            evals, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
@@ -210,5 +211,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(model="runs/sft", steps=450, learning_rate=6e-4, warmup_steps=20, overwrite=True)
-    main(cli(Args, laptop=laptop))
+    # centred scores mean the same for every prompt; Bradley-Terry alone leaves a constant per prompt open, and PPO
+    # would have to learn it before it could learn anything else
+    laptop = dict(
+        model="runs/sft", steps=1000, batch_size=32, learning_rate=6e-4, warmup_steps=20, overwrite=True
+    )
+    main(cli(Args, laptop=laptop | dict(center_coef=0.03)))

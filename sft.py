@@ -24,20 +24,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (
-    Run,
-    call_checker,
-    check_context,
-    cli,
-    completion_text,
-    due,
-    eos_ids,
-    find_checker,
-    generator,
-)
-from common import head_logits, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
-from common import micro_batches, pad_batch, sample, set_learning_rate, setup, shuffled, tiny_policy
-from common import tiny_tokenizer
+from common import Run, call_checker, check_context, cli, completion_text, context_of, due, eos_ids, find_gold
+from common import generator, head_logits, load_examples, load_held_out, load_policy, load_tokenizer
+from common import make_optimizer, micro_batches, pad_batch, sample, set_learning_rate, setup, shuffled
+from common import tiny_policy, tiny_tokenizer
 
 
 @dataclass
@@ -111,10 +101,10 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits at a time
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
     chunks = list(zip(hidden.split(size), targets.split(size)))
     if len(chunks) > 1 and torch.is_grad_enabled():
-        chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         chunks = [head(*chunk) for chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
@@ -129,7 +119,7 @@ def sft_loss(logprobs, weights):
 
 
 @torch.no_grad()
-def evaluate(policy, tokenizer, examples, checker, stop_ids, args, autocast):
+def evaluate_answers(policy, tokenizer, examples, checker, stop_ids, args, autocast):
     """Held-out loss (nats per token), and samples at temperature 1: how many stop, and how many are right
     (`gold`)."""
     total, tokens = 0.0, 0
@@ -143,8 +133,9 @@ def evaluate(policy, tokenizer, examples, checker, stop_ids, args, autocast):
         total, tokens = total - logprobs.sum().item(), tokens + mask.sum().item()
     metrics = {"eval/loss": total / tokens}
     prompts, examples = [e["prompt_ids"] for e in examples[:500]], examples[:500]
-    limit = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
-    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)):
+    longest = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
+    limit = min(longest, context_of(policy) - max(map(len, prompts)))
+    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)) if checker else (("", 1.0),):
         with autocast():
             draw = generator(args.seed, "evaluate")
             completions, _ = sample(policy, prompts, 1, limit, temperature, stop_ids, draw)
@@ -168,7 +159,7 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "sft", args)
     held_out = load_held_out(tokenizer, "sft", args)
-    checker = find_checker("sort", held_out) if args.dataset == "sort" else None
+    checker = find_gold(args)
     policy = (
         load_policy(args.model, device, train=args) if args.model else tiny_policy(tokenizer, device, args)
     )
@@ -177,9 +168,10 @@ def main(args):
     steps = -(-args.epochs * len(examples) // args.batch_size)
     steps = min(steps, args.steps or steps)
     run = Run(args, steps)
-    start = run.restore({"policy": policy}, optimizer)
+    start, metrics = run.restore({"policy": policy}, optimizer), {}
     if start == 0 and held_out:
-        metrics, rows = evaluate(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
+        metrics, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
+        run.samples(0, rows)
         run.log(0, metrics, show=[])
     for step in range(start, steps):
         # data: the next rows, in an order of its own for every epoch
@@ -210,7 +202,7 @@ def main(args):
         metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
         if held_out and due(args.eval_every, step + 1, steps):
-            evals, rows = evaluate(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
+            evals, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
@@ -221,5 +213,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    laptop = dict(epochs=125, learning_rate=1e-3, warmup_steps=20, overwrite=True)
+    laptop = dict(epochs=120, learning_rate=1e-3, warmup_steps=20, overwrite=True)
     main(cli(Args, laptop=laptop))

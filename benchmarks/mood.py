@@ -1,11 +1,10 @@
 """Mood of a story, an exact checker, and what PPO did to it.
 
-    --reward benchmarks/mood.py:mood          positive minus negative words, as a reward for any script
-    python benchmarks/mood.py runs/story_ppo  table of the first against the last evaluation in a run's samples.jsonl
+    --reward benchmarks/mood.py:mood             positive minus negative words, as a reward for any script
+    python benchmarks/mood.py runs/stories/ppo   the first against the last evaluation in that samples.jsonl
 
-Words are those of the opinion lexicon of Hu and Liu (2004), read from ../shared/data/opinion_lexicon.json, which is not part
-of this repository; the environment variable MOOD_LEXICON names another place.
-"""
+Words are those of the opinion lexicon of Hu and Liu (2004), read from ../shared/data/opinion_lexicon.json,
+which is not part of this repository; the environment variable MOOD_LEXICON names another place."""
 
 import json
 import math

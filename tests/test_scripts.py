@@ -1,4 +1,5 @@
-"""Each script end to end on a tiny model in a few steps, through its own main; the errors a person meets; resuming."""
+"""Each script end to end on a tiny model in a few steps, through its own main; the errors a person meets;
+resuming."""
 
 import json
 import sys
@@ -135,7 +136,8 @@ def test_two_rows_are_enough(chain, tmp_path):
 # ---------------------------------------------------------------- resuming
 @pytest.mark.parametrize("script", ["sft", "ppo"])
 def test_resume_is_exact(chain, tmp_path, monkeypatch, script):
-    """Four steps equal two steps, a stop in the middle of the third, and --resume: weights and metrics, bit for bit."""
+    """Four steps equal two steps, a stop in the middle of the third, and --resume: weights and metrics, bit
+    for bit."""
 
     def args(folder, **changes):
         if script == "ppo":
