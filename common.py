@@ -42,7 +42,7 @@ def stop(message, status=2):
 
 
 def cli(Args, laptop):
-    """Command line -> Args. Without --model this is the laptop run: `laptop` replaces defaults, flags still
+    """Command line -> Args. Without --model it is the laptop run: `laptop` replaces defaults, flags still
     win."""
     argv = sys.argv[1:]
     real = any(flag == "--model" or flag.startswith("--model=") for flag in argv)
@@ -67,8 +67,7 @@ AT_LEAST |= dict.fromkeys(["max_length", "max_prompt_length", "max_completion_le
 
 
 def setup(args):
-    """Check flags and folder before anything loads, pick the device and say so. Returns (device,
-    autocast)."""
+    """Check flags and folder before anything loads, choose the device -> (device, autocast)."""
     for name, low in AT_LEAST.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:
@@ -93,8 +92,7 @@ def setup(args):
 
 
 def generator(seed, purpose, step=0):
-    """A torch.Generator that is a function of its arguments: a resumed run has no generator state to
-    restore."""
+    """A torch.Generator that its arguments determine: a resumed run has no generator state to restore."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -136,8 +134,7 @@ def end_of_turn_id(tokenizer):
 
 
 def eos_ids(tokenizer, path):
-    """All ids that end a completion, sorted: the tokenizer's, the generation config's, the chat
-    template's."""
+    """All ids that end a completion, sorted: of tokenizer, generation config and chat template."""
     ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
     if path is not None:
         try:
@@ -149,8 +146,7 @@ def eos_ids(tokenizer, path):
 
 
 def _load_config(flag, path):
-    """Its config with dropout off: else two forwards differ, and the ratio is not 1 before the first
-    update."""
+    """Its config, dropout off: else two forwards differ, and the ratio is not 1 before the first update."""
     config = _load(AutoConfig, flag, path)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
@@ -160,8 +156,7 @@ def _load_config(flag, path):
 
 
 def load_policy(path, device, train=None):
-    """A causal language model, float32 weights. `train`: the Args of the run that trains it; None freezes
-    it."""
+    """A causal language model, float32 weights. `train`: Args of the run that trains it; None: frozen."""
     options = dict(config=_load_config("--model", path), dtype=torch.float32, use_safetensors=True)
     return _prepare(_load(AutoModelForCausalLM, "--model", path, **options), device, train)
 
@@ -207,8 +202,7 @@ def _prepare(model, device, train):
 
 
 def head_logits(model, hidden):
-    """(N, H) last hidden states -> (N, V) logits in float32, scaled and capped as the model's own forward
-    does."""
+    """(N, H) last hidden states -> (N, V) float32 logits, scaled and capped as in the model's own forward."""
     config = model.config.get_text_config()
     kind = hidden.device.type
     # with autocast's cached copy of the head the gradients of the chunks would be summed up in bfloat16
@@ -235,8 +229,7 @@ def _check_head(model):
 
 
 def choose_pad(tokenizer, model, eos):
-    """Give a reward model a PAD that is no EOS: transformers pools its score at the last id that is not
-    PAD."""
+    """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not PAD."""
     named = [i for i in _special_ids(tokenizer) if "pad" in tokenizer.convert_ids_to_tokens(i).lower()]
     ids = [i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i not in (None, *eos)]
     if ids:
@@ -401,8 +394,8 @@ def _field(row, key, where, kind):
 
 
 def _prompt(row, where, kind, template, chat):
-    """The prompt of a row: a text through --prompt-template, or messages. Alpaca and GSM8K have their own
-    template."""
+    """The prompt of a row: a text through --prompt-template (Alpaca's and GSM8K's are built in), or
+    messages."""
     if "prompt" in row and not isinstance(_field(row, "prompt", where, kind), str):
         if template != "{prompt}":
             stop(f"{where}: --prompt-template is for texts, and `prompt` is a list of messages here")
@@ -485,8 +478,7 @@ def _turns(row, where, kind, args, chat):
 
 
 def encode(tokenizer, texts, is_chat, keep_eos=False):
-    """Ids of many texts at once. A chat template writes BOS itself; to a plain text the tokenizer adds it,
-    once."""
+    """Ids of many texts. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
     eos = [] if keep_eos or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
     own = [eos and i[-1:] == eos and not text.endswith(tokenizer.eos_token) for i, text in zip(ids, texts)]
@@ -529,9 +521,8 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
             answer = whole[len(before) :]
             if is_chat and end in answer:  # templates add a newline after the end of the turn: not trained
                 answer = answer[: len(answer) - answer[::-1].index(end)]
-            answers.append(
-                answer if answer and answer[-1] in (end, tokenizer.eos_token_id) else answer + [end]
-            )
+            ended = answer[-1:] in ([end], [tokenizer.eos_token_id])
+            answers.append(answer if ended else answer + [end])
         if len(prompt_ids) + max(map(len, answers), default=0) > limit:
             dropped[f"longer than --max-{'prompt-' if kind == 'prompt' else ''}length {limit}"] += 1
             continue
@@ -559,8 +550,7 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
 
 
 def load_held_out(tokenizer, kind, args):
-    """Examples of --eval-dataset; for the built-in task its own held-out rows; else none, and one line says
-    so."""
+    """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line says so."""
     dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
     if dataset is None:
         print("no --eval-dataset: nothing is held out")
@@ -568,8 +558,7 @@ def load_held_out(tokenizer, kind, args):
 
 
 def shuffled(examples, seed, first, last):
-    """Examples number first to last - 1 of an endless stream, every pass over the data in an order of its
-    own."""
+    """Examples number first to last - 1 of an endless stream, each pass over the data in its own order."""
     n, picked = len(examples), []
     for epoch in range(first // n, (last - 1) // n + 1):
         order = torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
@@ -610,8 +599,7 @@ class Batch:
 
 
 def pad_batch(sequences, masks, device, pad_id=0):
-    """Lists of ids, and of 0/1 of the same lengths -> Batch. Padding is never read: any id of the model will
-    do."""
+    """Lists of ids, and of 0/1 of equal lengths -> Batch. Padding is never read: any id will do."""
     lengths, width = [len(ids) for ids in sequences], max(map(len, sequences))
     input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
     attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
@@ -682,30 +670,26 @@ def sample(model, prompts, num_generations, max_new_tokens, temperature, stop_id
 
 @torch.no_grad()
 def _sample_wave(model, prompts, num_generations, temperature, stop_ids, noise):
-    """Left-padded prompts go through the model once; each prompt's cache is then shared by its
-    generations."""
+    """Left-padded prompts go through the model once; their cache is then shared by their generations."""
     device, width, (rows, max_new_tokens) = model.device, max(map(len, prompts)), noise.shape
     token = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position = (seen.cumsum(1) - 1).clamp(
-        min=0
-    )  # without it left padding is wrong for learned positions (GPT-2)
+    # left padding without positions of its own is wrong for learned ones (GPT-2)
+    position = (seen.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=model.config)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logps, lengths = torch.zeros(rows, max_new_tokens, device=device), torch.full((rows,), max_new_tokens)
-    lengths, row = (
-        lengths.to(device),
-        torch.arange(rows, device=device),
-    )  # row: whose line of the cache each is
-    unfinished, stop_ids = torch.ones_like(row, dtype=torch.bool), torch.tensor(stop_ids, device=device)
+    logps = torch.zeros(rows, max_new_tokens, device=device)
+    lengths = torch.full((rows,), max_new_tokens, device=device)
+    row = torch.arange(rows, device=device)  # which row each line of the cache belongs to
+    unfinished = torch.ones(rows, dtype=torch.bool, device=device)
+    stop_ids = torch.tensor(stop_ids, device=device)
     for t in range(max_new_tokens):
         inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
         logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         if t == 0:
             cache.batch_repeat_interleave(num_generations)
-            logits, seen, position = (
-                x.repeat_interleave(num_generations, 0) for x in (logits, seen, position)
-            )
+            spread = (x.repeat_interleave(num_generations, 0) for x in (logits, seen, position))
+            logits, seen, position = spread
         logp = (logits / (temperature or 1.0)).log_softmax(-1)
         if temperature:
             cdf = logp.double().exp().cumsum(-1)  # right=True: a token of probability 0 is never drawn
@@ -722,17 +706,15 @@ def _sample_wave(model, prompts, num_generations, temperature, stop_ids, noise):
         if left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
             keep = unfinished.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            row, token, seen, position, unfinished = (
-                x[keep] for x in (row, token, seen, position, unfinished)
-            )
+            kept = (x[keep] for x in (row, token, seen, position, unfinished))
+            row, token, seen, position, unfinished = kept
         seen, position = torch.cat([seen, seen.new_ones(len(row), 1)], 1), position[:, -1:] + 1
     lengths = lengths.tolist()
     return [[x[:n] for x, n in zip(values.tolist(), lengths)] for values in (tokens, logps)]
 
 
 def completion_text(tokenizer, prompt_ids, completion_ids):
-    """decode(prompt + completion) without decode(prompt), no special tokens; alone it could lose a leading
-    space."""
+    """decode(prompt + completion) less decode(prompt), no special tokens; alone it could lose a space."""
     options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     before, whole = (tokenizer.decode(ids, **options) for ids in (prompt_ids, prompt_ids + completion_ids))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion_ids, **options)
@@ -748,8 +730,7 @@ def find_gold(args):
 
 
 def find_checker(reward, examples):
-    """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model. Loads
-    no model."""
+    """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model."""
     if reward is None:
         stop(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function")
     if reward in CHECKERS:
@@ -776,17 +757,16 @@ def find_checker(reward, examples):
 
 
 def call_checker(function, tokenizer, examples, completions, stop_ids):
-    """Score completions (lists of ids) with a checker -> (B,) float32, its None (cannot judge) as NaN; and
-    their texts."""
+    """Completions (lists of ids) by a checker -> (B,) float32, NaN for None (cannot judge), and texts."""
     texts = [completion_text(tokenizer, e["prompt_ids"], c) for e, c in zip(examples, completions)]
     rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
     scores, name = function([e["prompt"] for e in examples], texts, rows), f"the reward {function.__name__}"
     if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
         found = f"{len(scores)} values" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
-        stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion", 1)
+        stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion")
     for text, score in zip(texts, scores):
         if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
-            stop(f"{name} returned {score!r} for {text[:60]!r}; return None where it cannot judge", 1)
+            stop(f"{name} returned {score!r} for {text[:60]!r}; return None where it cannot judge")
     return torch.tensor([math.nan if score is None else float(score) for score in scores]), texts
 
 
@@ -867,8 +847,7 @@ def make_optimizer(models, args, eps=1e-8):
 
 
 def set_learning_rate(optimizer, args, step, steps):
-    """Linear warm-up, then --lr-schedule, to 0 after the last step. A function of the step: nothing to
-    resume."""
+    """Linear warm-up, then --lr-schedule, to 0 after the last step: a function of the step alone."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
         args.lr_schedule
@@ -897,8 +876,7 @@ def one_line(text, width):
 
 
 class Run:
-    """The folder of a run: args.json, metrics.jsonl, samples.jsonl, checkpoint/, in the end the model; and
-    the screen."""
+    """A run's folder (args.json, metrics.jsonl, samples.jsonl, checkpoint/, at last the model) and screen."""
 
     def __init__(self, args, steps):
         self.args, self.steps, self.dir, self.tracker = args, steps, Path(args.output_dir), None
@@ -956,8 +934,8 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def log(self, step, metrics, show):
-        """A line of metrics.jsonl; the metrics named in `show` go to the progress bar, or as a line to a log
-        file."""
+        """A line of metrics.jsonl; the metrics named in `show` go to the progress bar or, in a log, a
+        line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

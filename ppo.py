@@ -1,25 +1,22 @@
-"""Proximal policy optimisation (PPO) from human feedback: raise a learned reward without leaving the
-reference.
+"""Proximal policy optimisation (PPO) from human feedback: raise a learned reward, stay near the reference.
 
     maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
 The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token is an
 action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last token. A value model
-predicts the rest of the rewards, GAE makes advantages of both, and the clipped surrogate (Schulman et al.
-2017, equation 7) is stepped on for several epochs. Left out: adaptive KL coefficient and reward scaling
-(Ziegler et al. 2019; a fixed coefficient is what later work uses), a pretraining loss (Ouyang et al.'s
-PPO-ptx), a trunk shared by policy and value model, generation engines (the sampler in common.py is PyTorch),
-LoRA.
+predicts what is still to come, GAE turns both into advantages, and the clipped surrogate (Schulman et al.
+2017, equation 7) is stepped on for several epochs. Left out: an adaptive KL coefficient (later work fixes
+it), reward scaling, the pretraining loss of PPO-ptx, a trunk shared by policy and value model, generation
+engines, LoRA.
 
-    python ppo.py                       laptop run, after sft.py and reward_model.py: about two minutes on two
-cores
+    python ppo.py                     laptop run, after sft.py and reward_model.py: two minutes, two cores
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt (and any columns that a checker reads). The reward is a model, `sort`, or
-file.py:function. Expect `score` to rise with `kl`. Where the data set has an exact checker of its own, `gold`
-is logged beside the score: the reward model is the proxy and gold the truth, and the two part when the policy
-over-optimises. Comments cite "N+" (Huang et al. 2024, "The N+ implementation details of RLHF with PPO") and
-"B" (the blog post before it)."""
+Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where the data
+set has an exact checker of its own, `gold` is logged beside the score: the reward model is the proxy, gold is
+the truth, and they part when the policy over-optimises. Comments cite "N+" (Huang et al. 2024, The N+
+implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
+(openai/lm-human-preferences)."""
 
 import time
 from dataclasses import dataclass
@@ -53,8 +50,7 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for prompts that are texts; {column} stands for a column; Alpaca and GSM8K rows have their own
-    default"""
+    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
     output_dir: str = "runs/ppo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -90,8 +86,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model's directory or Hub id, `sort` (exact checker of the built-in task), or
-    path/file.py:function"""
+    """a reward model (directory or Hub id), `sort` (the built-in task's checker), or path/file.py:function"""
     prompts_per_step: int = 512
     """prompts of one rollout (512: N+)"""
     num_generations: int = 1
@@ -115,8 +110,7 @@ class Args:
     epsilon_high: float | None = None
     """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
     value_model: str | None = None
-    """where values start; without it the reward model if its tokens are the policy's, else the policy with a
-    zero head"""
+    """where values start; without it the reward model if it has the policy's tokens, else a zero head"""
     value_coef: float = 0.1
     """weight of the value loss (0.1: N+). Adam hides it where, as here, the value model stands apart"""
     value_clip: float = 0.2
@@ -126,7 +120,7 @@ class Args:
     lam: float = 0.95
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
-    """divide rewards by their standard deviation (lm-human-preferences does, N+ does not)"""
+    """divide rewards by their standard deviation (lmhp does, N+ does not)"""
 
 
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
@@ -163,7 +157,7 @@ def masked_mean(x, mask):
 
 def masked_whiten(x, mask, shift_mean=True):
     """x (B, L-1) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0 outside the
-    mask. Population variance plus 1e-8 (lm-human-preferences)."""
+    mask. Population variance plus 1e-8 (lmhp)."""
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(var + 1e-8)
@@ -171,8 +165,7 @@ def masked_whiten(x, mask, shift_mean=True):
 
 
 def token_values(model, input_ids, attention_mask, mask):
-    """V(tokens 0..t), what is still to come before token t+1 is chosen; (B, L), (B, L), (B, L-1) -> (B, L-1)
-    float32."""
+    """V(tokens 0..t), the rewards still to come: (B, L), (B, L), mask (B, L-1) -> (B, L-1) float32."""
     hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     return (hidden[:, :-1].float() * model.score.weight[0]).sum(-1) * mask
 
@@ -326,7 +319,7 @@ def main(args):
 
         # scores, of prompt and completion together (B)
         # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
-        # 2. one without EOS loses --missing-eos-penalty (N+ and lm-human-preferences set its score to -1)
+        # 2. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
         # 3. one that the checker cannot judge, NaN, takes no part: no reward, no advantage, no gradient
         scores = score(picked, completions).to(device)  # (B,)
         finished = torch.tensor([c[-1] in stop_ids for c in completions], device=device)
@@ -342,7 +335,7 @@ def main(args):
 
         # advantages
         # 5. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
-        # 6. rewards whitened without moving their mean, if asked (lm-human-preferences)
+        # 6. rewards whitened without moving their mean, if asked (lmhp)
         # 7. returns are taken before 8. advantages are whitened over all tokens of the batch (N+)
         rewards = token_rewards(penalised, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
         reward = rewards.sum(1)[judged].mean()

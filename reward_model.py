@@ -1,20 +1,18 @@
 """Reward model (RM): learn from pairs of answers which one people prefer, as one number for any answer.
 
-    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected) - margin), mean over pairs
-(Bradley-Terry)
+    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected) - margin), mean over pairs   (Bradley-Terry)
 
 The second stage of RLHF (Ouyang et al. 2022, equation 1; Stiennon et al. 2020). The score is a scalar head on
-the hidden state of the last real token, EOS. Left out: ensembles, and the normalisation of scores to mean 0
-after training (subtract the logged `eval/score_mean` if a use needs it: PPO does not, since a constant
-changes no advantage once values have learnt it).
+the hidden state of the last real token, EOS. Left out: ensembles, and shifting the scores to mean 0 after
+training (Stiennon et al. do): a constant changes no advantage once PPO's values have learnt it.
+`eval/score_mean` is logged.
 
-    python reward_model.py                               laptop run, after `python sft.py`: about 40 seconds
-on two cores
+    python reward_model.py            laptop run, after `python sft.py`: three quarters of a minute, two cores
     python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset held_out_pairs.jsonl
 
 Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin` optional. One
-epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human preferences, above 95%
-in the laptop run."""
+epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human preferences, more in
+the laptop run."""
 
 import time
 from dataclasses import dataclass
@@ -38,8 +36,7 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for prompts that are texts; {column} stands for a column; Alpaca and GSM8K rows have their own
-    default"""
+    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
     output_dir: str = "runs/reward_model"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -81,8 +78,8 @@ class Args:
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
     center_coef: float = 0.0
-    """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et al. 2023);
-    0.01 is usual"""
+    """weight of (score of chosen + of rejected)^2, which keeps scores near 0 (Eisenstein et al. 2023:
+    0.01)"""
 
 
 def sequence_scores(model, input_ids, attention_mask):
@@ -117,8 +114,7 @@ def pair_length(example):
 
 @torch.no_grad()
 def evaluate_pairs(model, tokenizer, examples, args, autocast):
-    """Held-out accuracy (a tie counts half), its binomial standard error, margin, and mean and spread of the
-    scores."""
+    """Held-out accuracy (a tie counts half), its binomial standard error, margin, the scores' spread."""
     chosen, rejected = torch.zeros(len(examples)), torch.zeros(len(examples))
     for rows in micro_batches([pair_length(e) for e in examples], args.micro_batch_tokens // 2):
         batch = pair_batch([examples[i] for i in rows], model.device)
@@ -211,9 +207,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # centred scores mean the same for every prompt; Bradley-Terry alone leaves a constant per prompt open, and PPO
-    # would have to learn it before it could learn anything else
-    laptop = dict(
-        model="runs/sft", steps=1000, batch_size=32, learning_rate=6e-4, warmup_steps=20, overwrite=True
-    )
-    main(cli(Args, laptop=laptop | dict(center_coef=0.03)))
+    # Bradley-Terry leaves a constant per prompt open, which PPO would have to learn first: centre the scores
+    laptop = dict(model="runs/sft", steps=1100, batch_size=32, learning_rate=4e-4, warmup_steps=100)
+    main(cli(Args, laptop=laptop | dict(center_coef=0.03, overwrite=True)))

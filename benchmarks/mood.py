@@ -51,9 +51,8 @@ def main(folder):
     per_hundred = [[100 * m / max(1, n) for m, n in zip(*pair)] for pair in zip(moods, lengths)]
     scores = [[group[prompt]["score"] for prompt in prompts] for group in (first, last)]
     print(f"{len(prompts)} distinct held-out prompts, step {min(by_step)} against step {max(by_step)}\n")
-    print(
-        "| | before | after | difference | its standard error | difference / error |\n|---|---|---|---|---|---|"
-    )
+    print("| | before | after | difference | standard error | difference / error |")
+    print("|---|---|---|---|---|---|")
     for name, pair in (
         ("mood per story (not optimised)", moods),
         ("mood per hundred words (not optimised)", per_hundred),
@@ -64,10 +63,8 @@ def main(folder):
         print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in paired(*pair)) + " |")
     print("\n| prompt | before | after |\n|---|---|---|")
     for prompt in prompts[:5]:
-        cells = [
-            text.replace("\n", " ⏎ ")
-            for text in (prompt, first[prompt]["completion"], last[prompt]["completion"])
-        ]
+        cells = [prompt, first[prompt]["completion"], last[prompt]["completion"]]
+        cells = [text.replace("\n", " ⏎ ").replace("|", "\\|") for text in cells]
         print("| " + " | ".join(cells) + " |")
 
 
