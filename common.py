@@ -651,8 +651,9 @@ def sample(model, prompts, num_generations, max_new_tokens, temperature, stop_id
 
     prompts: P lists of ids -> (completions, logprobs), each B = P * num_generations lists, a prompt's
     generations side by side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy
-    (log-probs at 1). seed: a torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF),
-    so that neither dropping finished rows nor cutting the work into waves of `wave` rows changes a token."""
+    (log-probs at 1). Ids that a model has and its tokenizer lacks can be drawn too, and PAD. seed: a
+    torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF), so that neither dropping
+    finished rows nor cutting the work into waves of `wave` rows changes a token."""
     noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
     was_training, completions, logprobs, size = model.training, [], [], max(1, wave // num_generations)
     model.eval()  # in train mode gradient checkpointing would drop the cache
@@ -980,9 +981,8 @@ class Run:
         if model.can_generate():
             ids = dict(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
             ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-            model.generation_config = transformers.GenerationConfig(
-                **ids
-            )  # no top-k or top-p of the checkpoint's
+            # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not even save
+            model.generation_config = transformers.GenerationConfig(**ids)
         model.save_pretrained(self.dir)
         tokenizer.save_pretrained(self.dir)
         self.bar.close()

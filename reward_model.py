@@ -50,13 +50,13 @@ class Args:
     learning_rate: float = 9e-6
     """peak, of AdamW (9e-6: Ouyang et al. 2022)"""
     warmup_steps: int = 10
-    """steps of linear warm-up"""
+    """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """from the peak down to 0 at the last step, or not"""
     weight_decay: float = 0.0
     """of AdamW, on matrices"""
     max_grad_norm: float = 1.0
-    """the gradient is scaled down to this norm; 0: never"""
+    """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int = 16_384
     """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -418,9 +418,9 @@ HELPFUL = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
         (dict(chosen=HELPFUL + " yes", rejected=HELPFUL + " no"), HELPFUL, " yes", " no"),
         (dict(chosen=HELPFUL + " I am", rejected=HELPFUL + " I do"), HELPFUL, " I am", " I do"),
         (dict(chosen=HELPFUL + " I", rejected=HELPFUL + " I do"), HELPFUL, " I", " I do"),
-        (dict(chosen="say it: good", rejected="say it: bad"), "say it: ", "good", "bad"),
-        (dict(chosen="say it: bad", rejected="say it: bed"), "say it: ", "bad", "bed"),
-        (dict(chosen="say it:\nyes", rejected="say it:\nno"), "say it:\n", "yes", "no"),
+        (dict(chosen="say it: good", rejected="say it: bad"), "say it:", " good", " bad"),
+        (dict(chosen="say it: bad", rejected="say it: bed"), "say it:", " bad", " bed"),
+        (dict(chosen="say it:\nyes", rejected="say it:\nno"), "say it:", "\nyes", "\nno"),
     ],
 )
 def test_preferences(load, row, prompt, chosen, rejected):

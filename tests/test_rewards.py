@@ -236,7 +236,7 @@ def test_checker_that_returns_nonsense(refused, result, words):
 
     tokenizer = common.tiny_tokenizer()
     arguments = judge, tokenizer, [example(tokenizer, "ab>")] * 2, [[5, 1], [6, 1]], [1]
-    refused(["the reward judge", *words], common.call_checker, *arguments, status=1)
+    refused(["the reward judge", *words], common.call_checker, *arguments)
 
 
 def test_completion_keeps_its_leading_space():

@@ -2,6 +2,7 @@
 resuming."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ import reward_model
 import sft
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """A folder with runs/sft and runs/reward_model, a few steps each, and small built-in data."""
     folder, patch = tmp_path_factory.mktemp("chain"), pytest.MonkeyPatch()
@@ -168,6 +169,42 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, script):
     assert (tmp_path / "whole/samples.jsonl").read_text() == (tmp_path / "halves/samples.jsonl").read_text()
 
 
+def test_resuming_a_finished_run_changes_nothing(chain, tmp_path):
+    args = dict(output_dir=str(tmp_path / "run"), batch_size=32, steps=2)
+    sft.main(sft.Args(**args))
+    before, rows = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    assert sft.main(sft.Args(**args, resume=True)) == {}
+    after = weights(tmp_path / "run")
+    assert metrics(tmp_path / "run") == rows and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_death_between_the_renames_leaves_a_checkpoint(chain, tmp_path):
+    args = dict(output_dir=str(tmp_path / "run"), batch_size=16, steps=2, save_every=1)
+    sft.main(sft.Args(**args))
+    (tmp_path / "run/checkpoint").rename(tmp_path / "run/checkpoint.old")
+    assert sft.main(sft.Args(**(args | dict(steps=3)), resume=True))["loss"] > 0
+
+
+def test_a_checkpoint_with_sampling_settings_saves(chain, tmp_path):
+    """Llama 2 names a temperature without do_sample, which transformers refuses to save."""
+    shutil.copytree(chain / "sft", tmp_path / "model")
+    config = tmp_path / "model/generation_config.json"
+    settings = json.loads(config.read_text()) | dict(temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
+    config.write_text(json.dumps(settings))
+    model, folder = str(tmp_path / "model"), tmp_path / "run"
+    sft.main(sft.Args(model=model, output_dir=str(folder), batch_size=32, steps=1))
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 2] and not {"temperature", "top_p"} & saved.keys()
+
+
+def test_bfloat16_compute_keeps_float32_weights(chain, tmp_path):
+    """The GPU's path, on the CPU: bfloat16 autocast, a ratio of 1 and a KL of 0 before the first update."""
+    ppo.main(ppo_args(chain, tmp_path / "run", dtype="bfloat16"))
+    (_, first, *_) = metrics(tmp_path / "run")
+    assert first["ratio_max_dev"] == 0 and first["kl"] == 0
+    assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "run").values())
+
+
 def test_overwrite_moves_the_earlier_run_aside(chain, tmp_path, capsys):
     run = dict(output_dir=str(tmp_path / "run"), batch_size=32, steps=1)
     sft.main(sft.Args(**run))
@@ -217,6 +254,8 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
         (dict(max_completion_length=100), ["context of 64", "--max-completion-length"]),
         (dict(max_prompt_length=2), ["no row is left", "longer than --max-prompt-length 2"]),
         (dict(reward="./nowhere"), ["--reward ./nowhere", "no such directory"]),
+        (dict(lam=1.5), ["--lam 1.5", "above 1"]),
+        (dict(value_clip=-1.0), ["--value-clip is -1.0", "at least 0"]),
     ],
 )
 def test_ppo_refuses(chain, tmp_path, capsys, changes, words):
