@@ -269,10 +269,10 @@ def main(args):
     held_out = load_held_out(tokenizer, "prompt", args)
     checker = find_checker(args.reward, examples + held_out)
     gold_checker = find_gold(args)
+    reward_model = None if checker else RewardModel(args, tokenizer, device, autocast, stop_ids)
     policy = load_policy(args.model, device, train=args)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     reference = load_policy(args.model, device)
-    reward_model = None if checker else RewardModel(args, tokenizer, device, autocast, stop_ids)
     # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
     from_reward = reward_model is not None and reward_model.same_ids and reward_model.has_score_head
     values_from = args.value_model or (args.reward if from_reward else args.model)
