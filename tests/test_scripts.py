@@ -110,9 +110,45 @@ def test_ppo_leaves_out_what_the_checker_cannot_judge(chain, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def none(prompts, completions, rows):\n    return [None] * len(prompts)\n"
     )
-    ppo.main(ppo_args(chain, tmp_path / "run", reward=f"{tmp_path}/reward.py:none", kl_coef=0.5))
+    ppo.main(ppo_args(chain, tmp_path / "run", reward=f"{tmp_path}/reward.py:none", missing_eos_penalty=1.0))
     before, after = weights(chain / "sft"), weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
+    """With a score of 1 the first reward is 1 less what missing EOS costs, and the value loss falls."""
+    (tmp_path / "reward.py").write_text(
+        "def one(prompts, completions, rows):\n    return [1] * len(prompts)\n"
+    )
+    args = dict(reward=f"{tmp_path}/reward.py:one", missing_eos_penalty=0.25, steps=8, value_clip=9.0)
+    ppo.main(ppo_args(chain, tmp_path / "run", **args))
+    rows = metrics(tmp_path / "run")[1:]
+    assert rows[0]["eos_rate"] < 1
+    assert rows[0]["reward"] == pytest.approx(1 - 0.25 * (1 - rows[0]["eos_rate"]), abs=1e-5)
+    assert rows[-1]["loss/value"] < 0.5 * rows[0]["loss/value"]
+
+
+def test_reward_model_prefers_the_chosen(chain, tmp_path):
+    """Through main: on pairs seen often the loss falls and the margin, chosen less rejected, grows."""
+    args = dict(
+        model=str(chain / "sft"), output_dir=str(tmp_path / "run"), batch_size=32, epochs=15, warmup_steps=0
+    )
+    reward_model.main(reward_model.Args(**args, learning_rate=1e-3))
+    rows = metrics(tmp_path / "run")[1:]
+    assert rows[-1]["margin"] > rows[0]["margin"] + 0.5 and rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("script", [sft, reward_model])
+def test_training_does_not_depend_on_the_micro_batches(chain, tmp_path, script):
+    """Through main: the gradient's norm and the loss of every step, at a budget of one row and of all
+    rows."""
+    for budget in (1, 100_000):
+        args = dict(model=str(chain / "sft"), output_dir=str(tmp_path / str(budget)), batch_size=16, steps=3)
+        script.main(script.Args(**args, learning_rate=1e-4, micro_batch_tokens=budget))
+    small, large = (metrics(tmp_path / str(budget)) for budget in (1, 100_000))
+    for one, other in zip(small, large, strict=True):
+        for name in one.keys() & {"loss", "grad_norm", "eval/loss"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
 def test_ppo_values_start_from_a_model_that_is_named(chain, tmp_path):
