@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import tokenizers
@@ -53,7 +54,8 @@ def cli(Args, laptop):
         stop("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
     for flag, script in {"model": "sft.py", "reward": "reward_model.py"}.items():
         path = getattr(args, flag, None)
-        if not real and path == laptop.get(flag, "") and not Path(path, "config.json").is_file():
+        made = path == laptop.get(flag, TASK) != TASK  # by an earlier stage of the laptop run
+        if not real and made and not Path(path, "config.json").is_file():
             stop(f"{path} is not there: run `python {script}` first")
     return args
 
@@ -495,7 +497,12 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
     included (people bring rendered prompts). A row that cannot be used whole is dropped and counted, never
     cut."""
     chat, end, dropped, kept = tokenizer.chat_template is not None, end_of_turn_id(tokenizer), Counter(), []
-    limit = args.max_prompt_length if kind == "prompt" else args.max_length
+    limit, over = getattr(args, "max_length", 0), "--max-length"
+    if kind == "prompt":  # what the model's context leaves beside a completion, at most
+        limit, over = args.max_prompt_length, "--max-prompt-length"
+        room = context_of(_load(AutoConfig, "--model", args.model)) - args.max_completion_length
+        if room < limit:
+            limit, over = room, "the model's context less --max-completion-length:"
     rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
     for where, row in rows:
         prompt, turns = _turns(row, where, kind, args, chat)
@@ -524,7 +531,7 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
             ended = answer[-1:] in ([end], [tokenizer.eos_token_id])
             answers.append(answer if ended else answer + [end])
         if len(prompt_ids) + max(map(len, answers), default=0) > limit:
-            dropped[f"longer than --max-{'prompt-' if kind == 'prompt' else ''}length {limit}"] += 1
+            dropped[f"longer than {over} {limit}"] += 1
             continue
         if kind == "sft":
             sequence = prompt_ids + answers[-1]
@@ -568,17 +575,16 @@ def shuffled(examples, seed, first, last):
     return picked
 
 
-def context_of(model):
-    """The longest sequence that the model's positions were made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+def context_of(config):
+    """The longest sequence that a model's positions were made for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def check_context(model, tokens, flag):
     """Stop if sequences of that many tokens do not fit."""
-    if tokens > context_of(model):
-        stop(
-            f"sequences of {tokens} tokens do not fit a model's context of {context_of(model)}: lower {flag}"
-        )
+    context = context_of(model.config)
+    if tokens > context:
+        stop(f"sequences of {tokens} tokens do not fit a model's context of {context}: lower {flag}")
 
 
 # ---------------------------------------------------------------- 5. batches
@@ -722,25 +728,56 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 
 
 # ---------------------------------------------------------------- 7. rewards
-CHECKERS = {TASK: (task_checker, "answer")}  # name: (function, the column of the data set that it reads)
+# a number that stands alone, not in a fraction: sign and `$` in either order, thousands commas, decimals
+NUMBER = r"(?<![\w.^/])[-−]?\$?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?!\d|,\d{3}|\s*/\s*\d)"
+FORMULA = r"\\[dt]?frac|\\sqrt|\d\s*(?:[-−+*/^×÷·=]|\\times|\\div|\\cdot)\s*[\d(.$\\]"
 
 
-def find_gold(args):
+def gsm8k_number(text):
+    """The answer that a worked solution ends in, a Decimal: the first number after the last `####`, else in
+    the last \\boxed{}, else the last of all; None without one. Nothing is evaluated: after `####` or in a
+    box a formula is no answer."""
+    text = text.replace("{,}", ",")  # LaTeX's thousands comma
+    for form in (r"####([^\n]*)", r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}"):
+        answer = "".join(re.findall(form, text)[-1:])
+        if re.search(FORMULA, answer):
+            return None
+        if number := re.search(NUMBER, answer):
+            break
+    else:
+        number = ([None] + list(re.finditer(NUMBER, text)))[-1]
+    return number and Decimal(re.sub(r"[$,]", "", number[0]).replace("−", "-"))
+
+
+def gsm8k_checker(prompts, completions, rows):
+    """1.0 where the completion's number is that of the column `answer` (Cobbe et al. 2021), else 0.0."""
+    answers = [gsm8k_number(row["answer"]) for row in rows]
+    return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
+
+
+# name: the function, which reads the column `answer` of the data set
+CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}
+
+
+def find_gold(examples):
     """The exact checker of the data set itself, for `gold`; None if it has none."""
-    return task_checker if args.dataset == TASK and args.eval_dataset in (None, TASK) else None
+    rows = [e["row"] for e in examples]
+    if all("question" in row and "####" in str(row.get("answer")) for row in rows):
+        return gsm8k_checker
+    return task_checker if all(e["where"].startswith(f"{TASK} row") for e in examples) else None
 
 
 def find_checker(reward, examples):
     """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model."""
     if reward is None:
-        stop(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function")
+        stop(f"--reward is missing: a reward model, {', '.join(CHECKERS)}, or path/file.py:function")
     if reward in CHECKERS:
-        function, key = CHECKERS[reward]
-        for example in examples:
-            if not isinstance(example["row"].get(key), str):
-                keys = ", ".join(example["row"])
-                stop(f"{example['where']}: --reward {reward} reads the column `{key}`, among {keys}")
-        return function
+        for where, row in ((e["where"], e["row"]) for e in examples):
+            if not isinstance(row.get("answer"), str):
+                stop(f"{where}: --reward {reward} reads a text `answer`, found the keys {', '.join(row)}")
+            if CHECKERS[reward]([""], [row["answer"]], [row | {"finished": True}]) != [1.0]:
+                stop(f"{where}: --reward {reward} finds no answer in `answer`, {row['answer'][-60:]!r}")
+        return CHECKERS[reward]
     path, _, name = reward.rpartition(":")
     if reward.endswith(".py"):
         stop(f"--reward {reward}: say which function of it, {reward}:function")
@@ -786,11 +823,13 @@ class RewardModel:
     is scored by the model's own forward. A model with another tokenizer is given the text, or messages
     through its own chat template."""
 
-    def __init__(self, args, tokenizer, device, autocast, stop_ids):
+    def __init__(self, args, tokenizer, device, autocast, stop_ids, longest):
         self.args, self.policy_tokenizer, self.stop_ids, self.autocast = args, tokenizer, stop_ids, autocast
         self.tokenizer = load_tokenizer(args.reward, "--reward")
         self.model = load_scorer(args.reward, device, "--reward")
         self.same_ids = same_ids(tokenizer, self.tokenizer)
+        if self.same_ids:
+            check_context(self.model, longest, "--max-prompt-length or --max-completion-length")
         head = getattr(self.model, "score", None)
         self.has_score_head = isinstance(head, nn.Linear) and head.bias is None
 

@@ -27,18 +27,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import RewardModel, Run, call_checker, check_context, cli, completion_batch, completion_text, due
-from common import (
-    eos_ids,
-    find_checker,
-    find_gold,
-    generator,
-    head_logits,
-    load_examples,
-    load_held_out,
-    load_policy,
-)
-from common import load_scorer, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
-from common import same_ids, set_learning_rate, setup, shuffled, stop
+from common import eos_ids, find_checker, find_gold, generator, head_logits, load_examples, load_held_out
+from common import load_policy, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import load_scorer, same_ids, set_learning_rate, setup, shuffled, stop
 
 
 @dataclass
@@ -62,7 +53,7 @@ class Args:
     steps: int = 1000
     """rollouts, each followed by its updates"""
     learning_rate: float = 3e-6
-    """peak, of AdamW (3e-6: N+)"""
+    """peak, of AdamW (3e-6: N+; 1e-6: Ahmadian et al. 2024, DeepSeekMath)"""
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -86,23 +77,23 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model (directory or Hub id), `sort` (the built-in task's checker), or path/file.py:function"""
+    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
     prompts_per_step: int = 512
-    """prompts of one rollout (512: N+)"""
+    """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
     num_generations: int = 1
-    """completions of each prompt"""
+    """completions of each prompt, its group (1: N+; 4: Ahmadian et al. 2024; 16: DeepSeek-R1)"""
     max_prompt_length: int = 512
     """tokens; longer prompts are dropped and counted"""
-    max_completion_length: int = 128
+    max_completion_length: int = 256
     """tokens; a completion without EOS by then is cut, and counts as unfinished"""
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.05
-    """reward per nat of KL from the reference (0.05: N+)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no reference model)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
-    """passes over a rollout (4: N+)"""
+    """passes over a rollout (4: N+; 1: Ahmadian et al. 2024, DeepSeekMath)"""
     minibatches: int = 1
     """optimiser steps per pass (1: N+)"""
     epsilon: float = 0.2
@@ -219,41 +210,38 @@ def value_loss(values, old_values, returns, weights, value_clip):
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy and one sampled completion each: score (what is optimised), gold (the data
-    set's own exact checker, if it has one), and KL from the reference in nats per sequence (of the sampled
-    ones)."""
-    prompts, metrics = [e["prompt_ids"] for e in examples], {}
-    for suffix, temperature in (("_greedy", 0.0), ("", args.temperature)):
-        draw = generator(args.seed, "evaluate")
+    """Held-out prompts, one greedy completion and G sampled ones each: score (what is optimised), gold (the
+    data set's own exact checker, if it has one: pass@1) and pass@G of the sampled ones, their KL from the
+    reference in nats per sequence."""
+    prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
+    for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
+        lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
         with autocast():
-            completions, _ = sample(
-                policy, prompts, 1, args.max_completion_length, temperature, stop_ids, draw
-            )
-        scores = score(examples, completions)
+            completions, _ = sample(policy, prompts, *lengths, temperature, stop_ids, draw)
+        picked = [e for e in examples for _ in range(number)]
+        scores = score(picked, completions)
         metrics[f"eval/score{suffix}"] = scores.nanmean()
         if gold_checker is not None:
-            gold, _ = call_checker(gold_checker, tokenizer, examples, completions, stop_ids)
-            metrics[f"eval/gold{suffix}"] = gold.nanmean()
-    batch = completion_batch(prompts, completions, policy.device)
-    logprobs, ref_logprobs = (
-        over_micro_batches(
-            lambda *x: token_logprobs(model, *x, args.temperature)[0],
-            batch,
-            args.micro_batch_tokens,
-            autocast,
-        )
-        for model in (policy, reference)
-    )
-    kl = (logprobs - ref_logprobs).sum(1)
-    metrics["eval/kl"] = kl.mean()
+            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.mean()
+    if gold_checker is not None:
+        metrics[f"eval/pass@{generations}"] = gold.view(-1, generations).amax(1).mean()
     metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
     metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    prompts = [e["prompt_ids"] for e in picked]
     texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
-    for i, row in enumerate(rows):
-        row |= {"score": scores[i].item(), "kl": kl[i].item()}
-        row |= {} if gold_checker is None else {"gold": gold[i].item()}
-    return metrics, rows
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
+    columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
+    if reference is not None:
+        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+        for sign, model in ((1, policy), (-1, reference)):
+            inputs = batch, args.micro_batch_tokens, autocast
+            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+            kl = kl + sign * logprobs.sum(1)
+        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
+    return metrics, rows[::generations]  # one completion of each prompt
 
 
 def main(args):
@@ -267,20 +255,19 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker = find_checker(args.reward, examples + held_out)
-    gold_checker = find_gold(args)
-    reward_model = None if checker else RewardModel(args, tokenizer, device, autocast, stop_ids)
-    policy = load_policy(args.model, device, train=args)
+    checker, gold_checker = find_checker(args.reward, examples + held_out), find_gold(examples + held_out)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
-    reference = load_policy(args.model, device)
+    reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
+    reward_model = None if checker else RewardModel(*reward_inputs)
+    policy = load_policy(args.model, device, train=args)
+    reference = load_policy(args.model, device) if args.kl_coef else None
     # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
     from_reward = reward_model is not None and reward_model.same_ids and reward_model.has_score_head
     values_from = args.value_model or (args.reward if from_reward else args.model)
     if not same_ids(tokenizer, load_tokenizer(values_from, "--value-model")):
         stop(f"--value-model {values_from}: its tokens are not the policy's, so it cannot value them")
     value_model = load_scorer(values_from, device, "--value-model", train=args, new_head="zero")
-    for model in (policy, value_model, *([reward_model.model] if from_reward else [])):
-        check_context(model, longest, "--max-prompt-length or --max-completion-length")
+    check_context(value_model, longest, "--max-prompt-length or --max-completion-length")
     models = {"policy": policy, "value_model": value_model}
     optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
 
@@ -289,86 +276,85 @@ def main(args):
             return reward_model(examples, completions)
         return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
 
+    def rollout(picked, draw):
+        """P prompts, G completions each, side by side -> B examples, completions, scores, penalised scores"""
+        lengths = args.num_generations, args.max_completion_length
+        prompts = [e["prompt_ids"] for e in picked]
+        with autocast():
+            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
+        picked = [e for e in picked for _ in range(args.num_generations)]
+        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+        # 2. it is scored with its prompt (B); NaN: the checker cannot judge it, and it takes no part
+        scores = score(picked, completions).to(device)  # (B,)
+        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
+        unfinished = torch.tensor([c[-1] not in stop_ids for c in completions], device=device)
+        return picked, completions, scores, scores - args.missing_eos_penalty * unfinished
+
     def over_batch(function):
         return over_micro_batches(function, batch, args.micro_batch_tokens, autocast)
 
     run = Run(args, args.steps)
     start, metrics = run.restore(models, optimizer), {}
+    evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
     if start == 0 and held_out:
-        metrics, rows = evaluate_policy(
-            policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
-        )
+        metrics, rows = evaluate_policy(policy, reference, *evaluated)
         run.samples(0, rows)
         run.log(0, metrics, show=[])
     for step in range(start, args.steps):
         # prompts: the next rows, in an order of its own for every epoch
-        began = time.time()
-        first = step * args.prompts_per_step
+        began, first = time.time(), step * args.prompts_per_step
         picked = shuffled(examples, args.seed, first, first + args.prompts_per_step)
 
-        # rollout: P prompts, G completions each, side by side
-        prompts, draw = [e["prompt_ids"] for e in picked], generator(args.seed, "sample", step)
-        lengths = args.num_generations, args.max_completion_length
-        with autocast():
-            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
-        picked = [e for e in picked for _ in range(args.num_generations)]  # B rows, as the completions are
-        prompts = [e["prompt_ids"] for e in picked]
-        batch = completion_batch(prompts, completions, device)
+        # rollout and scores
+        picked, completions, scores, penalised = rollout(picked, generator(args.seed, "sample", step))
+        batch = completion_batch([e["prompt_ids"] for e in picked], completions, device)
         mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
+        train_mask = mask * ~scores.isnan()[:, None]
         sampled = time.time()
-
-        # scores, of prompt and completion together (B)
-        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
-        # 2. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
-        # 3. one that the checker cannot judge, NaN, takes no part: no reward, no advantage, no gradient
-        scores = score(picked, completions).to(device)  # (B,)
-        finished = torch.tensor([c[-1] in stop_ids for c in completions], device=device)
-        judged = ~scores.isnan()
-        train_mask = mask * judged[:, None]
-        penalised = scores.nan_to_num() - args.missing_eos_penalty * ~finished
 
         # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
         # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
         old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
-        ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+        ref_logprobs = old_logprobs  # without KL
+        if reference is not None:
+            ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
         old_values = over_batch(lambda *x: token_values(value_model, *x)) * train_mask
 
         # advantages
         # 5. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
         # 6. rewards whitened without moving their mean, if asked (lmhp)
         # 7. returns are taken before 8. advantages are whitened over all tokens of the batch (N+)
-        rewards = token_rewards(penalised, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
-        reward = rewards.sum(1)[judged].mean()
+        judged = penalised.nan_to_num()
+        rewards = token_rewards(judged, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
+        reward = rewards.sum(1)[~scores.isnan()].mean()
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, train_mask, shift_mean=False)
         advantages, returns = gae(rewards, old_values, train_mask, args.gamma, args.lam)
         advantages = masked_whiten(advantages, train_mask)
 
-        # updates: epochs of minibatches of micro-batches; one denominator per minibatch, however it is cut
+        # updates: epochs of minibatches of micro-batches; one normaliser per minibatch, however it is cut
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
         losses, clipped_tokens, ratio_max_dev = [], 0.0, 0.0
         for epoch in range(args.update_epochs):
             order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
             for minibatch in order.tensor_split(args.minibatches):
-                tokens = train_mask[minibatch].sum().clamp(min=1)
+                weights = train_mask / train_mask[minibatch].sum().clamp(min=1)
                 pg_sum, vf_sum = 0.0, 0.0
                 for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
                     mb = batch.rows(rows)
                     part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_mask, mb_inputs = train_mask[part], (mb.input_ids, mb.attention_mask)
-                    mb_weights, mb_old_logprobs = mb_mask / tokens, old_logprobs[part] * mb_mask
+                    mb_inputs = mb.input_ids, mb.attention_mask, train_mask[part]
+                    mb_advantages, mb_weights = advantages[part], weights[part]
+                    mb_old_logprobs = old_logprobs[part] * train_mask[part]
                     with autocast():
-                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, mb_mask, args.temperature)
-                    clip = args.epsilon, args.epsilon_high
-                    pg_loss, clipped = policy_loss(
-                        mb_logprobs, mb_old_logprobs, advantages[part], mb_weights, *clip
-                    )
+                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
+                    clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
+                    pg_loss, clipped = policy_loss(mb_logprobs, mb_old_logprobs, *clip)
                     pg_loss.backward()  # before the value model's activations exist
                     with autocast():
-                        mb_values = token_values(value_model, *mb_inputs, mb_mask)
-                    vf_loss, _ = value_loss(
-                        mb_values, old_values[part], returns[part], mb_weights, args.value_clip
-                    )
+                        mb_values = token_values(value_model, *mb_inputs)
+                    target = old_values[part], returns[part], mb_weights, args.value_clip
+                    vf_loss, _ = value_loss(mb_values, *target)
                     (args.value_coef * vf_loss).backward()
                     pg_sum, vf_sum = pg_sum + pg_loss.detach(), vf_sum + vf_loss.detach()
                     clipped_tokens += clipped.sum()
@@ -383,39 +369,38 @@ def main(args):
                 run.stop_unless_finite(step + 1, loss=pg_sum + vf_sum, **norms)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                losses.append([float(x) for x in (pg_sum, vf_sum, grad_norm, value_grad_norm)])
+                losses.append([float(x) for x in (pg_sum, grad_norm, vf_sum, value_grad_norm)])
 
         # log, eval, save
         losses, errors = torch.tensor(losses), returns - old_values
         unexplained = masked_mean((errors - masked_mean(errors, train_mask)) ** 2, train_mask)
         variance = masked_mean((returns - masked_mean(returns, train_mask)) ** 2, train_mask)
         metrics = {
-            "loss": losses[:, 0].mean() + args.value_coef * losses[:, 1].mean(),
+            "loss": losses[:, 0].mean() + args.value_coef * losses[:, 2].mean(),
             "loss/policy": losses[:, 0].mean(),
-            "loss/value": losses[:, 1].mean(),
+            "loss/value": losses[:, 2].mean(),
             "reward": reward,
             "score": scores.nanmean(),
-            "kl": ((old_logprobs - ref_logprobs) * mask).sum(1).mean(),
             "entropy": masked_mean(entropy, mask),
             "ratio_max_dev": ratio_max_dev,
             "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
             "explained_variance": 1 - unexplained / variance if variance > 1e-8 else float("nan"),
             "completion_length": mask.sum(1).float().mean(),
-            "eos_rate": finished.float().mean(),
-            "grad_norm": losses[:, 2].mean(),
+            "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
+            "grad_norm": losses[:, 1].mean(),
             "value_grad_norm": losses[:, 3].mean(),
             "learning_rate": learning_rate,
             "tokens_per_second": sum(batch.lengths) / (time.time() - began),
             "seconds/sample": sampled - began,
             "seconds/train": time.time() - sampled,
         }
+        if reference is not None:
+            metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
         if gold_checker is not None:
             gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
-            metrics["gold"] = gold.nanmean()
+            metrics["gold"] = gold.mean()
         if held_out and due(args.eval_every, step + 1, args.steps):
-            evals, rows = evaluate_policy(
-                policy, reference, tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
-            )
+            evals, rows = evaluate_policy(policy, reference, *evaluated)
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])

@@ -131,7 +131,7 @@ def evaluate_answers(policy, tokenizer, examples, checker, stop_ids, args, autoc
     metrics = {"eval/loss": total / tokens}
     prompts, examples = [e["prompt_ids"] for e in examples[:500]], examples[:500]
     longest = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
-    limit = min(longest, context_of(policy) - max(map(len, prompts)))
+    limit = min(longest, context_of(policy.config) - max(map(len, prompts)))
     for suffix, temperature in (("_greedy", 0.0), ("", 1.0)) if checker else (("", 1.0),):
         with autocast():
             draw = generator(args.seed, "evaluate")
@@ -156,7 +156,7 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "sft", args)
     held_out = load_held_out(tokenizer, "sft", args)
-    checker = find_gold(args)
+    checker = find_gold(examples + held_out)
     policy = (
         load_policy(args.model, device, train=args) if args.model else tiny_policy(tokenizer, device, args)
     )

@@ -2,6 +2,7 @@
 
     --reward benchmarks/mood.py:mood             positive minus negative words, as a reward for any script
     python benchmarks/mood.py runs/stories/ppo   the first against the last evaluation in that samples.jsonl
+    python benchmarks/mood.py runs/stories/*     several runs, a line each
 
 Words are those of the opinion lexicon of Hu and Liu (2004), read from ../shared/data/opinion_lexicon.json,
 which is not part of this repository; the environment variable MOOD_LEXICON names another place."""
@@ -36,9 +37,8 @@ def paired(before, after):
     return [np.mean(before), np.mean(after), difference.mean(), error, difference.mean() / error]
 
 
-def main(folder):
-    if not LEXICON.is_file():
-        sys.exit(f"{LEXICON} is not there: set MOOD_LEXICON to a file with lists `positive` and `negative`")
+def evaluations(folder):
+    """samples.jsonl -> first and last step, prompts, the rows of both, and what is measured, as pairs."""
     rows = [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
     by_step = {}
     for row in rows:  # one per distinct prompt and step
@@ -49,17 +49,35 @@ def main(folder):
     moods = [mood(prompts, t, None) for t in texts]
     lengths = [[len(words(text)) for text in t] for t in texts]
     per_hundred = [[100 * m / max(1, n) for m, n in zip(*pair)] for pair in zip(moods, lengths)]
-    scores = [[group[prompt]["score"] for prompt in prompts] for group in (first, last)]
-    print(f"{len(prompts)} distinct held-out prompts, step {min(by_step)} against step {max(by_step)}\n")
+    columns = {"mood per story": moods, "mood per hundred words": per_hundred, "length, words": lengths}
+    for name, key in (("score", "score"), ("KL, nats per sequence", "kl")):
+        columns[name] = [[group[prompt][key] for prompt in prompts] for group in (first, last)]
+    return min(by_step), max(by_step), prompts, (first, last), columns
+
+
+def main(folder, *more):
+    if not LEXICON.is_file():
+        sys.exit(f"{LEXICON} is not there: set MOOD_LEXICON to a file with lists `positive` and `negative`")
+    if more:
+        names = ["mood per story", "mood per hundred words", "length, words"]
+        print("| run | " + " | ".join(names) + " | KL, nats per sequence |\n|" + "---|" * 5)
+        for run in (folder, *more):
+            columns = evaluations(run)[4]
+            cells = [
+                "{:.2f} to {:.2f} ({:.1f} SE)".format(*np.array(paired(*columns[n]))[[0, 1, 4]])
+                for n in names
+            ]
+            print(
+                f"| {Path(run).name} | "
+                + " | ".join(cells)
+                + f" | {np.mean(columns['KL, nats per sequence'][1]):.1f} |"
+            )
+        return
+    start, end, prompts, (first, last), columns = evaluations(folder)
+    print(f"{len(prompts)} distinct held-out prompts, step {start} against step {end}\n")
     print("| | before | after | difference | standard error | difference / error |")
     print("|---|---|---|---|---|---|")
-    for name, pair in (
-        ("mood per story (not optimised)", moods),
-        ("mood per hundred words (not optimised)", per_hundred),
-        ("reward model's score (optimised)", scores),
-        ("length, words", lengths),
-        ("KL, nats per sequence", [[group[prompt]["kl"] for prompt in prompts] for group in (first, last)]),
-    ):
+    for name, pair in columns.items():
         print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in paired(*pair)) + " |")
     print("\n| prompt | before | after |\n|---|---|---|")
     for prompt in prompts[:5]:

@@ -57,10 +57,16 @@ def stories():
     return common.load_tokenizer(STORIES)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def context_of_600(tmp_path_factory):
+    """What load_examples reads of --model: its context."""
+    flags.model = str(tmp_path_factory.mktemp("model"))
+    transformers.LlamaConfig(max_position_embeddings=600).save_pretrained(flags.model)
+
+
 def flags(**given):
-    defaults = dict(
-        prompt_template="{prompt}", train_on="last", seed=1, max_length=500, max_prompt_length=500
-    )
+    defaults = dict(prompt_template="{prompt}", train_on="last", seed=1, model=flags.model)
+    defaults |= dict(max_length=500, max_prompt_length=500, max_completion_length=100)
     return types.SimpleNamespace(**defaults | given)
 
 

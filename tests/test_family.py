@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import re
 from pathlib import Path
@@ -19,6 +20,8 @@ OWN_DEFAULT = {
     "batch_size",
     "kl_coef",
     "num_generations",
+    "prompts_per_step",
+    "update_epochs",
     "temperature",
 }
 
@@ -46,8 +49,7 @@ def field_docs(name):
 @pytest.mark.parametrize("other", SCRIPTS)
 def test_same_name_same_text(one, other):
     mine, theirs = functions(one), functions(other)
-    # evaluate speaks of what a script trains; it is shared by the scripts that sample and score
-    shared = {n for n in mine.keys() & theirs.keys() if n != "evaluate"}
+    shared = mine.keys() & theirs.keys()
     assert {n: mine[n] for n in shared} == {n: theirs[n] for n in shared}
 
 
@@ -75,6 +77,16 @@ def test_shared_flags_agree(one, other):
     ]
     for name in set(shared) - OWN_DEFAULT:
         assert mine[name] == theirs[name] and defaults[0][name] == defaults[1][name], name
+
+
+@pytest.mark.parametrize("one, other, lines, hunks", [("rloo", "grpo", 140, 30), ("grpo", "ppo", 260, 40)])
+def test_the_diff_is_the_lesson(one, other, lines, hunks):
+    """Changed lines, both sides counted, and hunks, as `diff` has them."""
+    pair = source(one).splitlines(), source(other).splitlines()
+    changed = [
+        op for op in difflib.SequenceMatcher(None, *pair, autojunk=False).get_opcodes() if op[0] != "equal"
+    ]
+    assert sum(a2 - a1 + b2 - b1 for _, a1, a2, b1, b2 in changed) <= lines and len(changed) <= hunks
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -106,7 +106,7 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_budget(tiny_dirs, scorers
         scores = reward_model.sequence_scores(scorers["llama"], batch.input_ids, batch.attention_mask)
     for budget in BUDGETS:
         args = SimpleNamespace(reward=str(tmp_path), micro_batch_tokens=budget)
-        score = common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, [1])
+        score = common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, [1], longest=64)
         torch.testing.assert_close(score(examples, completions), scores, **close)
 
 

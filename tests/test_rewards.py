@@ -99,7 +99,7 @@ def save(tmp_path):
 def reward_model(path, tokenizer, budget=64):
     args = types.SimpleNamespace(reward=path, micro_batch_tokens=budget)
     stop_ids = common.eos_ids(tokenizer, None)
-    return common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, stop_ids)
+    return common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, stop_ids, longest=16)
 
 
 def example(tokenizer, prompt, **columns):

@@ -1,6 +1,8 @@
 """Each script end to end on a tiny model in a few steps, through its own main; the errors a person meets;
 resuming."""
 
+import dataclasses
+import importlib
 import json
 import shutil
 import sys
@@ -173,7 +175,7 @@ def test_two_rows_are_enough(chain, tmp_path):
 
 
 # ---------------------------------------------------------------- resuming
-@pytest.mark.parametrize("script", ["sft", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "ppo", "rloo", "grpo"])
 def test_resume_is_exact(chain, tmp_path, monkeypatch, script):
     """Four steps equal two steps, a stop in the middle of the third, and --resume: weights and metrics, bit
     for bit."""
@@ -181,10 +183,17 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, script):
     def args(folder, **changes):
         if script == "ppo":
             return ppo_args(chain, tmp_path / folder, steps=4, save_every=2, eval_every=3, **changes)
+        if script in ("rloo", "grpo"):
+            changes |= dict(dynamic_sampling=True) if script == "grpo" else {}
+            made = ppo_args(chain, tmp_path / folder, steps=4, save_every=2, eval_every=3)
+            names = {field.name for field in dataclasses.fields(module.Args)}
+            shared = {k: v for k, v in dataclasses.asdict(made).items() if k in names}
+            return module.Args(**(shared | dict(num_generations=3) | changes))
         changes |= dict(batch_size=16, steps=4, save_every=2, learning_rate=1e-3, eval_every=3)
         return sft.Args(output_dir=str(tmp_path / folder), **changes)
 
-    main, log = {"sft": sft.main, "ppo": ppo.main}[script], common.Run.log
+    module = importlib.import_module(script)
+    main, log = module.main, common.Run.log
 
     def broken_log(self, step, values, show):
         log(self, step, values, show)
@@ -289,7 +298,7 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
         (dict(minibatches=13), ["--minibatches is 13", "12 completions"]),
         (dict(reward=None), ["--reward is missing"]),
         (dict(temperature=0.0), ["--temperature"]),
-        (dict(max_completion_length=100), ["context of 64", "--max-completion-length"]),
+        (dict(max_completion_length=100), ["no row is left", "context less --max-completion-length: -36"]),
         (dict(max_prompt_length=2), ["no row is left", "longer than --max-prompt-length 2"]),
         (dict(reward="./nowhere"), ["--reward ./nowhere", "no such directory"]),
         (dict(lam=1.5), ["--lam 1.5", "above 1"]),

@@ -118,11 +118,12 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' els
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chat", [False, True])
-def test_every_row_goes_through_the_tokenizer(kind, chat, capsys):
+def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, tiny_dirs):
     tokenizer = common.tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE if chat else None
     given = dict(prompt_template="{prompt}", train_on="last", seed=1, max_length=64, max_prompt_length=64)
     args = types.SimpleNamespace(dataset=common.TASK, eval_dataset=None, **given)
+    args.model, args.max_completion_length = tiny_dirs["llama"], 10  # a context of 64
     examples = common.load_examples(tokenizer, common.TASK, kind, args)
     held_out = common.load_held_out(tokenizer, kind, args)
     assert len(examples) == 2000 and len(held_out) == common.TASK_ROWS["held out"]

@@ -1,0 +1,351 @@
+"""REINFORCE with the leave-one-out baseline (RLOO): no value model, the group is the baseline.
+
+    maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
+
+Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one action.
+Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the baseline: the mean
+reward of the other completions of its prompt, which keeps the gradient unbiased. The loss is - advantage *
+log pi(completion), stepped on once per rollout. More steps (--update-epochs, --minibatches) add to the paper
+a clipped importance ratio of the whole completion, since the policy has moved. Left out: a value model,
+reward and advantage normalisation, generation engines, LoRA.
+
+    python rloo.py                    laptop run, after sft.py: two minutes, two cores
+    python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+
+Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where the data
+set has an exact checker of its own, `gold` is logged beside the score: the reward model is the proxy, gold is
+the truth, and they part when the policy over-optimises. Comments cite "N+" (Huang et al. 2024, The N+
+implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
+(openai/lm-human-preferences)."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due
+from common import eos_ids, find_checker, find_gold, generator, head_logits, load_examples, load_held_out
+from common import load_policy, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import set_learning_rate, setup, shuffled, stop
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    dataset: str = "sort"
+    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same forms; the built-in task brings its own"""
+    prompt_template: str = "{prompt}"
+    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    output_dir: str = "runs/rloo"
+    """folder of the run: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir"""
+    overwrite: bool = False
+    """move a run that is in --output-dir to <output-dir>.old first"""
+    seed: int = 1
+    """of data order, sampling and new weights"""
+    steps: int = 1000
+    """rollouts, each followed by its updates"""
+    learning_rate: float = 1e-6
+    """peak, of AdamW (3e-6: N+; 1e-6: Ahmadian et al. 2024, DeepSeekMath)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """from the peak down to 0 at the last step, or not"""
+    weight_decay: float = 0.0
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
+    micro_batch_tokens: int = 16_384
+    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: before the first and after the last step only"""
+    save_every: int = 100
+    """steps between checkpoints; 0: after the last step only"""
+    log_every: int = 10
+    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """also send the metrics there"""
+    reward: str | None = None
+    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    prompts_per_step: int = 128
+    """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
+    num_generations: int = 4
+    """completions of each prompt, its group (1: N+; 4: Ahmadian et al. 2024; 16: DeepSeek-R1)"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped and counted"""
+    max_completion_length: int = 256
+    """tokens; a completion without EOS by then is cut, and counts as unfinished"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
+    kl_coef: float = 0.03
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no reference model)"""
+    missing_eos_penalty: float = 0.0
+    """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
+    update_epochs: int = 1
+    """passes over a rollout (4: N+; 1: Ahmadian et al. 2024, DeepSeekMath)"""
+    minibatches: int = 1
+    """optimiser steps per pass (1: N+)"""
+    epsilon: float = 0.2
+    """clip range of the ratio (Schulman et al. 2017)"""
+    epsilon_high: float | None = None
+    """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
+    baseline: Literal["leave-one-out", "none"] = "leave-one-out"
+    """none: plain REINFORCE (Williams 1992)"""
+
+
+def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+
+    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
+    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
+    the backward pass, so that memory does not grow with B*L*V."""
+    mask = mask.bool()
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
+    targets = input_ids[:, 1:][mask]  # (N,)
+
+    def head(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        chunks = [head(*chunk) for chunk in chunks]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    return logprobs, entropy
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, L-1) over the mask -> scalar."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def equal_groups(rewards, group_size):
+    """True for groups with nothing to learn from, rewards all equal: (B,), NaN if not judged -> (P,) bool."""
+    groups = rewards.view(-1, group_size)
+    return groups.nan_to_num(-torch.inf).amax(1) <= groups.nan_to_num(torch.inf).amin(1)
+
+
+def leave_one_out_advantages(rewards, group_size):
+    """A_i = r_i - mean of the other rewards of its group (Kool et al. 2019; Ahmadian et al. 2024).
+
+    rewards (B,), groups side by side, NaN if not judged -> (B,): those get 0 and are nobody's baseline."""
+    groups = rewards.view(-1, group_size)
+    groups = groups - groups.nanmedian(1, keepdim=True).values  # equal rewards: 0, whatever the rounding
+    others = (~groups.isnan()).sum(1, keepdim=True) - 1
+    advantages = groups - (groups.nansum(1, keepdim=True) - groups) / others.clamp(min=1)
+    return advantages.flatten().nan_to_num()
+
+
+def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):
+    """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one action.
+
+    Williams 1992. All (B, L-1), advantages equal along a row -> loss scalar, clipped (B, L-1) bool. The ratio
+    pi / pi_old of the completion is a constant here: 1 at the first update, the only one of Ahmadian et al.
+    2024. Later, where PPO's clip would remove the gradient of a completion, it is removed."""
+    ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach().exp()  # (B, 1)
+    high = epsilon if epsilon_high is None else epsilon_high
+    clipped = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - epsilon) & (weights > 0)
+    return (weights * -advantages * ratio * ~clipped * logprobs).sum(), clipped
+
+
+@torch.no_grad()
+def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
+    """Held-out prompts, one greedy completion and G sampled ones each: score (what is optimised), gold (the
+    data set's own exact checker, if it has one: pass@1) and pass@G of the sampled ones, their KL from the
+    reference in nats per sequence."""
+    prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
+    for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
+        lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
+        with autocast():
+            completions, _ = sample(policy, prompts, *lengths, temperature, stop_ids, draw)
+        picked = [e for e in examples for _ in range(number)]
+        scores = score(picked, completions)
+        metrics[f"eval/score{suffix}"] = scores.nanmean()
+        if gold_checker is not None:
+            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.mean()
+    if gold_checker is not None:
+        metrics[f"eval/pass@{generations}"] = gold.view(-1, generations).amax(1).mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    prompts = [e["prompt_ids"] for e in picked]
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
+    columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
+    if reference is not None:
+        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+        for sign, model in ((1, policy), (-1, reference)):
+            inputs = batch, args.micro_batch_tokens, autocast
+            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+            kl = kl + sign * logprobs.sum(1)
+        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
+    return metrics, rows[::generations]  # one completion of each prompt
+
+
+def main(args):
+    device, autocast = setup(args)
+    batch_size = args.prompts_per_step * args.num_generations
+    if args.minibatches > batch_size:
+        stop(f"--minibatches is {args.minibatches}, more than the {batch_size} completions of a step")
+
+    if args.baseline == "leave-one-out" and args.num_generations < 2:
+        stop("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
+
+    # load: data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model)
+    stop_ids = eos_ids(tokenizer, args.model)
+    examples = load_examples(tokenizer, args.dataset, "prompt", args)
+    held_out = load_held_out(tokenizer, "prompt", args)
+    checker, gold_checker = find_checker(args.reward, examples + held_out), find_gold(examples + held_out)
+    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
+    reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
+    reward_model = None if checker else RewardModel(*reward_inputs)
+    policy = load_policy(args.model, device, train=args)
+    reference = load_policy(args.model, device) if args.kl_coef else None
+    models = {"policy": policy}
+    optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
+
+    def score(examples, completions):
+        if reward_model is not None:
+            return reward_model(examples, completions)
+        return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
+
+    def rollout(picked, draw):
+        """P prompts, G completions each, side by side -> B examples, completions, scores, penalised scores"""
+        lengths = args.num_generations, args.max_completion_length
+        prompts = [e["prompt_ids"] for e in picked]
+        with autocast():
+            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
+        picked = [e for e in picked for _ in range(args.num_generations)]
+        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+        # 2. it is scored with its prompt (B); NaN: the checker cannot judge it, and it takes no part
+        scores = score(picked, completions).to(device)  # (B,)
+        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
+        unfinished = torch.tensor([c[-1] not in stop_ids for c in completions], device=device)
+        return picked, completions, scores, scores - args.missing_eos_penalty * unfinished
+
+    def over_batch(function):
+        return over_micro_batches(function, batch, args.micro_batch_tokens, autocast)
+
+    run = Run(args, args.steps)
+    start, metrics = run.restore(models, optimizer), {}
+    evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
+    if start == 0 and held_out:
+        metrics, rows = evaluate_policy(policy, reference, *evaluated)
+        run.samples(0, rows)
+        run.log(0, metrics, show=[])
+    for step in range(start, args.steps):
+        # prompts: the next rows, in an order of its own for every epoch
+        began, first = time.time(), step * args.prompts_per_step
+        picked = shuffled(examples, args.seed, first, first + args.prompts_per_step)
+
+        # rollout and scores
+        picked, completions, scores, penalised = rollout(picked, generator(args.seed, "sample", step))
+        batch = completion_batch([e["prompt_ids"] for e in picked], completions, device)
+        mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
+        train_mask = mask * ~scores.isnan()[:, None]
+        sampled = time.time()
+
+        # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
+        # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
+        old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
+        ref_logprobs = old_logprobs  # without KL
+        if reference is not None:
+            ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+
+        # advantages
+        # 5. the KL of the whole completion (k1) is part of its reward, before the baseline
+        rewards = penalised - args.kl_coef * (old_logprobs - ref_logprobs).sum(1)  # (B,)
+        advantages = rewards.nan_to_num()
+        if args.baseline == "leave-one-out":
+            advantages = leave_one_out_advantages(rewards, args.num_generations)
+        advantages = advantages[:, None] * train_mask  # (B, L-1)
+
+        # updates: epochs of minibatches of micro-batches; one normaliser per minibatch, however it is cut
+        learning_rate = set_learning_rate(optimizer, args, step, args.steps)
+        losses, clipped_tokens, ratio_max_dev = [], 0.0, 0.0
+        for epoch in range(args.update_epochs):
+            order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
+            for minibatch in order.tensor_split(args.minibatches):
+                weights = train_mask / train_mask[minibatch].any(1).sum().clamp(min=1)
+                loss_sum = 0.0
+                for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
+                    mb = batch.rows(rows)
+                    part = rows, slice(mb.input_ids.shape[1] - 1)
+                    mb_inputs = mb.input_ids, mb.attention_mask, train_mask[part]
+                    mb_advantages, mb_weights = advantages[part], weights[part]
+                    mb_old_logprobs = old_logprobs[part] * train_mask[part]
+                    with autocast():
+                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
+                    clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
+                    loss, clipped = reinforce_loss(mb_logprobs, mb_old_logprobs, *clip)
+                    loss.backward()
+                    loss_sum += loss.detach()
+                    clipped_tokens += clipped.sum()
+                    if not losses:  # before the first update the ratio is 1, up to rounding
+                        ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                        ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
+                grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+                run.stop_unless_finite(step + 1, loss=loss_sum, grad_norm=grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append([float(x) for x in (loss_sum, grad_norm)])
+
+        # log, eval, save
+        losses = torch.tensor(losses)
+        metrics = {
+            "loss": losses[:, 0].mean(),
+            "reward": rewards.nanmean(),
+            "score": scores.nanmean(),
+            "entropy": masked_mean(entropy, mask),
+            "ratio_max_dev": ratio_max_dev,
+            "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
+            "zero_std_groups": equal_groups(penalised, args.num_generations).float().mean(),
+            "completion_length": mask.sum(1).float().mean(),
+            "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
+            "grad_norm": losses[:, 1].mean(),
+            "learning_rate": learning_rate,
+            "tokens_per_second": sum(batch.lengths) / (time.time() - began),
+            "seconds/sample": sampled - began,
+            "seconds/train": time.time() - sampled,
+        }
+        if reference is not None:
+            metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
+        if gold_checker is not None:
+            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
+            metrics["gold"] = gold.mean()
+        if held_out and due(args.eval_every, step + 1, args.steps):
+            evals, rows = evaluate_policy(policy, reference, *evaluated)
+            metrics |= evals
+            run.samples(step + 1, rows)
+        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"])
+        if due(args.save_every, step + 1, args.steps):
+            run.checkpoint(step + 1, models, optimizer)
+    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(model="runs/sft", reward="sort", steps=160, prompts_per_step=32, num_generations=8)
+    laptop |= dict(max_completion_length=10, learning_rate=3e-4, warmup_steps=5, kl_coef=0.02)
+    laptop |= dict(eval_every=40, overwrite=True)
+    main(cli(Args, laptop=laptop))
