@@ -729,23 +729,21 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 
 # ---------------------------------------------------------------- 7. rewards
 # a number that stands alone, not in a fraction: sign and `$` in either order, thousands commas, decimals
-NUMBER = r"(?<![\w.^/])[-−]?\$?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?!\d|,\d{3}|\s*/\s*\d)"
-FORMULA = r"\\[dt]?frac|\\sqrt|\d\s*(?:[-−+*/^×÷·=]|\\times|\\div|\\cdot)\s*[\d(.$\\]"
+SIGN = r"(?<![\w.^/])(?:(?<![-−])[-−]\$?|\$[-−]?)?"
+NUMBER = SIGN + r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?!\d|,\d{3}|\s*/\s*\d)"
+FORMULA = r"\\[dt]?frac|\\sqrt|\d\s*(?:[-−+*/^×÷·=x]|\\times|\\div|\\cdot)\s*[\d(.$\\]"
 
 
 def gsm8k_number(text):
-    """The answer that a worked solution ends in, a Decimal: the first number after the last `####`, else in
-    the last \\boxed{}, else the last of all; None without one. Nothing is evaluated: after `####` or in a
-    box a formula is no answer."""
-    text = text.replace("{,}", ",")  # LaTeX's thousands comma
-    for form in (r"####([^\n]*)", r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}"):
-        answer = "".join(re.findall(form, text)[-1:])
-        if re.search(FORMULA, answer):
-            return None
-        if number := re.search(NUMBER, answer):
-            break
-    else:
-        number = ([None] + list(re.finditer(NUMBER, text)))[-1]
+    """The answer that a worked solution ends in, a Decimal: the first number in the last `####` line or
+    \\boxed{}, else the last number of all; None without one. Nothing is evaluated: a formula there is no
+    answer."""
+    text = re.sub(r"\{,\}|\\,", ",", text)  # LaTeX's thousands commas
+    marked = re.findall(r"####([^\n]*)|\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
+    answer = "".join(marked[-1]) if marked else ""
+    if re.search(FORMULA, answer):
+        return None
+    number = re.search(NUMBER, answer) or ([None] + list(re.finditer(NUMBER, text)))[-1]
     return number and Decimal(re.sub(r"[$,]", "", number[0]).replace("−", "-"))
 
 
@@ -759,8 +757,10 @@ def gsm8k_checker(prompts, completions, rows):
 CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}
 
 
-def find_gold(examples):
-    """The exact checker of the data set itself, for `gold`; None if it has none."""
+def find_gold(examples, reward=None):
+    """The exact checker of the data set itself, for `gold`: --reward, if it is one; None if there is none."""
+    if reward in CHECKERS:
+        return CHECKERS[reward]
     rows = [e["row"] for e in examples]
     if all("question" in row and "####" in str(row.get("answer")) for row in rows):
         return gsm8k_checker

@@ -5,10 +5,11 @@
 Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. A completion's advantage, its score less the
 mean of its group and divided by the group's standard deviation, is that of all its tokens; PPO's clipped
 surrogate is averaged over the tokens of each completion, then over completions; the KL is a second loss, the
-k3 estimate. Later work is one flag each: Dr. GRPO (Liu et al. 2025) is --scale-rewards none
---loss-aggregation constant; DAPO (Yu et al. 2025) is --loss-aggregation token --epsilon-high 0.28 --kl-coef 0
---dynamic-sampling, --mask-truncated its filtering. Left out: a value model, process rewards, DAPO's soft
-overlong punishment (three lines of a --reward function), generation engines, LoRA.
+k3 estimate (its gradient is not quite that of the objective: see kl_penalty). Later work is one flag each.
+Dr. GRPO (Liu et al. 2025): --scale-rewards none --loss-aggregation constant --kl-coef 0. DAPO (Yu et al.
+2025): --loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling, and --mask-truncated.
+Left out: a value model, process rewards, DAPO's soft overlong punishment (three lines of a --reward
+function), generation engines, LoRA.
 
     python grpo.py                    laptop run, after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -102,13 +103,13 @@ class Args:
     epsilon_high: float | None = None
     """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
     kl: Literal["k3-loss", "k2-loss", "k1-reward"] = "k3-loss"
-    """where the KL goes, and by which estimate; kl_penalty says where each one leads"""
+    """where the KL goes, and by which estimate (see kl_penalty); with k1-reward, --scale-rewards none"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide advantages by the standard deviation of the group, of the batch, or not (Dr. GRPO)"""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """mean over each completion's tokens (GRPO), over all tokens (DAPO), or sum over a length (Dr. GRPO)"""
     mask_truncated: bool = False
-    """no gradient from a completion without EOS; its score still counts in its group (DAPO, section 3.4)"""
+    """no gradient from a completion without EOS (DAPO, section 3.4); its score still counts in its group"""
     dynamic_sampling: bool = False
     """replace groups of equal rewards by fresh prompts, in at most 8 more rounds (DAPO, section 3.2)"""
 
@@ -146,7 +147,7 @@ def masked_mean(x, mask):
 
 
 def equal_groups(rewards, group_size):
-    """True for groups with nothing to learn from, rewards all equal: (B,), NaN if not judged -> (P,) bool."""
+    """True for groups whose rewards are all equal: (B,), NaN if not judged -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.nan_to_num(-torch.inf).amax(1) <= groups.nan_to_num(torch.inf).amin(1)
 
@@ -155,8 +156,8 @@ def group_advantages(rewards, group_size, scale="group"):
     """A_i = (r_i - mean of its group) / (its standard deviation + 1e-6) (DeepSeekMath, section 4.1.2).
 
     rewards (B,), groups side by side, NaN if not judged -> (B,): those get 0 and are in nobody's statistics.
-    scale "batch": one standard deviation for all groups (Liu et al. 2025, Tricks or traps); "none": no
-    division, which favours prompts that are nearly always or never solved (Dr. GRPO, which takes it out)."""
+    scale "batch": the standard deviation of all rewards of the batch (Liu et al. 2025, Tricks or traps);
+    "none": no division (Dr. GRPO: dividing favours prompts that are nearly always or never solved)."""
     groups = rewards.view(-1, group_size)
     groups = groups - groups.nanmedian(1, keepdim=True).values  # equal rewards: 0, whatever the rounding
     others = (~groups.isnan()).sum(1, keepdim=True) - 1
@@ -165,7 +166,8 @@ def group_advantages(rewards, group_size, scale="group"):
         std = (advantages.square().nansum(1, keepdim=True) / others.clamp(min=1)).sqrt()  # ddof 1
         advantages = advantages / (std + 1e-6)
     elif scale == "batch":
-        advantages = advantages / (rewards[~rewards.isnan()].std() + 1e-6)
+        judged = rewards[~rewards.isnan()]
+        advantages = advantages / (judged.std(correction=min(1, len(judged) - 1)) + 1e-6)
     return advantages.flatten().nan_to_num()
 
 
@@ -173,23 +175,25 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     """Estimate of KL(policy || reference) at each token: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x with
     x = log pi - log pi_ref (Schulman 2020, Approximating KL divergence). All (B, L-1).
 
-    k1 in the reward leads to pi_ref exp(r / beta) / Z. k2 as a loss leads there too on one-token completions,
-    with b = beta G / (G-1) for beta, since a group's mean includes the sample. k3 as a loss, GRPO's, leads to
-    another law, b pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). Not offered: k1 as a loss
-    (does not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point)."""
+    Where they lead with --scale-rewards none: k1 in the reward to pi_ref exp(r / beta) / Z. k2 as a loss, on
+    one-token completions, there too, with b = beta G / (G-1) for beta, since a group's mean includes the
+    sample. k3 as a loss, GRPO's, on one-token completions to another law, b pi_ref / (lambda - r): its
+    gradient is that of KL(pi_ref || pi). Not offered: k1 as a loss (does not regularise: its mean gradient
+    is 0), k2 and k3 in the reward (no sound fixed point)."""
     x = logprobs - ref_logprobs
     return {"k1": x, "k2": x**2 / 2, "k3": torch.expm1(-x) + x}[estimator]
 
 
 def loss_weights(mask, aggregation, max_completion_length):
-    """Weights that make a mean over completions of the sum over tokens / a length, (b, L-1) -> (b, L-1).
+    """mask (b, L-1) of a minibatch -> weights (b, L-1) of its token losses.
 
-    "sequence": the completion's own length (DeepSeekMath, equation 3); "token": the mean length, which makes
-    it a mean over all tokens (DAPO, section 3.3); "constant": the longest possible (Dr. GRPO)."""
-    count, lengths = mask.any(1).sum().clamp(min=1), mask.sum(1, keepdim=True).clamp(min=1)
-    mean_length = mask.sum().clamp(min=1) / count
-    normalisers = {"sequence": lengths, "token": mean_length, "constant": max_completion_length}
-    return mask / (normalisers[aggregation] * count)
+    "sequence": mean over the tokens of each completion, then over completions (DeepSeekMath, equation 3);
+    "token": mean over all tokens (DAPO, section 3.3), neither counting what has no trained token; "constant":
+    sum over the longest possible length, then mean over all completions (Dr. GRPO)."""
+    lengths, tokens = mask.sum(1, keepdim=True).clamp(min=1), mask.sum().clamp(min=1)
+    normalisers = {"sequence": lengths * mask.any(1).sum().clamp(min=1), "token": tokens}
+    normalisers["constant"] = len(mask) * max_completion_length
+    return mask / normalisers[aggregation]
 
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):
@@ -206,9 +210,9 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy completion and G sampled ones each: score (what is optimised), gold (the
-    data set's own exact checker, if it has one: pass@1) and pass@G of the sampled ones, their KL from the
-    reference in nats per sequence."""
+    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
+    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
+    ones, and their KL from the reference in nats per sequence."""
     prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
     for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
         lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
@@ -254,7 +258,8 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker, gold_checker = find_checker(args.reward, examples + held_out), find_gold(examples + held_out)
+    checker = find_checker(args.reward, examples + held_out)
+    gold_checker = find_gold(examples + held_out, args.reward)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
     reward_model = None if checker else RewardModel(*reward_inputs)
@@ -376,8 +381,6 @@ def main(args):
             "entropy": masked_mean(entropy, mask),
             "ratio_max_dev": ratio_max_dev,
             "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
-            "zero_std_groups": equal_groups(penalised, args.num_generations).float().mean(),
-            "dropped_groups": dropped / (args.prompts_per_step + dropped),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
             "grad_norm": losses[:, 1].mean(),
@@ -386,6 +389,10 @@ def main(args):
             "seconds/sample": sampled - began,
             "seconds/train": time.time() - sampled,
         }
+        if args.dynamic_sampling:  # what else is logged here is of the groups that were kept
+            metrics["dropped_groups"] = dropped / (args.prompts_per_step + dropped)
+        if args.num_generations > 1:
+            metrics["zero_std_groups"] = equal_groups(penalised, args.num_generations).float().mean()
         if reference is not None:
             metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
         if gold_checker is not None:

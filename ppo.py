@@ -210,9 +210,9 @@ def value_loss(values, old_values, returns, weights, value_clip):
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy completion and G sampled ones each: score (what is optimised), gold (the
-    data set's own exact checker, if it has one: pass@1) and pass@G of the sampled ones, their KL from the
-    reference in nats per sequence."""
+    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
+    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
+    ones, and their KL from the reference in nats per sequence."""
     prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
     for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
         lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
@@ -255,7 +255,8 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker, gold_checker = find_checker(args.reward, examples + held_out), find_gold(examples + held_out)
+    checker = find_checker(args.reward, examples + held_out)
+    gold_checker = find_gold(examples + held_out, args.reward)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
     reward_model = None if checker else RewardModel(*reward_inputs)

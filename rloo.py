@@ -5,8 +5,8 @@
 Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one action.
 Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the baseline: the mean
 reward of the other completions of its prompt, which keeps the gradient unbiased. The loss is - advantage *
-log pi(completion), stepped on once per rollout. More steps (--update-epochs, --minibatches) add to the paper
-a clipped importance ratio of the whole completion, since the policy has moved. Left out: a value model,
+log pi(completion), stepped on once per rollout. More steps (--update-epochs, --minibatches) add to it a
+clipped importance ratio of the whole completion, since the policy has moved. Left out: a value model,
 reward and advantage normalisation, generation engines, LoRA.
 
     python rloo.py                    laptop run, after sft.py: two minutes, two cores
@@ -137,7 +137,7 @@ def masked_mean(x, mask):
 
 
 def equal_groups(rewards, group_size):
-    """True for groups with nothing to learn from, rewards all equal: (B,), NaN if not judged -> (P,) bool."""
+    """True for groups whose rewards are all equal: (B,), NaN if not judged -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.nan_to_num(-torch.inf).amax(1) <= groups.nan_to_num(torch.inf).amin(1)
 
@@ -157,19 +157,19 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
     """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one action.
 
     Williams 1992. All (B, L-1), advantages equal along a row -> loss scalar, clipped (B, L-1) bool. The ratio
-    pi / pi_old of the completion is a constant here: 1 at the first update, the only one of Ahmadian et al.
-    2024. Later, where PPO's clip would remove the gradient of a completion, it is removed."""
-    ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach().exp()  # (B, 1)
+    pi / pi_old of the whole completion is a constant here, 1 at the first update. Later, where PPO's clip
+    would remove a completion's gradient, it is removed: for long completions after small steps already."""
+    ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach().clamp(max=20).exp()  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
-    clipped = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - epsilon) & (weights > 0)
-    return (weights * -advantages * ratio * ~clipped * logprobs).sum(), clipped
+    clipped = (advantages > 0) & (ratio > 1 + high) | (advantages < 0) & (ratio < 1 - epsilon)
+    return (weights * -advantages * ratio * ~clipped * logprobs).sum(), clipped & (weights > 0)
 
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy completion and G sampled ones each: score (what is optimised), gold (the
-    data set's own exact checker, if it has one: pass@1) and pass@G of the sampled ones, their KL from the
-    reference in nats per sequence."""
+    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
+    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
+    ones, and their KL from the reference in nats per sequence."""
     prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
     for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
         lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
@@ -215,7 +215,8 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker, gold_checker = find_checker(args.reward, examples + held_out), find_gold(examples + held_out)
+    checker = find_checker(args.reward, examples + held_out)
+    gold_checker = find_gold(examples + held_out, args.reward)
     longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
     reward_model = None if checker else RewardModel(*reward_inputs)
@@ -319,7 +320,6 @@ def main(args):
             "entropy": masked_mean(entropy, mask),
             "ratio_max_dev": ratio_max_dev,
             "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
-            "zero_std_groups": equal_groups(penalised, args.num_generations).float().mean(),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
             "grad_norm": losses[:, 1].mean(),
@@ -328,6 +328,8 @@ def main(args):
             "seconds/sample": sampled - began,
             "seconds/train": time.time() - sampled,
         }
+        if args.num_generations > 1:
+            metrics["zero_std_groups"] = equal_groups(penalised, args.num_generations).float().mean()
         if reference is not None:
             metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
         if gold_checker is not None:

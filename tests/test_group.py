@@ -3,6 +3,7 @@ forms and invariances; then both mains on a tiny model."""
 
 import json
 import math
+import random
 import zlib
 from functools import partial
 
@@ -175,7 +176,7 @@ def slow_loss(logps, old, ref, advantages, mask, aggregation, kl, kl_coef, lengt
             counts.append(len(tokens))
     if aggregation == "sequence":
         return float(np.mean([s / n for s, n in zip(sums, counts)]))
-    return sum(sums) / (sum(counts) if aggregation == "token" else len(sums) * length)
+    return sum(sums) / (sum(counts) if aggregation == "token" else len(mask) * length)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
@@ -208,6 +209,16 @@ def test_reinforce_loss_is_minus_advantage_times_log_prob():
     loss, clipped = rloo.reinforce_loss(logps, logps, advantages[:, None] * mask, mask.double() / 5, 0.2)
     slow = np.mean([-a * logp for a, logp, m in zip(advantages, logps.sum(1), mask.sum(1)) if m > 0])
     assert loss.item() == pytest.approx(slow, rel=1e-12) and not clipped.any()
+
+
+def test_reinforce_loss_of_a_ratio_that_overflows_is_finite():
+    """300 tokens, each 0.35 nats up: clipped where A > 0, and never NaN."""
+    old, ones = torch.full((3, 300), -2.0), torch.ones(3, 300)
+    logps, advantages = (old + 0.35).requires_grad_(), torch.tensor([1.0, -1.0, 0.0])[:, None] * ones
+    loss, clipped = rloo.reinforce_loss(logps, old, advantages, ones / 3, 0.2)
+    loss.backward()
+    assert loss.isfinite() and logps.grad.isfinite().all()
+    assert clipped.any(1).tolist() == [True, False, False] and not logps.grad[[0, 2]].any()
 
 
 @pytest.mark.parametrize("high", [None, 0.5])
@@ -412,7 +423,193 @@ def test_truncated_completions_are_masked_and_still_counted(chain, tmp_path, mon
     assert not rewards[0].isnan().any()
 
 
+# ---------------------------------------------------------------- every flag, through main
+@pytest.fixture(scope="module")
+def far(chain, tmp_path_factory):  # noqa: F811
+    """A policy some nats away from its reference, runs/sft."""
+    folder = tmp_path_factory.mktemp("far")
+    reward = checker(folder, "scores = [('a' in text) - 0.1 * len(text) for text in completions]")
+    args = dict(reward=reward, prompts_per_step=16, learning_rate=1.5e-3, steps=4, kl_coef=0.0)
+    grpo.main(run_args(grpo, chain, folder / "run", **args))
+    return str(folder / "run")
+
+
+def spy(patch, module, name, calls):
+    """Record the arguments of a function, and what it gave."""
+    inner = getattr(module, name)
+
+    def recorder(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        calls.append((args, result))
+        return result
+
+    patch.setattr(module, name, recorder)
+
+
+HARD = """pairs = list(zip(prompts, completions))
+scores = [None if sum(map(ord, c)) % 3 == 1 else len(set(c)) + 0.1 * ord(p[0]) for p, c in pairs]"""
+
+
+def hard_run(script, chain, far, folder, patch, **flags):  # noqa: F811
+    """One step from `far` against runs/sft: unjudged and truncated completions, odd flags everywhere."""
+    load, paths = script.load_policy, iter([far, str(chain / "sft")])
+    patch.setattr(script, "load_policy", lambda path, *a, **k: load(next(paths), *a, **k))
+    args = dict(reward=checker(folder, HARD), prompts_per_step=5, num_generations=4, steps=1, kl_coef=0.3)
+    args |= dict(epsilon=0.07, epsilon_high=0.31, temperature=0.8, missing_eos_penalty=0.4)
+    script.main(run_args(script, chain, folder / "run", **(args | flags)))
+    return metrics(folder / "run")[1]
+
+
+GRPO_FLAGS = [
+    dict(),
+    dict(scale_rewards="batch", loss_aggregation="token", kl="k2-loss"),
+    dict(scale_rewards="none", loss_aggregation="constant", kl="k1-reward", max_completion_length=9),
+    dict(mask_truncated=True, loss_aggregation="constant", max_completion_length=9),
+    dict(mask_truncated=True, loss_aggregation="token", scale_rewards="none"),
+]
+
+
+@pytest.mark.parametrize("flags", GRPO_FLAGS)
+def test_grpo_step_is_the_formula(chain, far, tmp_path, monkeypatch, flags):  # noqa: F811
+    """The loss that main logs, from its completions, log-probs and scores by float64 loops over the flags."""
+    losses, groups, batches, over = [], [], [], []
+    for name, calls in [("policy_loss", losses), ("group_advantages", groups), ("completion_batch", batches)]:
+        spy(monkeypatch, grpo, name, calls)
+    spy(monkeypatch, grpo, "over_micro_batches", over)
+    row = hard_run(grpo, chain, far, tmp_path, monkeypatch, **flags)
+    args = run_args(grpo, chain, tmp_path, **flags)
+    ((given, loss),) = losses
+    logps, old, advantages, weights, *epsilons = given
+    assert epsilons == [0.07, 0.31]
+    # rows of the one micro-batch, longest first
+    trained = next((a, batch) for a, batch in batches if len(a[0]) == 20)
+    (prompts, completions, _), batch = trained
+    (order,) = common.micro_batches(batch.lengths, 10**9)
+    scored = [groups[0][0][0][i].item() for i in order]
+    judged = [not math.isnan(score) for score in scored]
+    finished = [completions[i][-1] == 1 for i in order]
+    assert 3 < sum(judged) < 17 and 3 < sum(finished) < 17
+    mask = batch.completion_mask[order, 1:].numpy() * np.array(judged)[:, None]
+    mask = mask * np.array(finished)[:, None] if args.mask_truncated else mask
+    assert (weights > 0).numpy().tolist() == (mask > 0).tolist()
+    old_logprobs, ref_logprobs = (result[0] for a, result in over if result[0].shape[0] == 20)
+    log_ratio = (old_logprobs - ref_logprobs).sum(1)
+    text = [common.completion_text(common.load_tokenizer(far), p, c) for p, c in zip(prompts, completions)]
+    tokenizer, rewards = common.load_tokenizer(far), []
+    for i in range(20):
+        score = (
+            None
+            if sum(map(ord, text[i])) % 3 == 1
+            else len(set(text[i])) + 0.1 * ord(tokenizer.decode(prompts[i])[0])
+        )
+        reward = math.nan if score is None else score - 0.4 * (completions[i][-1] != 1)
+        rewards.append(reward - (0.3 * log_ratio[i].item() if args.kl == "k1-reward" else 0.0))
+    assert rewards == pytest.approx(groups[0][0][0].tolist(), abs=1e-4, nan_ok=True)
+    slow = np.array(slow_advantages(rewards, 4, args.scale_rewards))[order]
+    assert advantages.sum(1).div(torch.tensor(mask.sum(1)).clamp(min=1)).tolist() == pytest.approx(
+        (slow * mask.any(1)).tolist(), abs=1e-3
+    )
+    tensors = [x.double().numpy() for x in (logps.detach(), old, ref_logprobs[order])]
+    expected = slow_loss(
+        *tensors, slow, mask, args.loss_aggregation, args.kl, 0.3, args.max_completion_length, 0.07, 0.31
+    )
+    assert row["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert row["ratio_max_dev"] == 0 and row["kl"] == pytest.approx(log_ratio.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "none"])
+def test_rloo_step_is_the_formula(chain, far, tmp_path, monkeypatch, baseline):  # noqa: F811
+    losses, over, batches = [], [], []
+    for name, calls in (
+        ("reinforce_loss", losses),
+        ("over_micro_batches", over),
+        ("completion_batch", batches),
+    ):
+        spy(monkeypatch, rloo, name, calls)
+    row = hard_run(rloo, chain, far, tmp_path, monkeypatch, baseline=baseline)
+    ((logps, old, _, weights, *epsilons), _), *_ = losses
+    assert epsilons == [0.07, 0.31]
+    (prompts, completions, _), batch = next((a, b) for a, b in batches if len(a[0]) == 20)
+    old_logprobs, ref_logprobs = (result[0] for a, result in over if result[0].shape[0] == 20)
+    tokenizer, rewards = common.load_tokenizer(far), []
+    for i, (p, c) in enumerate(zip(prompts, completions)):
+        text, ratio = common.completion_text(tokenizer, p, c), (old_logprobs - ref_logprobs)[i].sum().item()
+        score = len(set(text)) + 0.1 * ord(tokenizer.decode(p)[0]) - 0.4 * (c[-1] != 1) - 0.3 * ratio
+        rewards.append(math.nan if sum(map(ord, text)) % 3 == 1 else score)
+    judged = [i for i in range(20) if not math.isnan(rewards[i])]
+    total = 0.0
+    for i in judged:
+        others = [rewards[j] for j in judged if j // 4 == i // 4 and j != i]
+        advantage = rewards[i] - (np.mean(others) if others else rewards[i]) * (baseline != "none")
+        total -= advantage * old_logprobs[i].sum().item()
+    assert row["loss"] == pytest.approx(total / len(judged), rel=1e-3)
+    assert row["reward"] == pytest.approx(np.mean([rewards[i] for i in judged]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name, flags", VARIANTS)
+def test_each_minibatch_has_its_own_normaliser(chain, far, tmp_path, monkeypatch, name, flags):  # noqa: F811
+    script, calls, steps = SCRIPTS[name], [], []
+    spy(monkeypatch, script, {"rloo": "reinforce_loss", "grpo": "policy_loss"}[name], calls)
+    spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", steps)
+    flags = dict(minibatches=3, update_epochs=2, max_completion_length=7) | flags
+    hard_run(script, chain, far, tmp_path, monkeypatch, **flags)
+    assert len(calls) == len(steps) == 6
+    for (_, _, _, ours, *_), _ in calls:
+        rows, lengths = (ours > 0).any(1).sum(), (ours > 0).sum(1)
+        aggregation = flags.get("loss_aggregation", "sequence" if name == "grpo" else "sum")
+        each = {"sequence": 1 / (rows * lengths), "sum": 1 / rows.expand(len(lengths))}.get(aggregation)
+        if aggregation == "token":
+            each = 1 / lengths.sum().expand(len(lengths))
+        if aggregation == "constant":
+            each = 1 / torch.tensor(len(lengths) * 7.0).expand(len(lengths))
+        assert rows < len(lengths) <= 7
+        assert torch.allclose(ours, (ours > 0) * each.nan_to_num(posinf=0)[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_metrics_of_clipping_and_equal_groups(chain, far, tmp_path, monkeypatch, name):  # noqa: F811
+    """All tokens clipped is a fraction of 1, whatever the epochs; equal scores are equal groups."""
+    script, loss = SCRIPTS[name], {"rloo": "reinforce_loss", "grpo": "policy_loss"}[name]
+
+    def all_clipped(logprobs, old_logprobs, advantages, weights, *epsilons):
+        return (0 * weights * logprobs).sum(), weights > 0
+
+    monkeypatch.setattr(script, loss, all_clipped)
+    monkeypatch.setitem(globals(), "HARD", "scores = [0.5] * len(prompts)")
+    flags = dict(kl="k1-reward") if name == "grpo" else {}
+    row = hard_run(
+        script, chain, far, tmp_path, monkeypatch, update_epochs=3, missing_eos_penalty=0.0, **flags
+    )
+    assert row["clip_fraction"] == 1.0 and row["zero_std_groups"] == 1.0
+
+
+def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(chain, far, tmp_path, monkeypatch):  # noqa: F811
+    over = []
+    spy(monkeypatch, grpo, "over_micro_batches", over)
+    hard_run(grpo, chain, far, tmp_path, monkeypatch, num_generations=2)
+    (first, logprobs), (_, ref_logprobs) = ((a[1], result[0]) for a, result in over[:2])
+    models = [common.load_policy(path, torch.device("cpu")) for path in (far, str(chain / "sft"))]
+    for model, ours in zip(models, (logprobs, ref_logprobs)):
+        with torch.no_grad():
+            inputs = first.input_ids, first.attention_mask, first.completion_mask[:, 1:]
+            slow, _ = grpo.token_logprobs(model, *inputs, 0.8)
+        assert torch.allclose(ours, slow, atol=1e-4)
+    kl = (logprobs - ref_logprobs).sum(1).mean().item()
+    assert metrics(tmp_path / "run")[0]["eval/kl"] == pytest.approx(kl, rel=1e-4)
+
+
 # ---------------------------------------------------------------- dynamic sampling
+def test_dynamic_sampling_looks_at_penalised_rewards_and_draws_afresh(chain, tmp_path, monkeypatch):  # noqa: F811
+    """A score of 1 for all, and a price for missing EOS: only that makes groups differ."""
+    keys, inner = [], grpo.generator
+    monkeypatch.setattr(grpo, "generator", lambda *key: keys.append(key) or inner(*key))
+    args = dict(reward=checker(tmp_path, "scores = [1.0] * len(prompts)"), missing_eos_penalty=0.5)
+    grpo.main(run_args(grpo, chain, tmp_path / "run", dynamic_sampling=True, prompts_per_step=8, **args))
+    drawn = [key for key in keys if key[1] == "sample"]
+    assert len(set(drawn)) == len(drawn) > 2
+    assert all(row["dropped_groups"] < 0.8 for row in metrics(tmp_path / "run")[1:])
+
+
 def test_dynamic_sampling_fills_the_batch(chain, tmp_path, monkeypatch):  # noqa: F811
     """Prompts that begin with a to m teach nothing; they are replaced until none is left."""
     body = "import zlib\ntexts = [p + c for p, c in zip(prompts, completions)]\n"
@@ -433,7 +630,8 @@ def test_dynamic_sampling_fills_the_batch(chain, tmp_path, monkeypatch):  # noqa
             assert text[0] >= "n"
             text += common.completion_text(tokenizer, p, c)
             assert scores[i].item() == pytest.approx(zlib.crc32(text.encode()) % 1000 / 1000)
-    for row in metrics(tmp_path / "run")[1:]:
+    for row, scores in zip(metrics(tmp_path / "run")[1:], rewards):
+        assert row["score"] == pytest.approx(scores.mean().item(), abs=1e-6)
         assert row["zero_std_groups"] == 0 and 0.2 < row["dropped_groups"] < 0.8
 
 
@@ -542,6 +740,13 @@ FORMS = [
     ("48/2 = 24", "24"),
     ("10-5", "5"),
     ("He pays $1,234.5", "1234.5"),
+    ("#### --5", "5"),
+    ("The answer is --18", "18"),
+    ("-----18", "18"),
+    ("-$-5", "-5"),
+    ("#### Step 2: compute 5 + 3\nSo \\boxed{8}", "8"),
+    ("\\boxed{1\\,234}", "1234"),
+    ("#### 3 x 6", None),
     ("", None),
     ("no idea", None),
     ("####", None),
@@ -561,6 +766,13 @@ def test_gsm8k_reads_answer_forms(text, number):
     answers = [number or "18", "5551"]
     rows = [{"answer": f"They did it.\n#### {answer}"} for answer in answers]
     assert common.gsm8k_checker([""] * 2, [text] * 2, rows) == [float(number is not None), 0.0]
+
+
+def test_gsm8k_never_raises():
+    draw = random.Random(1)
+    for _ in range(20_000):
+        common.gsm8k_number("".join(draw.choices("-−$,./x* #09\\{}boxed\n", k=draw.randint(0, 12))))
+        common.gsm8k_number("#### " + "".join(draw.choices("-−$,./09 ", k=6)))
 
 
 def test_gsm8k_numbers_are_exact():
