@@ -66,6 +66,8 @@ AT_LEAST |= dict.fromkeys(["value_clip", "gamma", "lam", "epsilon_high", "center
 AT_LEAST |= dict.fromkeys(["steps", "epochs", "batch_size", "micro_batch_tokens", "log_every"], 1)
 AT_LEAST |= dict.fromkeys(["prompts_per_step", "num_generations", "update_epochs", "minibatches"], 1)
 AT_LEAST |= dict.fromkeys(["max_length", "max_prompt_length", "max_completion_length"], 1)
+AT_LEAST |= dict.fromkeys(["select_k", "prompts", "iterations"], 1)
+AT_LEAST |= dict.fromkeys(["label_smoothing", "sft_coef", "beta"], 0)
 
 
 def setup(args):

@@ -40,11 +40,24 @@ def main():
         model.save_pretrained(f"{folder}/model")
         common.tiny_tokenizer().save_pretrained(f"{folder}/model")
         shared = ["--steps", "2", "--dtype", "bfloat16", "--eval-every", "0"]
-        ppo = ["--reward", f"{folder}/reward_model", "--prompts-per-step", "64", "--update-epochs", "1"]
+        scored = ["--reward", f"{folder}/reward_model", "--max-completion-length", completion]
+        group = [*scored, "--prompts-per-step", "8", "--num-generations", "8"]
         jobs = {
             "sft": ["--model", f"{folder}/model"],
             "reward_model": ["--model", f"{folder}/model"],
-            "ppo": ["--model", f"{folder}/model", *ppo, "--max-completion-length", completion],
+            "dpo": ["--model", f"{folder}/model"],
+            "ppo": [
+                "--model",
+                f"{folder}/model",
+                *scored,
+                "--prompts-per-step",
+                "64",
+                "--update-epochs",
+                "1",
+            ],
+            "rloo": ["--model", f"{folder}/model", *group],
+            "grpo": ["--model", f"{folder}/model", *group],
+            "rejection_sampling": ["--model", f"{folder}/model", *scored, "--prompts", "128"],
         }
         for script, flags in jobs.items():
             command = [

@@ -51,7 +51,7 @@ def evaluations(folder):
     per_hundred = [[100 * m / max(1, n) for m, n in zip(*pair)] for pair in zip(moods, lengths)]
     columns = {"mood per story": moods, "mood per hundred words": per_hundred, "length, words": lengths}
     for name, key in (("score", "score"), ("KL, nats per sequence", "kl")):
-        columns[name] = [[group[prompt][key] for prompt in prompts] for group in (first, last)]
+        columns[name] = [[group[prompt].get(key, math.nan) for prompt in prompts] for group in (first, last)]
     return min(by_step), max(by_step), prompts, (first, last), columns
 
 

@@ -1,0 +1,367 @@
+"""Direct preference optimisation (DPO): learn from pairs of answers which people prefer, in one stage.
+
+    loss = - log sigmoid(beta log pi/pi_ref(chosen) - beta log pi/pi_ref(rejected)), mean over pairs
+
+Rafailov et al. 2023, equation 7. The optimum of RLHF, pi_ref exp(reward / beta) / Z, solved for the reward,
+goes into the Bradley-Terry likelihood: no reward model, no sampling. Log-probs are sums over the
+completion, EOS included. Its relatives are --loss-type, a line or three each in preference_loss. Left out:
+making the pairs, a learnt or scheduled beta, LoRA.
+
+    python dpo.py                     laptop run, after `python sft.py`: three quarters of a minute, two cores
+    python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset held_out_pairs.jsonl
+
+Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin` optional.
+Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
+
+import hashlib
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common import Run, call_checker, check_context, cli, completion_batch, completion_text, context_of, due
+from common import eos_ids, find_gold, generator, head_logits, load_examples, load_held_out, load_policy
+from common import load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import set_learning_rate, setup, shuffled, stop
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    dataset: str = "sort"
+    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same forms; the built-in task brings its own"""
+    prompt_template: str = "{prompt}"
+    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    output_dir: str = "runs/dpo"
+    """folder of the run: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir"""
+    overwrite: bool = False
+    """move a run that is in --output-dir to <output-dir>.old first"""
+    seed: int = 1
+    """of data order, sampling and new weights"""
+    steps: int | None = None
+    """optimiser steps at most; without it, --epochs decides"""
+    learning_rate: float = 5e-7
+    """peak, of AdamW (5e-7: Zephyr, Tulu 3)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """from the peak down to 0 at the last step, or not"""
+    weight_decay: float = 0.0
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
+    micro_batch_tokens: int = 16_384
+    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: before the first and after the last step only"""
+    save_every: int = 100
+    """steps between checkpoints; 0: after the last step only"""
+    log_every: int = 10
+    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """also send the metrics there"""
+    batch_size: int = 64
+    """pairs per optimiser step"""
+    epochs: int = 1
+    """passes over the data"""
+    max_length: int = 1024
+    """tokens of prompt and completion; longer rows are dropped and counted"""
+    beta: float | None = None
+    """of the loss; without it 0.1, for simpo 2 (Rafailov et al.; Hong et al.; Meng et al.; ipo: TRL)"""
+    loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
+    """preference_loss has the formula and the paper of each; simpo and orpo need no reference model"""
+    label_smoothing: float = 0.0
+    """sigmoid: probability that a label is wrong (cDPO, Mitchell 2023)"""
+    simpo_margin: float | None = None
+    """simpo: how far the chosen reward should lead; without it 1 (Meng et al. 2024)"""
+    sft_coef: float = 0.0
+    """weight of the chosen completion's NLL per token (Pang et al. 2024, iterative reasoning: 1)"""
+    precompute_ref: bool = True
+    """reference log-probs once, before training; else the reference model stays in memory"""
+
+
+# log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors have it
+LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
+REFERENCE_FREE = ("simpo", "orpo")
+BETA = {
+    "sigmoid": 0.1,
+    "ipo": 0.1,
+    "simpo": 2.0,
+    "orpo": 0.1,
+}  # ipo's is TRL's, the others are of their papers
+
+
+def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+
+    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
+    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
+    the backward pass, so that memory does not grow with B*L*V."""
+    mask = mask.bool()
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
+    targets = input_ids[:, 1:][mask]  # (N,)
+
+    def head(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        chunks = [head(*chunk) for chunk in chunks]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    return logprobs, entropy
+
+
+def preference_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    margin=0.0,
+):
+    """Losses of B pairs and their implicit rewards, beta * log pi / pi_ref; all (B,). Log-probs, in nats, are
+    means over tokens for the loss types in LENGTH_AVERAGED, the reference's 0 for those in REFERENCE_FREE.
+
+    With h = chosen reward - rejected reward - margin, s the label smoothing and odds = p / (1 - p):
+    sigmoid: - (1-s) log sigmoid(h) - s log sigmoid(-h) (Rafailov et al. 2023, equation 7; s > 0: cDPO,
+        Mitchell 2023; a margin: ODPO, Amini et al. 2024)
+    ipo: (difference of log-ratios - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
+    simpo: - log sigmoid(h) (Meng et al. 2024, equation 6)
+    orpo: - log pi(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)) (Hong et al. 2024,
+        equations 6 and 7)
+    ipo and orpo have no margin. One line away: hinge (SLiC, Zhao et al. 2023), relu(1 - h); robust DPO
+    (Chowdhury et al. 2024), sigmoid's with + s for - s and divided by 1 - 2s; REBEL (Gao et al. 2024),
+    (h - (score of chosen - score of rejected))^2."""
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    h = chosen_rewards - rejected_rewards - margin
+    if loss_type == "ipo":
+        losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
+    elif loss_type == "orpo":
+        log_odds = (
+            logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
+            for logps in (chosen_logps, rejected_logps)
+        )
+        losses = -chosen_logps - beta * F.logsigmoid(next(log_odds) - next(log_odds))
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return losses, chosen_rewards, rejected_rewards
+
+
+def pair_batch(examples, device):
+    """B pairs as one batch of 2B sequences, chosen ones first: one forward scores both."""
+    prompts = [e["prompt_ids"] for e in examples]
+    completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
+    return completion_batch(prompts + prompts, completions, device)
+
+
+def pair_length(example):
+    """Tokens of the longer of the two sequences."""
+    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+
+
+@torch.no_grad()
+def pair_logps(model, examples, args, autocast):
+    """log pi of the chosen and of the rejected completions of N pairs, summed over tokens -> (N, 2), nats."""
+    logps = torch.zeros(len(examples), 2)
+    for rows in micro_batches([pair_length(e) for e in examples], args.micro_batch_tokens // 2):
+        mb = pair_batch([examples[i] for i in rows], model.device)
+        with autocast():
+            logprobs, _ = token_logprobs(model, mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
+        logps[rows] = logprobs.sum(1).view(2, -1).T.cpu()
+    return logps
+
+
+def reference_logps(model, examples, args, autocast, file):
+    """pair_logps of the reference, from `file` if it was written for this model, data and dtype."""
+    digest = hashlib.blake2b(f"{model.config.to_json_string()} {args.dtype} {model.device.type}".encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    for e in examples:  # tokens, after --max-length has dropped what it drops
+        digest.update(str((e["prompt_ids"], e["chosen_ids"], e["rejected_ids"])).encode())
+    if file.exists() and (cached := torch.load(file, weights_only=True))["key"] == digest.hexdigest():
+        print(f"reference log-probs: read from {file}")
+        return cached["logps"]
+    logps = pair_logps(model, examples, args, autocast)
+    torch.save({"key": digest.hexdigest(), "logps": logps}, file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+    return logps
+
+
+def pair_losses(logps, ref_logps, examples, args):
+    """Log-probs of N pairs, summed over tokens, each (N, 2): chosen, rejected -> losses (N,) and what is
+    logged, a dict of (N,)."""
+    lengths = torch.tensor([[len(e["chosen_ids"]), len(e["rejected_ids"])] for e in examples]).to(logps)
+    margins = torch.tensor([e["margin"] for e in examples]).to(logps)
+    if args.loss_type == "simpo":
+        margins = margins + (1.0 if args.simpo_margin is None else args.simpo_margin)
+    beta = BETA[args.loss_type] if args.beta is None else args.beta
+    scale = lengths if args.loss_type in LENGTH_AVERAGED else torch.ones_like(lengths)
+    inputs = *(logps / scale).unbind(1), *(ref_logps / scale).unbind(1)
+    losses, chosen, rejected = preference_loss(*inputs, beta, args.loss_type, args.label_smoothing, margins)
+    losses = losses - args.sft_coef * logps[:, 0] / lengths[:, 0]
+    accuracy = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # a tie counts half
+    # the chosen reward often falls with the rejected one: the loss sees only their difference, and the two
+    # share most of their tokens. It is no harm while the margin grows and samples stay good; it is when
+    # eval/kl runs away or samples get worse: the mass has gone to answers in neither (Razin et al. 2024)
+    logged = {"loss": losses, "accuracy": accuracy, "margin": chosen - rejected}
+    logged |= {"chosen_reward": chosen, "rejected_reward": rejected}
+    if args.loss_type not in REFERENCE_FREE:
+        ratios = logps - ref_logps
+        logged |= {"chosen_logratio": ratios[:, 0], "rejected_logratio": ratios[:, 1]}
+    return losses, {name: values.detach() for name, values in logged.items()}
+
+
+@torch.no_grad()
+def evaluate_preferences(
+    policy, reference, tokenizer, examples, ref_logps, checker, stop_ids, args, autocast
+):
+    """Of held-out pairs what training logs, with the accuracy's binomial standard error; of greedy and
+    sampled answers to their prompts how many stop and are right; the sampled ones' KL from the reference, in
+    nats."""
+    logps = pair_logps(policy, examples, args, autocast)
+    _, logged = pair_losses(logps, ref_logps, examples, args)
+    metrics = {f"eval/{name}": values.mean().item() for name, values in logged.items()}
+    accuracy = metrics["eval/accuracy"]
+    metrics["eval/accuracy_stderr"] = (accuracy * (1 - accuracy) / len(examples)) ** 0.5
+    examples = examples[:500]
+    prompts = [e["prompt_ids"] for e in examples]
+    longest = max(pair_length(e) - len(e["prompt_ids"]) for e in examples)
+    limit = min(longest, context_of(policy.config) - max(map(len, prompts)))
+    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)) if checker else (("", 1.0),):
+        with autocast():
+            draw = generator(args.seed, "evaluate")
+            completions, _ = sample(policy, prompts, 1, limit, temperature, stop_ids, draw)
+        if checker is not None:
+            gold, _ = call_checker(checker, tokenizer, examples, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
+    columns = {} if checker is None else {"gold": gold}
+    if reference is not None:
+        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+        for sign, model in ((1, policy), (-1, reference)):
+            inputs = batch, args.micro_batch_tokens, autocast
+            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x), *inputs)
+            kl = kl + sign * logprobs.sum(1)
+        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
+    return metrics, rows
+
+
+def main(args):
+    device, autocast = setup(args)
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        stop(f"--label-smoothing is for --loss-type sigmoid, not {args.loss_type}")
+    if args.simpo_margin is not None and args.loss_type != "simpo":
+        stop(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
+    if args.beta == 0 or args.label_smoothing > 0.5:
+        stop(f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted")
+
+    # load: data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model)
+    stop_ids = eos_ids(tokenizer, args.model)
+    examples = load_examples(tokenizer, args.dataset, "preference", args)
+    held_out = load_held_out(tokenizer, "preference", args)
+    checker = find_gold(examples + held_out)
+    policy = load_policy(args.model, device, train=args)
+    check_context(policy, max(map(pair_length, examples + held_out)), "--max-length")
+    optimizer = make_optimizer([policy], args)
+    steps = -(-args.epochs * len(examples) // args.batch_size)
+    steps = min(steps, args.steps or steps)
+    run = Run(args, steps)
+    reference, rows = None, (examples if args.precompute_ref else []) + held_out
+    ref_logps = torch.zeros(len(rows), 2)  # of a loss without a reference
+    if args.loss_type not in REFERENCE_FREE:
+        reference = load_policy(args.model, device)
+        ref_logps = reference_logps(reference, rows, args, autocast, run.dir / "reference.pt")
+    if args.precompute_ref:
+        reference, examples = None, [e | {"ref_logps": x} for e, x in zip(examples, ref_logps.tolist())]
+    start, metrics = run.restore({"policy": policy}, optimizer), {}
+
+    def evaluate():
+        model = reference  # whose KL from samples needs it again, for a moment
+        if model is None and args.loss_type not in REFERENCE_FREE:
+            model = load_policy(args.model, device)
+        inputs = (tokenizer, held_out, ref_logps[-len(held_out) :], checker, stop_ids, args, autocast)
+        return evaluate_preferences(policy, model, *inputs)
+
+    if start == 0 and held_out:
+        metrics, rows = evaluate()
+        run.samples(0, rows)
+        run.log(0, metrics, show=[])
+    for step in range(start, steps):
+        # data: the next pairs, in an order of its own for every epoch
+        began = time.time()
+        first = step * args.batch_size
+        last = min(first + args.batch_size, args.epochs * len(examples))
+        picked = shuffled(examples, args.seed, first, last)
+
+        # update: one denominator for the whole batch, however it is cut into micro-batches
+        sums, tokens = Counter(), 0
+        for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
+            mb_examples = [picked[i] for i in rows]
+            mb = pair_batch(mb_examples, device)
+            mb_inputs = mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:]
+            with autocast():
+                logprobs, _ = token_logprobs(policy, *mb_inputs)
+            mb_logps = logprobs.sum(1).view(2, -1).T  # (b, 2)
+            if reference is not None:
+                with torch.no_grad(), autocast():
+                    mb_ref_logps = token_logprobs(reference, *mb_inputs)[0].sum(1).view(2, -1).T
+            else:
+                mb_ref_logps = [e.get("ref_logps", (0.0, 0.0)) for e in mb_examples]
+                mb_ref_logps = torch.tensor(mb_ref_logps, device=device)
+            losses, logged = pair_losses(mb_logps, mb_ref_logps, mb_examples, args)
+            (losses.sum() / len(picked)).backward()
+            sums.update({name: values.sum() / len(picked) for name, values in logged.items()})
+            tokens += sum(mb.lengths)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+        run.stop_unless_finite(step + 1, loss=sums["loss"], grad_norm=grad_norm)
+        learning_rate = set_learning_rate(optimizer, args, step, steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # log, eval, save
+        metrics = dict(sums) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["tokens_per_second"] = tokens / (time.time() - began)
+        if held_out and due(args.eval_every, step + 1, steps):
+            evals, rows = evaluate()
+            metrics |= evals
+            run.samples(step + 1, rows)
+        run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"])
+        if due(args.save_every, step + 1, steps):
+            run.checkpoint(step + 1, {"policy": policy}, optimizer)
+    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(model="runs/sft", steps=600, batch_size=32, learning_rate=1e-4, warmup_steps=20)
+    main(cli(Args, laptop=laptop | dict(overwrite=True)))

@@ -1,0 +1,386 @@
+"""Rejection sampling, or best-of-N fine-tuning: sample, keep what scores best, train on it as in sft.py.
+
+    loss = - sum over tokens of the kept completions of log pi(token | what stands before it) / their number
+
+Nakano et al. 2021 (best of N), Touvron et al. 2023 (Llama 2, section 3.2.3), Dong et al. 2023 (RAFT: several
+--iterations, each from the policy of the one before). N completions of each of M prompts are scored; of the
+M x N scores the best of each row is kept, or the k best of all. The controls keep as many at random: only
+against them can one say that selection did anything, since training on one's own samples at a temperature
+below 1 sharpens a policy by itself. The rollouts also give best-of-N without any training, with a bound on
+its KL, and each prompt's solve rate. Left out: data of earlier iterations (Llama 2 mixes it in), LoRA.
+
+    python rejection_sampling.py      laptop run, after sft.py and reward_model.py: 90 seconds, two cores
+    python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+
+Data: rows of prompt, and any columns that a checker reads. Expect one iteration to raise `eval/score`
+by a part of what best-of-N promises. rollouts.jsonl holds all that was sampled, with scores."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
+from common import find_checker, find_gold, generator, head_logits, load_examples, load_held_out, load_policy
+from common import load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import set_learning_rate, setup, shuffled, stop
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    dataset: str = "sort"
+    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same forms; the built-in task brings its own"""
+    prompt_template: str = "{prompt}"
+    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    output_dir: str = "runs/rejection_sampling"
+    """folder of the run: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir"""
+    overwrite: bool = False
+    """move a run that is in --output-dir to <output-dir>.old first"""
+    seed: int = 1
+    """of data order, sampling and new weights"""
+    steps: int | None = None
+    """optimiser steps at most; without it, --epochs decides"""
+    learning_rate: float = 2e-5
+    """peak, of AdamW (2e-5: Touvron et al. 2023 for SFT)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """from the peak down to 0 at the last step, or not"""
+    weight_decay: float = 0.0
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
+    micro_batch_tokens: int = 16_384
+    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: before the first and after the last step only"""
+    save_every: int = 100
+    """steps between checkpoints; 0: after the last step only"""
+    log_every: int = 10
+    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """also send the metrics there"""
+    batch_size: int = 64
+    """sequences per optimiser step"""
+    epochs: int = 1
+    """passes over the data"""
+    reward: str | None = None
+    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    num_generations: int = 16
+    """completions of each prompt, N"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped and counted"""
+    max_completion_length: int = 256
+    """tokens; a completion without EOS by then is cut, and counts as unfinished"""
+    temperature: float = 0.8
+    """of sampling; training is at 1, so that a lower one sharpens the policy"""
+    select: Literal["top-per-prompt", "top-k", "random-per-prompt", "random-k"] = "top-per-prompt"
+    """the best completion of each prompt, the --select-k best of all, or as many at random: the controls"""
+    select_k: int | None = None
+    """completions that top-k and random-k keep"""
+    min_score: float | None = None
+    """completions with a lower score are not selected, by the controls neither"""
+    prompts: int | None = None
+    """prompts of one iteration, the next ones of the shuffled data; without it all of them"""
+    iterations: int = 1
+    """rounds of sampling from the current policy, selecting and training (RAFT: more than 1)"""
+
+
+def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+
+    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
+    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
+    the backward pass, so that memory does not grow with B*L*V."""
+    mask = mask.bool()
+    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
+    targets = input_ids[:, 1:][mask]  # (N,)
+
+    def head(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        chunks = [head(*chunk) for chunk in chunks]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    return logprobs, entropy
+
+
+def sft_loss(logprobs, weights):
+    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole batch, their
+    mean NLL. logprobs, weights (B, L-1) -> scalar, nats per token."""
+    return -(weights * logprobs).sum()
+
+
+def select_top_per_prompt(rewards):
+    """rewards (M, N), NaN where there is no score -> (M,) the column of each row's best, the lower one in a
+    tie, -1 where the row has no score."""
+    best = rewards.masked_fill(rewards.isnan(), -torch.inf).argmax(1)
+    return best.masked_fill(rewards.isnan().all(1), -1)
+
+
+def select_top_k(rewards, k):
+    """rewards (M, N), NaN where there is no score -> (k,) flat indices of the k best of all, best first, the
+    lower one first in a tie."""
+    flat = rewards.flatten()
+    return flat.masked_fill(flat.isnan(), -torch.inf).sort(descending=True, stable=True).indices[:k]
+
+
+def best_of_n(scores, values):
+    """Best of N without training: what `values` of the best-scored of N completions is on average, for N = 1,
+    2, 4, ... up to n. scores, values (n,), no NaN -> {N: mean}.
+
+    Unbiased, the mean over all subsets of N: with scores in ascending order, the i-th (from 0) is the best of
+    comb(i, N-1) of the comb(n, N) subsets. In a tie the lower index wins."""
+    n, values = len(scores), values.tolist()
+    order = scores.flip(0).sort(stable=True).indices
+    ranked = [values[n - 1 - i] for i in order.tolist()]
+    sizes = [2**i for i in range(n.bit_length())]
+    return {N: sum(v * math.comb(i, N - 1) for i, v in enumerate(ranked)) / math.comb(n, N) for N in sizes}
+
+
+def best_of_n_metrics(scores, gold):
+    """Means of best_of_n over the rows of (M, n) that have all their scores, no NaN, and in nats the bound
+    log N - (N-1)/N on the KL of best-of-N from the policy that was sampled (Beirami et al. 2024)."""
+    known, metrics = ~scores.isnan().any(1), {}
+    for name, values in {"score": scores, "gold": gold}.items():
+        curves = (
+            [best_of_n(*pair) for pair in zip(scores[known], values[known])] if values is not None else []
+        )
+        for N in curves[0] if curves else ():
+            metrics[f"best_of_{N}/{name}"] = sum(curve[N] for curve in curves) / len(curves)
+            metrics[f"best_of_{N}/kl_bound"] = math.log(N) - (N - 1) / N
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
+    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
+    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
+    ones, and their KL from the reference in nats per sequence."""
+    prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
+    for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
+        lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
+        with autocast():
+            completions, _ = sample(policy, prompts, *lengths, temperature, stop_ids, draw)
+        picked = [e for e in examples for _ in range(number)]
+        scores = score(picked, completions)
+        metrics[f"eval/score{suffix}"] = scores.nanmean()
+        if gold_checker is not None:
+            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
+            metrics[f"eval/gold{suffix}"] = gold.mean()
+    if gold_checker is not None:
+        metrics[f"eval/pass@{generations}"] = gold.view(-1, generations).amax(1).mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    prompts = [e["prompt_ids"] for e in picked]
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
+    columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
+    if reference is not None:
+        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+        for sign, model in ((1, policy), (-1, reference)):
+            inputs = batch, args.micro_batch_tokens, autocast
+            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+            kl = kl + sign * logprobs.sum(1)
+        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
+    return metrics, rows[::generations]  # one completion of each prompt
+
+
+def main(args):
+    device, autocast = setup(args)
+    if ("k" in args.select.split("-")) != (args.select_k is not None):
+        stop(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it, others do not")
+
+    # load: data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model)
+    stop_ids = eos_ids(tokenizer, args.model)
+    examples = load_examples(tokenizer, args.dataset, "prompt", args)
+    held_out = load_held_out(tokenizer, "prompt", args)
+    checker = find_checker(args.reward, examples + held_out)
+    gold_checker = find_gold(examples + held_out, args.reward)
+    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
+    reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
+    reward_model = None if checker else RewardModel(*reward_inputs)
+    policy = load_policy(args.model, device, train=args)
+    optimizer = make_optimizer([policy], args)
+    M, N = args.prompts or len(examples), args.num_generations
+    if (args.select_k or 0) > M * N:
+        stop(f"--select-k is {args.select_k}, more than the {M * N} completions of an iteration")
+    steps = args.iterations * -(-args.epochs * (args.select_k or M) // args.batch_size)
+    run = Run(args, min(steps, args.steps or steps))  # fewer if some prompts have no score
+
+    def distinct(flat, rolled):
+        """Flat indices -> (row, column), of equal completions of a row the first only."""
+        pairs = {}
+        for i, j in (divmod(index, N) for index in flat.tolist()):
+            pairs.setdefault((i, tuple(rolled[i]["ids"][j])), (i, j))
+        return list(pairs.values())
+
+    def score(examples, completions):
+        if reward_model is not None:
+            return reward_model(examples, completions)
+        return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
+
+    evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
+    start, step, metrics = run.restore({"policy": policy}, optimizer), 0, {}
+    if not args.resume:
+        if held_out:
+            metrics, rows = evaluate_policy(policy, load_policy(args.model, device), *evaluated)
+            run.samples(0, rows)
+            run.log(0, metrics, show=[])
+        run.checkpoint(0, {"policy": policy}, optimizer)  # so that --resume can go on with the rollouts
+    file = run.dir / "rollouts.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    rollouts = [json.loads(line) for line in lines if line.endswith("\n")]
+    for iteration in range(args.iterations):
+        # prompts: the next M rows, in an order of its own for every epoch
+        began = time.time()
+        picked = shuffled(examples, args.seed, iteration * M, (iteration + 1) * M)
+
+        # rollout and scores, 64 prompts at a time; a run that is resumed reads what is in rollouts.jsonl
+        rolled = [r for r in rollouts if r["iteration"] == iteration]
+        if any(r["row"] != e["row"] or len(r["ids"]) != N for r, e in zip(rolled, picked)) or len(rolled) > M:
+            stop(f"--resume: {file} was not sampled with this data and these flags", 1)
+        if len(rolled) < M and step < start:
+            stop(f"--resume: {file} lacks rollouts that the checkpoint was trained on", 1)
+        if len(rolled) < M:  # a chunk that was cut off is sampled again
+            rolled = rolled[: len(rolled) // 64 * 64]
+            rollouts = [r for r in rollouts if r["iteration"] < iteration] + rolled
+            file.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in rollouts))
+            file.with_suffix(".new").rename(file)
+        for first in range(len(rolled), M, 64):
+            part, draw = picked[first : first + 64], generator(args.seed, "sample", (iteration, first))
+            lengths, prompts = (N, args.max_completion_length), [e["prompt_ids"] for e in part]
+            with autocast():
+                completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
+            repeated = [e for e in part for _ in range(N)]
+            scores = score(repeated, completions).tolist()  # sorted by length in there, for little padding
+            scores = [None if math.isnan(x) else x for x in scores]
+            gold = [None] * len(scores)
+            if gold_checker is not None:
+                gold = call_checker(gold_checker, tokenizer, repeated, completions, stop_ids)[0].tolist()
+            with open(file, "a") as out:
+                for i, e in enumerate(part):
+                    mine = slice(i * N, (i + 1) * N)
+                    known = [g for g in gold[mine] if g is not None]
+                    texts = [completion_text(tokenizer, e["prompt_ids"], c) for c in completions[mine]]
+                    record = {"iteration": iteration, "row": e["row"], "completions": texts}
+                    record |= {"scores": scores[mine], "gold": gold[mine], "ids": completions[mine]}
+                    record["solve_rate"] = sum(known) / N if known else None
+                    rolled.append(record)
+                    rollouts.append(record)
+                    out.write(json.dumps(record) + "\n")
+            run.bar.set_postfix_str(f"iteration {iteration + 1}: {len(rolled)} of {M} prompts sampled")
+        rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]
+        rewards = torch.tensor(rewards)  # (M, N)
+        gold = None if gold_checker is None else torch.tensor([r["gold"] for r in rolled])
+        selection = {"score": rewards.nanmean()} | best_of_n_metrics(rewards, gold)
+
+        # select: the controls select by random numbers instead of scores, and are the same otherwise
+        if args.min_score is not None:
+            rewards = rewards.masked_fill(rewards < args.min_score, math.nan)
+        usable, ranked = int((~rewards.isnan()).sum()), rewards
+        if args.select.startswith("random"):
+            noise = torch.rand(rewards.shape, generator=generator(args.seed, "select", iteration))
+            ranked = noise.masked_fill(rewards.isnan(), math.nan)
+        if args.select_k is not None:
+            if args.select_k > usable:
+                stop(f"--select-k is {args.select_k}, but only {usable} completions have a usable score", 1)
+            chosen = distinct(select_top_k(rewards, args.select_k), rolled)
+            repeats = args.select_k - len(chosen)
+            if args.select == "random-k":
+                chosen = distinct(select_top_k(ranked, usable), rolled)[: len(chosen)]
+        else:
+            columns, repeats = select_top_per_prompt(ranked).tolist(), 0
+            chosen = [(i, j) for i, j in enumerate(columns) if j >= 0]
+        unscored = int(rewards.isnan().all(1).sum())
+        print(
+            f"iteration {iteration + 1}: {len(chosen)} of {M * N} completions selected; {unscored} of {M} "
+            f"prompts without a usable score; {repeats} repeats of a completion of the same row left out"
+        )
+        if not chosen:
+            stop(f"no completion has a usable score, so there is nothing to train on: look at {file}", 1)
+        selected = [(picked[i]["prompt_ids"], rolled[i]["ids"][j]) for i, j in chosen]
+        where = tuple(torch.tensor(chosen).T)
+        selection["selected_score"] = rewards[where].mean()
+        if gold is not None:
+            selection |= {"gold": gold.mean(), "selected_gold": gold[where].mean()}
+        selection["seconds/sample"] = time.time() - began
+
+        # update: sft.py on what was selected, with a learning rate schedule of its own
+        before, total = step, -(-args.epochs * len(selected) // args.batch_size)
+        total = min(total, args.steps - before) if args.steps else total
+        while step < before + total:
+            began, step = time.time(), step + 1
+            if step <= start:  # done before the run was resumed
+                continue
+            first = (step - 1 - before) * args.batch_size
+            last = min(first + args.batch_size, args.epochs * len(selected))
+            rows = shuffled(selected, f"{args.seed}/{iteration}", first, last)
+            batch = completion_batch([p for p, _ in rows], [c for _, c in rows], device)
+
+            # one denominator for the whole batch, however it is cut into micro-batches
+            tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
+            for rows in micro_batches(batch.lengths, args.micro_batch_tokens):
+                mb = batch.rows(rows)
+                mask = mb.completion_mask[:, 1:]
+                with autocast():
+                    logprobs, _ = token_logprobs(policy, mb.input_ids, mb.attention_mask, mask)
+                loss = sft_loss(logprobs, mask / tokens)
+                loss.backward()
+                loss_sum += loss.detach()
+            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+            run.stop_unless_finite(step, loss=loss_sum, grad_norm=grad_norm)
+            learning_rate = set_learning_rate(optimizer, args, step - 1 - before, total)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # log, eval, save
+            # an iteration ends with a checkpoint, since the next one samples from its policy
+            is_last = step == before + total
+            metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics["iteration"] = iteration + 1
+            metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
+            metrics |= selection if step == before + 1 else {}
+            if held_out and (is_last or due(args.eval_every, step, 0)):
+                evals, rows = evaluate_policy(policy, load_policy(args.model, device), *evaluated)
+                metrics |= evals
+                run.samples(step, rows)
+            run.log(step, metrics, show=["iteration", "loss", "grad_norm", "tokens_per_second"])
+            if is_last or due(args.save_every, step, 0):
+                run.checkpoint(step, {"policy": policy}, optimizer)
+        if step == args.steps:
+            break
+    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl and {file.name}")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(model="runs/sft", reward="runs/reward_model", prompts=2000, iterations=3, epochs=4)
+    laptop |= dict(max_completion_length=10, batch_size=32, learning_rate=3e-4, overwrite=True)
+    main(cli(Args, laptop=laptop))
