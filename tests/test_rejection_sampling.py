@@ -251,10 +251,12 @@ def test_sampling_has_its_temperature_and_training_none(chain, tmp_path, monkeyp
     monkeypatch.setattr(rs, "sample", lambda *a: asked.append(a[4]) or sampled(*a))
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "ba>", "answer": "ab"}\n')
-    rs.main(run_args(chain, tmp_path / "run", dataset=str(data), reward="sort", prompts=2, iterations=2))
+    args = dict(prompts=2, iterations=2, select="random-per-prompt")
+    rs.main(run_args(chain, tmp_path / "run", dataset=str(data), reward="sort", **args))
     assert asked == [0.8, 0.8] and set(temperatures) == {()}
-    drawn = [key for key in keys if key[1] == "sample"]
-    assert len(set(drawn)) == len(drawn) == 2
+    for purpose in ("sample", "select"):
+        drawn = [key for key in keys if key[1] == purpose]
+        assert len(set(drawn)) == len(drawn) == 2, "noise of its own for each iteration"
 
 
 def test_micro_batches_change_nothing(chain, tmp_path):  # noqa: F811

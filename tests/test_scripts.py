@@ -12,7 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import dpo
+import grpo
 import ppo
+import rejection_sampling
 import reward_model
 import sft
 
@@ -268,6 +271,9 @@ def test_overwrite_moves_the_earlier_run_aside(chain, tmp_path, capsys):
     [
         (reward_model, [], ["runs/sft", "python sft.py"]),
         (ppo, [], ["runs/sft", "python sft.py"]),
+        (grpo, [], ["runs/sft", "python sft.py"]),
+        (dpo, ["--label-smoothing", "-0.1"], ["--label-smoothing is -0.1", "at least 0"]),
+        (rejection_sampling, ["--iterations", "0"], ["--iterations is 0", "at least 1"]),
         (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
         (sft, ["--resume"], ["--resume", "no checkpoint"]),
         (sft, ["--steps", "0"], ["--steps is 0", "at least 1"]),
@@ -285,7 +291,7 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         common.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
     )
-    laptop = dict(model="runs/sft", overwrite=True) if script is not sft else dict(overwrite=True)
+    laptop = dict(overwrite=True) if script in (sft, dpo, rejection_sampling) else dict(model="runs/sft")
     with pytest.raises(SystemExit) as stopped:
         script.main(common.cli(script.Args, laptop=laptop))
     assert stopped.value.code == 2
