@@ -166,8 +166,10 @@ def preference_loss(
             for logps in (chosen_logps, rejected_logps)
         )
         losses = -chosen_logps - beta * F.logsigmoid(next(log_odds) - next(log_odds))
-    else:
+    elif loss_type in ("sigmoid", "simpo"):
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    else:
+        raise ValueError(f"unknown loss type {loss_type}")
     return losses, chosen_rewards, rejected_rewards
 
 

@@ -168,6 +168,8 @@ def group_advantages(rewards, group_size, scale="group"):
     elif scale == "batch":
         judged = rewards[~rewards.isnan()]
         advantages = advantages / (judged.std(correction=min(1, len(judged) - 1)) + 1e-6)
+    elif scale != "none":
+        raise ValueError(f"unknown scale {scale}")
     return advantages.flatten().nan_to_num()
 
 

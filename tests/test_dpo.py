@@ -81,6 +81,11 @@ def test_gradients_are_those_of_the_papers():
     assert down.item() == pytest.approx(pull / (1 - math.exp(l.item())), rel=1e-9)
 
 
+def test_an_unknown_loss_type_is_an_error():
+    with pytest.raises(ValueError, match="kto"):
+        dpo.preference_loss(*logps(1), 0.1, "kto")
+
+
 def test_limits():
     given = logps(2)
     plain, smoothed = (dpo.preference_loss(*given, 0.1, "sigmoid", s)[0] for s in (0.0, 0.5))

@@ -105,6 +105,13 @@ def test_equal_rewards_give_exactly_nothing(name, function, dtype):
             assert grpo.equal_groups(rewards, size).tolist() == [True, True, False]
 
 
+def test_an_unknown_scale_or_estimator_is_an_error():
+    with pytest.raises(ValueError, match="prompt"):
+        grpo.group_advantages(torch.tensor(REWARDS), G, "prompt")
+    with pytest.raises(KeyError):
+        grpo.kl_penalty(torch.zeros(1), torch.zeros(1), "k4")
+
+
 def test_equal_groups():
     assert grpo.equal_groups(torch.tensor(REWARDS), G).tolist() == [False, False, True, True, True]
 
