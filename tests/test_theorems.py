@@ -1,0 +1,124 @@
+"""Each script's own main, with its ordinary flags, ends at the closed form of its objective. The distance is
+computed by listing every completion, not by sampling: see language.py and theorems.py.
+
+The short runs are part of every test run; `pytest -m slow tests/test_theorems.py` has longer ones with
+tighter limits; `python benchmarks/closed_form.py --seeds 1 2 3` has other seeds, and draws the figure."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from language import best_of_n_law, gibbs, kl, law, list_completions, normalise, save_start, texts_of
+from theorems import BEST_OF, scores_of, theorem
+
+
+def prove(name, folder, short=True, limit=5e-2, start=0.5):
+    """Run it -> what was proven. It starts half a nat away, or it would prove little."""
+    folder.mkdir(exist_ok=True)
+    proof = theorem(name, str(folder), short=short)
+    assert proof.distance(proof.flags["model"]) > start
+    proof.run()
+    assert proof.distance(proof.flags["output_dir"]) < limit
+    return proof
+
+
+# ---------------------------------------------------------------- what the theorems rest on
+@pytest.mark.parametrize("pad_is_eos, count", [(False, 259), (True, 156)])
+def test_the_language_is_listed_whole(pad_is_eos, count, tmp_path):
+    """Probabilities add up to 1 at any temperature, and completions that differ in PAD alone share a text."""
+    words = save_start(tmp_path, 1, pad_is_eos=pad_is_eos)
+    completions = list_completions(words)
+    assert len(completions) == len(set(completions)) == count
+    for temperature in (1.0, 0.5):
+        total = law(tmp_path, words, completions, temperature).exp().sum(1)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+    assert len(set(texts_of(words, completions))) == 156
+
+
+def test_best_of_n_law_against_all_tuples():
+    """Rewards with ties; the bound on its KL (Beirami et al. 2024) holds."""
+    ref = torch.randn(1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(1)
+    rewards, n = torch.tensor([[1.0, 3.0, 2.0, 3.0, 1.0, 2.0]]).double(), 4
+    expected = torch.zeros(6).double()
+    for drawn in itertools.product(range(6), repeat=n):
+        expected[max(drawn, key=lambda k: rewards[0, k])] += ref[0, list(drawn)].sum().exp()
+    ours = best_of_n_law(ref, rewards, n)
+    torch.testing.assert_close(ours[0].exp(), expected)
+    assert 0 < kl(ours, ref) < math.log(n) - (n - 1) / n
+
+
+# ---------------------------------------------------------------- maximum likelihood
+def test_sft_ends_at_the_law_of_its_data(tmp_path):
+    prove("sft", tmp_path, limit=1e-2)
+
+
+def test_reward_model_ends_at_the_rewards_behind_the_odds(tmp_path):
+    """Up to a constant for each prompt, which Bradley-Terry leaves open."""
+    proof = theorem("reward_model", str(tmp_path))
+    proof.run()
+    world = proof.world
+    scores, rewards = scores_of(world, proof.flags["output_dir"]), world.rewards[:, world.ended]
+    scores, rewards = ((x - x.mean(1, keepdim=True)).flatten() for x in (scores, rewards))
+    assert torch.corrcoef(torch.stack([scores, rewards]))[0, 1] > 0.999
+    assert abs((scores @ rewards) / (rewards @ rewards) - 1) < 0.02
+
+
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_rejection_sampling_ends_at_the_best_of_n_law(tmp_path, short):
+    """The rows that it keeps are n draws from that law for each prompt, so that their frequencies are up to
+    (K-1)/(2n) from it in expectation, K being the number of completions; and the model fits the rows."""
+    kept = 2048 if short else 8192
+    noise = 258 / (2 * kept)
+    proof = prove("rejection_sampling", tmp_path, short, limit=1.5 * noise, start=0.5)
+    world, ref = proof.world, law(proof.world.ref, proof.world.tokenizer, proof.world.completions)
+    assert 0.5 < kl(proof.target, ref) < math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+    index = {c: k for k, c in enumerate(world.completions)}
+    counts = torch.zeros_like(ref)
+    with open(f"{proof.flags['output_dir']}/rollouts.jsonl") as lines:
+        for line in map(json.loads, lines):
+            best = max(range(BEST_OF), key=lambda j: line["scores"][j])
+            counts[list(world.table).index(line["row"]["prompt"]), index[tuple(line["ids"][best])]] += 1
+    assert (counts.sum(1) == kept).all()
+    assert kl((counts / kept).log(), proof.target) < 1.2 * noise
+    assert kl((counts / kept).log(), ref) > 0.5
+
+
+# ---------------------------------------------------------------- reinforcement learning
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo k1"])
+def test_online_methods_end_at_the_optimum(name, tmp_path):
+    """p_ref exp(r / beta) / Z: rloo at a temperature of 0.7 and on GPT-2's architecture, grpo where PAD is
+    EOS, all with prompts of different lengths."""
+    prove(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rloo", "grpo k1"])
+def test_online_methods_end_closer_in_a_longer_run(name, tmp_path):
+    prove(name, tmp_path, short=False, limit=2e-2)
+
+
+def test_the_k3_loss_ends_at_its_own_law(tmp_path):
+    """b p_ref / (lambda - r), and a quarter of a nat from what the k1 reward leads to."""
+    proof = prove("grpo k3", tmp_path, limit=1e-2)
+    ours, ref = (proof.law(x) for x in (proof.flags["output_dir"], proof.world.ref))
+    assert kl(ours, gibbs(ref, proof.rewards, proof.flags["kl_coef"])) > 0.2
+
+
+def test_dpo_ends_at_the_optimum(tmp_path):
+    """Of the same rewards, through the preferences that they make: p*, given that EOS ends the completion."""
+    proof = prove("dpo", tmp_path)
+    logps = law(proof.flags["output_dir"], proof.world.tokenizer, proof.world.completions)
+    print("mass on what preferences say nothing of:", (1 - logps[:, proof.world.ended].exp().sum(1)).tolist())
+
+
+@pytest.mark.slow
+def test_ppo_and_dpo_meet(tmp_path):
+    """One reward table, once as a checker and once as preferences: two scripts, one distribution."""
+    ppo = prove("ppo", tmp_path / "ppo", short=False, limit=2e-2)
+    dpo = prove("dpo", tmp_path / "dpo", short=False, limit=2e-2)
+    assert ppo.world.table == dpo.world.table
+    ended = [ppo.world.completions[k] for k in ppo.world.ended]
+    of_ppo = normalise(law(ppo.flags["output_dir"], ppo.world.tokenizer, ended))
+    assert kl(of_ppo, dpo.law(dpo.flags["output_dir"])) < 5e-2
