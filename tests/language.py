@@ -64,6 +64,7 @@ def law(model, tokenizer, completions, temperature=1.0):
     padded."""
     if not isinstance(model, torch.nn.Module):
         model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    was_training = model.training
     model.eval()
     logps = torch.zeros(len(PROMPTS), len(completions), dtype=torch.float64)
     for row, prompt in enumerate(PROMPTS):
@@ -74,6 +75,7 @@ def law(model, tokenizer, completions, temperature=1.0):
             logits = model(sequences, use_cache=False).logits.double()[:, len(ids) - 1 : -1]
             taken = (logits / temperature).log_softmax(-1).gather(-1, sequences[:, len(ids) :, None])
             logps[row, columns] = taken.sum((1, 2))
+    model.train(was_training)
     return logps
 
 

@@ -324,6 +324,13 @@ def test_dropout_is_off(tiny_dirs, tiny_gpt2, scorers):
             assert torch.equal(ours, again) and torch.equal(ours, without)
 
 
+def test_dropout_that_is_no_setting_is_off(tiny_dirs):
+    """Written into the code of a model, as a module."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dirs["llama"])
+    model.model.extra = torch.nn.Dropout(0.1)
+    assert common._prepare(model, CPU, TRAIN).model.extra.p == 0
+
+
 def test_dropout_that_is_no_module_is_off(tiny_dirs, tmp_path):
     """Llama reads attention_dropout from its configuration at every forward."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dirs["llama"], attention_dropout=0.3)

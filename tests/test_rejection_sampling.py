@@ -140,6 +140,16 @@ def test_rows_without_a_usable_score_are_counted(chain, tmp_path, capsys):  # no
         )
 
 
+def test_chunks_of_prompts_draw_from_streams_of_their_own(chain, tmp_path):  # noqa: F811
+    """A hundred rows of one prompt: the second chunk does not repeat the first."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "dbca>"}\n' * 100)
+    reward = checker(tmp_path, "scores = [1.0] * len(prompts)")
+    args = dict(dataset=str(tmp_path / "prompts.jsonl"), reward=reward, prompts=100, steps=1)
+    rs.main(run_args(chain, tmp_path / "run", **args))
+    ids = [r["ids"] for r in rollouts(tmp_path / "run")]
+    assert ids[:36] != ids[64:]
+
+
 def test_solve_rates_and_best_of_n_are_logged(chain, tmp_path):  # noqa: F811
     rs.main(run_args(chain, tmp_path / "run"))
     first = metrics(tmp_path / "run")[1]

@@ -4,8 +4,10 @@ resuming."""
 import dataclasses
 import importlib
 import json
+import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import grpo
 import ppo
 import rejection_sampling
 import reward_model
+import rloo
 import sft
 
 
@@ -126,9 +129,9 @@ def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
         "def one(prompts, completions, rows):\n    return [1] * len(prompts)\n"
     )
     args = dict(reward=f"{tmp_path}/reward.py:one", missing_eos_penalty=0.25, steps=8, value_clip=9.0)
-    ppo.main(ppo_args(chain, tmp_path / "run", **args))
+    ppo.main(ppo_args(chain, tmp_path / "run", **args, prompts_per_step=7))
     rows = metrics(tmp_path / "run")[1:]
-    assert rows[0]["eos_rate"] < 1
+    assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["eos_rate"] != 0.5, "else a sign might hide"
     assert rows[0]["reward"] == pytest.approx(1 - 0.25 * (1 - rows[0]["eos_rate"]), abs=1e-5)
     assert rows[-1]["loss/value"] < 0.5 * rows[0]["loss/value"]
 
@@ -143,6 +146,61 @@ def test_reward_model_prefers_the_chosen(chain, tmp_path):
     rows = metrics(tmp_path / "run")
     assert rows[-1]["eval/margin"] > rows[0]["eval/margin"] + 0.5
     assert rows[-1]["eval/accuracy"] > 0.6
+
+
+def test_sft_trains_each_completion_once_and_no_prompt(chain, tmp_path):
+    """Five rows in batches of two are three steps, and the losses are the mean NLL of what follows the
+    prompts, EOS included, by transformers' own forward."""
+    data, rows = (
+        tmp_path / "rows.jsonl",
+        [("dbca>", "abcd"), ("b>", ""), ("gf>", "fg"), ("zya>", "a"), ("k>", "kk")],
+    )
+    data.write_text("".join(json.dumps(dict(prompt=p, completion=c)) + "\n" for p, c in rows))
+    args = dict(model=str(chain / "sft"), dataset=str(data), batch_size=2, learning_rate=0.0)
+    sft.main(sft.Args(**args, output_dir=str(tmp_path / "run")))
+    model, tokenizer = (x.from_pretrained(chain / "sft") for x in (AutoModelForCausalLM, AutoTokenizer))
+    nll = {}
+    for prompt, completion in rows:
+        ids = tokenizer(f"{prompt}{completion}[EOS]", return_tensors="pt").input_ids
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        nll[prompt] = -logps[len(prompt) - 1 :, 0]
+        assert len(nll[prompt]) == len(completion) + 1
+    order = [e["prompt"] for e in common.shuffled([dict(prompt=p) for p, _ in rows], 1, 0, 5)]
+    expected = [torch.cat([nll[p] for p in order[i : i + 2]]).mean().item() for i in (0, 2, 4)]
+    assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("script", [ppo, rloo, grpo])
+def test_every_step_draws_afresh(chain, tmp_path, monkeypatch, script):
+    """One prompt and a policy that stands still: what differs between steps is the noise alone, and another
+    seed gives another."""
+    drawn, inner = [], script.sample
+    monkeypatch.setattr(script, "sample", lambda *x: drawn.append(inner(*x)[0]) or (drawn[-1], None))
+    (tmp_path / "prompt.jsonl").write_text('{"prompt": "dbca>"}\n')
+    args = dict(model=str(chain / "sft"), dataset=str(tmp_path / "prompt.jsonl"), reward="sort", steps=2)
+    args |= dict(prompts_per_step=1, num_generations=4, max_completion_length=6, learning_rate=0.0)
+    (tmp_path / "reward.py").write_text(
+        "def one(prompts, completions, rows):\n    return [1] * len(prompts)\n"
+    )
+    args["reward"] = f"{tmp_path}/reward.py:one"
+    for seed in (1, 2, 1):
+        script.main(script.Args(**args, seed=seed, output_dir=str(tmp_path / str(len(drawn)))))
+    assert drawn[:2] == drawn[4:] and len({str(x) for x in drawn}) == 4
+
+
+def test_learning_rate_schedules():
+    """Warm-up ends at the peak; linear and cosine would be 0 at the step after the last."""
+
+    def rates(schedule):
+        args = SimpleNamespace(learning_rate=2.0, warmup_steps=3, lr_schedule=schedule)
+        optimizer = SimpleNamespace(param_groups=[{}])
+        return [common.set_learning_rate(optimizer, args, step, 7) for step in range(8)]
+
+    assert rates("constant") == [0.5, 1, 1.5, 2, 2, 2, 2, 2]
+    assert rates("linear") == [0.5, 1, 1.5, 2, 1.5, 1, 0.5, 0]
+    half = math.sqrt(0.5)
+    assert rates("cosine") == pytest.approx([0.5, 1, 1.5, 2, 1 + half, 1, 1 - half, 0])
 
 
 @pytest.mark.parametrize("script", [sft, reward_model])

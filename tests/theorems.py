@@ -89,7 +89,7 @@ class Theorem:
     world: SimpleNamespace
     target: torch.Tensor  # log probabilities (prompts, K)
     law: object  # a model in memory, or the folder of one -> its log probabilities (prompts, K)
-    rewards: torch.Tensor = None  # (prompts, K)
+    elsewhere: torch.Tensor = None  # the law that one might take for its target
     forward: bool = False  # KL(target || law), which maximum likelihood minimises, or KL(law || target)
 
     def distance(self, model):
@@ -105,17 +105,19 @@ def scores_of(world, model):
     if not isinstance(model, torch.nn.Module):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model = load(model, dtype=torch.float64)
-    scores = torch.zeros(len(PROMPTS), len(world.ended)).double()
+    scores, was_training = torch.zeros(len(PROMPTS), len(world.ended)).double(), model.training
+    model.eval()
     with torch.no_grad():
         for i, prompt in enumerate(PROMPTS):
             for j, k in enumerate(world.ended):
                 ids = world.tokenizer.convert_tokens_to_ids(list(prompt)) + list(world.completions[k])
-                scores[i, j] = model.eval()(torch.tensor([ids])).logits[0, 0]
+                scores[i, j] = model(torch.tensor([ids])).logits[0, 0]
+    model.train(was_training)
     return scores
 
 
 def theorem(name, folder, seed=1, short=True):
-    """Name of a theorem -> Theorem, its world made in the folder. short: seconds of training, else a minute."""
+    """Name of a theorem -> Theorem, its world made in the folder. short: train for seconds, else a minute."""
     options = {"rloo": dict(architecture="gpt2")}
     options |= {"grpo k1": dict(pad_is_eos=True), "reward_model": dict(letters="abc")}
     world = make_world(folder, seed, **options.get(name, {}))
@@ -175,6 +177,7 @@ def theorem(name, folder, seed=1, short=True):
         rewards = torch.tensor([[world.table[p][x] for x in texts] for p in PROMPTS]).double()
         flags |= online | dict(kl="k3-loss", kl_coef=0.1, max_completion_length=1)
         flags["steps"] = 120
-        target = k3_law(of_policy(world.ref), rewards, flags["kl_coef"], flags["num_generations"])
-        return Theorem(grpo, flags, world, target, of_policy, rewards)
+        ref, beta = of_policy(world.ref), flags["kl_coef"]
+        target = k3_law(ref, rewards, beta, flags["num_generations"])
+        return Theorem(grpo, flags, world, target, of_policy, elsewhere=gibbs(ref, rewards, beta))
     raise ValueError(f"unknown theorem {name}")
