@@ -10,7 +10,6 @@ that is trained and the setting of the learning rate, once before each update, a
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
-from language import kl  # noqa: E402
+from language import kl, law  # noqa: E402
 from theorems import theorem  # noqa: E402
 
 NAMES = {  # theorem -> what README and figure call it, and where it must end
@@ -34,6 +33,7 @@ NAMES = {  # theorem -> what README and figure call it, and where it must end
     "grpo k1": ("grpo.py --kl k1-reward", "p_ref exp(r / beta) / Z"),
     "grpo k3": ("grpo.py --kl k3-loss", "b p_ref / (lambda - r)"),
 }
+OTHER = "kl to p_ref exp(r / beta) / Z"
 
 
 def watch(proof, every):
@@ -45,7 +45,10 @@ def watch(proof, every):
     def measure(step, model):
         row = {"step": step, "kl": proof.distance(model)}
         if proof.elsewhere is not None:
-            row["kl to p_ref exp(r / beta) / Z"] = kl(proof.law(model), proof.elsewhere)
+            row[OTHER] = kl(proof.law(model), proof.elsewhere)
+        if script.__name__ == "dpo":  # what preferences between completions that EOS ended do not speak of
+            logps = law(model, proof.world.tokenizer, proof.world.completions)[:, proof.world.ended]
+            row["mass elsewhere"] = 1 - logps.exp().sum(1).mean().item()
         rows.append(row)
 
     def loaded(*args, **kwargs):
@@ -85,7 +88,7 @@ def draw(rows, file):
     for i, (name, (label, _)) in enumerate(NAMES.items()):
         mine = [row for row in rows if row["name"] == name and row["seed"] == seed]
         axes.plot([r["step"] for r in mine], [r["kl"] for r in mine], label=label, color=f"C{i}")
-        other = [row["kl to p_ref exp(r / beta) / Z"] for row in mine if len(row) > 4]
+        other = [row[OTHER] for row in mine if OTHER in row]
         if other:
             label = "   the same run, to p_ref exp(r / beta) / Z"
             axes.plot([r["step"] for r in mine], other, "--", label=label, color=f"C{i}")
@@ -110,9 +113,11 @@ def table(rows):
         steps = sorted({run[-1]["step"] for run in runs.values()})
         steps = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         print(f"| `{label}` | {target} | {statistics.mean(first):.2f} | {spread} | {steps} |")
-        away = [run[-1].get("kl to p_ref exp(r / beta) / Z", math.nan) for run in runs.values()]
-        if not math.isnan(away[0]):
+        if away := [run[-1][OTHER] for run in runs.values() if OTHER in run[-1]]:
             print(f"| the same runs | to p_ref exp(r / beta) / Z | | {min(away):.2f} to {max(away):.2f} | |")
+        if mass := [[run[i]["mass elsewhere"] for run in runs.values()] for i in (0, -1) if name == "dpo"]:
+            before, after = (f"{min(x):.2f} to {max(x):.2f}" for x in mass)
+            print(f"| the same runs | mass that no preference speaks of | {before} | {after} | |")
 
 
 def main():
