@@ -4,6 +4,7 @@ It knows nothing of any method: log-probs, advantages, losses and update loops s
 order: 1. command line   2. models   3. the built-in task   4. data   5. batches   6. sampling   7. rewards
 8. runs"""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -14,8 +15,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -25,6 +29,7 @@ import tokenizers
 import torch
 import transformers
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
@@ -38,7 +43,7 @@ transformers.utils.logging.disable_progress_bar()
 # ---------------------------------------------------------------- 1. command line
 def stop(message, status=2):
     """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escaped(message)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -70,6 +75,20 @@ AT_LEAST |= dict.fromkeys(["select_k", "prompts", "iterations"], 1)
 AT_LEAST |= dict.fromkeys(["label_smoothing", "sft_coef", "beta"], 0)
 
 
+# of a run that is resumed: how far it goes, how often it reports, and what does not change results
+MAY_CHANGE = {
+    "resume",
+    "overwrite",
+    "output_dir",
+    "steps",
+    "epochs",
+    "iterations",
+    "eval_every",
+    "save_every",
+}
+MAY_CHANGE |= {"log_every", "track", "micro_batch_tokens", "gradient_checkpointing"}
+
+
 def setup(args):
     """Check flags and folder before anything loads, choose the device -> (device, autocast)."""
     for name, low in AT_LEAST.items():
@@ -86,13 +105,36 @@ def setup(args):
         stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
     if args.resume and find_checkpoint(args.output_dir) is None:
         stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
+    if args.resume:
+        began = json.loads(Path(args.output_dir, "args.json").read_text())
+        for name, value in dataclasses.asdict(args).items():
+            if name not in MAY_CHANGE and began.get(name, value) != value:
+                flag = f"--{name.replace('_', '-')}"
+                stop(
+                    f"--resume: {flag} was {began[name]} when this run began, now {value}; give it as it was"
+                )
     if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
         stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
+    sys.excepthook = explain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"device: {name}; weights float32, compute {dtype}")
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def explain(kind, error, trace):
+    """Uncaught: out of memory says in what, and which flag lowers it; anything else is a traceback."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return sys.__excepthook__(kind, error, trace)
+    names = {frame.name for frame in traceback.extract_tb(trace)}
+    phase, flags = "training", "--micro-batch-tokens, or set --gradient-checkpointing"
+    if "score" in names or "RewardModel" in names:
+        phase, flags = "scoring", "--micro-batch-tokens"
+    elif "_sample_wave" in names:
+        phase, flags = "sampling", "--max-completion-length or --num-generations"
+    saved = "the last checkpoint is intact: --resume goes on from it"
+    print(f"error: out of GPU memory in {phase}: lower {flags}; {saved}", file=sys.stderr)
 
 
 def generator(seed, purpose, step=0):
@@ -371,9 +413,9 @@ def _read_file(path):
             if line.strip():
                 rows.append((f"{path} line {number}", json.loads(line)))
         return rows
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits
         line = getattr(error, "lineno", 1) + number - 1
-        reason = getattr(error, "msg", "nested too deep")
+        reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
         wanted = "one list of JSON objects" if path.endswith(".json") else "one JSON object a line"
         stop(f"{path} line {line}: broken JSON ({reason}); wanted {wanted}")
 
@@ -391,9 +433,13 @@ def _field(row, key, where, kind):
             )
     if not isinstance(value, str) and not (isinstance(value, list) and value):
         stop(f"{where}: `{key}` must be a text or a list of messages, found {repr(value)[:60]}")
-    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
-    if any("\ud800" <= letter <= "\udfff" for letter in set("".join(texts))):
-        stop(f"{where}: `{key}` holds half of a surrogate pair, which is no text; mend or leave out the row")
+    texts = [value] if isinstance(value, str) else [text for m in value for text in (m["role"], m["content"])]
+    return _whole(value, "".join(texts), where, f"`{key}`")
+
+
+def _whole(value, text, where, name):
+    if any("\ud800" <= letter <= "\udfff" for letter in set(text)):
+        stop(f"{where}: {name} holds half of a surrogate pair, which is no text; mend or leave out the row")
     return value
 
 
@@ -409,6 +455,8 @@ def _prompt(row, where, kind, template, chat):
         stop(f"{where}: `{key}` must be a text, found a list of messages; messages go into `prompt`")
     if template == "{prompt}" and key == "instruction":
         template, extra = ALPACA, row.get("input")
+        if extra is not None and not isinstance(extra, str):
+            stop(f"{where}: `input` must be a text, found {repr(extra)[:60]}")
         values |= dict(paired=PAIRED if extra else "", extra=f"### Input:\n{extra}\n\n" if extra else "")
     elif template == "{prompt}" and key == "question":
         template = GSM8K
@@ -416,6 +464,7 @@ def _prompt(row, where, kind, template, chat):
         text = template.format(**values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         stop(f"{where}: --prompt-template {template!r} does not fit the keys {', '.join(row)} ({error!r})")
+    _whole(text, text, where, f"--prompt-template {template[:60]!r} with this row")
     return [{"role": "user", "content": text.strip()}] if key == "question" and chat else text
 
 
@@ -489,6 +538,12 @@ def encode(tokenizer, texts, is_chat, keep_eos=False):
     return [i[:-1] if strip else i for i, strip in zip(ids, own)]  # (some tokenizers add EOS, to prompts too)
 
 
+def control_tokens(tokenizer):
+    """Texts that a tokenizer reads as control: in the content of a message they could end the turn."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens))
+
+
 def load_examples(tokenizer, dataset, kind, args, held_out=False):
     """Read, check and tokenise a data set -> a list of dicts with prompt (as in the file), row, where,
     prompt_ids, and
@@ -496,8 +551,8 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
     kind "sft": ids, mask (1 on trained tokens); "preference": chosen_ids, rejected_ids, margin; "prompt":
     nothing more. Prompt and answer are tokenised as one text and split where the prompt's tokens end; an
     answer ends in one EOS, or in the chat template's end of turn. Texts are used as they are, control tokens
-    included (people bring rendered prompts). A row that cannot be used whole is dropped and counted, never
-    cut."""
+    included (people bring rendered prompts); a row whose messages spell one is dropped. A row that cannot be
+    used whole is dropped and counted, never cut."""
     chat, end, dropped, kept = tokenizer.chat_template is not None, end_of_turn_id(tokenizer), Counter(), []
     limit, over = getattr(args, "max_length", 0), "--max-length"
     if kind == "prompt":  # what the model's context leaves beside a completion, at most
@@ -506,12 +561,19 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
         if room < limit:
             limit, over = room, "the model's context less --max-completion-length:"
     rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
+    control = control_tokens(tokenizer)
     for where, row in rows:
         prompt, turns = _turns(row, where, kind, args, chat)
         margin = 0.0 if kind != "preference" or row.get("margin") is None else row["margin"]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e9:
             stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
         is_chat = isinstance(prompt, list)
+        messages = (
+            [m for before, answer in turns for m in _with_answer(before, answer or "")] if is_chat else []
+        )
+        if any(token in m["content"] or token in m["role"] for m in messages for token in control):
+            dropped["whose messages spell a control token of the tokenizer"] += 1
+            continue
         for before, answer in turns:
             text = _render(tokenizer, where, before, generate=True) if is_chat else before
             whole = text
@@ -800,7 +862,20 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
     """Completions (lists of ids) by a checker -> (B,) float32, NaN for None (cannot judge), and texts."""
     texts = [completion_text(tokenizer, e["prompt_ids"], c) for e, c in zip(examples, completions)]
     rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
-    scores, name = function([e["prompt"] for e in examples], texts, rows), f"the reward {function.__name__}"
+    prompts, name = [e["prompt"] for e in examples], f"the reward {function.__name__}"
+    try:
+        scores = function(prompts, texts, rows)
+    except Exception as error:  # whatever a user's function raises
+        found, where = error, "no row alone, but all together"
+        for e, *inputs in zip(examples, prompts, texts, rows):  # alone, to find the one
+            try:
+                function(*([x] for x in inputs))
+            except Exception as alone:
+                found, where = alone, f"{e['where']}, completion {inputs[1][:60]!r}"
+                break
+        frame = traceback.extract_tb(found.__traceback__)[-1]
+        line = f"{Path(frame.filename).name} line {frame.lineno}"
+        stop(f"{name} raised {type(found).__name__} ({one_line(str(found), 200)}) in {line}, for {where}")
     if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
         found = f"{len(scores)} values" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
         stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion")
@@ -864,6 +939,8 @@ class RewardModel:
             completion_text(self.policy_tokenizer, example["prompt_ids"], completion),
             example["prompt"],
         )
+        for token in control_tokens(self.tokenizer):  # spelled by the policy: content, not control
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
         if is_chat := isinstance(prompt, list):
             text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
         ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
@@ -911,9 +988,21 @@ def due(every, step, steps):
     return step == steps or (every > 0 and step % every == 0)
 
 
+def replace_text(path, text):
+    """Write a file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.rename(path)
+
+
+def escaped(text):
+    """Newlines, control characters and halves of surrogate pairs as Python writes them: for a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def one_line(text, width):
-    """`text` in `width` characters: newlines and control characters escaped, a long middle cut out."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """`text` in `width` characters: escaped, a long middle cut out."""
+    text = escaped(text)
     return text if len(text) <= width else f"{text[: width - width // 3 - 1]}…{text[-(width // 3) :]}"
 
 
@@ -927,8 +1016,9 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
             self.dir.rename(old)
             print(f"{self.dir} held an earlier run; it is now {old}")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1) + "\n")
+        with self.writing():
+            self.dir.mkdir(parents=True, exist_ok=True)
+            replace_text(self.dir / "args.json", json.dumps(dataclasses.asdict(args), indent=1) + "\n")
         if args.track == "wandb":
             import wandb
 
@@ -938,7 +1028,35 @@ class Run:
 
             self.tracker = SummaryWriter(self.dir)
         self.bar = tqdm(total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.started = time.time()
+        self.started, self.saved, self.signal, self.handlers = time.time(), None, None, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.interrupt)
+
+    def interrupt(self, number, frame):
+        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+
+    def exit_if_interrupted(self, done):
+        if self.signal is not None:
+            self.bar.close()
+            print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """A full disk ends the run with a sentence; the last good checkpoint stays."""
+        try:
+            yield
+        # safetensors and torch have errors of their own for a write that fails
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(self.dir / "checkpoint.new", ignore_errors=True)
+            saved = "no step is saved" if self.saved is None else f"step {self.saved} is saved"
+            reason = " ".join(str(error).split())[:200]
+            stop(f"{self.dir} cannot be written ({reason}); {saved}: make room and go on with --resume", 1)
 
     def restore(self, models, optimizer):
         """--resume: read models and optimiser, cut the logs back to the checkpoint -> steps done (else 0)."""
@@ -951,7 +1069,9 @@ class Run:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
         for log in filter(Path.exists, [self.dir / "metrics.jsonl", self.dir / "samples.jsonl"]):
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            with self.writing():
+                replace_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        self.saved = step
         print(f"resumed after step {step} of {self.steps}")
         self.bar.update(step)
         return step
@@ -960,20 +1080,30 @@ class Run:
         """Write what --resume needs, whole or not at all: under a new name, flushed, then renamed. Generators
         and the position in the data are functions of seed and step, so that the step stands for them."""
         new, now, old = (self.dir / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        for name, model in models.items():
-            save_weights(model, str(new / f"{name}.safetensors"))
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
-        (new / "state.json").write_text(json.dumps({"step": step}))
-        for file in new.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for folder in (new, old) if now.exists() else (new,):  # never more than two
+            shutil.rmtree(folder, ignore_errors=True)
+        with self.writing():
+            new.mkdir()
+            for name, model in models.items():
+                save_weights(model, str(new / f"{name}.safetensors"))
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            (new / "state.json").write_text(json.dumps({"step": step}))
+            for path in (*new.iterdir(), new):
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            if now.exists():
+                now.rename(old)
+            new.rename(now)
         shutil.rmtree(old, ignore_errors=True)
-        if now.exists():
-            now.rename(old)
-        new.rename(now)
-        shutil.rmtree(old, ignore_errors=True)
+        self.saved = step
+
+    def checkpoint_if_due(self, step, models, optimizer, is_last=False):
+        """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
+        if is_last or self.signal is not None or due(self.args.save_every, step, self.steps):
+            self.checkpoint(step, models, optimizer)
+        if step < self.steps and not is_last:
+            self.exit_if_interrupted(f"step {step} of {self.steps}")
 
     def log(self, step, metrics, show):
         """A line of metrics.jsonl; the metrics named in `show` go to the progress bar or, in a log, a
@@ -982,7 +1112,7 @@ class Run:
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with open(self.dir / "metrics.jsonl", "a") as file:
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
         for name, value in metrics.items() if self.args.track == "tensorboard" else []:
             self.tracker.add_scalar(name, value, step)
@@ -998,7 +1128,7 @@ class Run:
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
-        with open(self.dir / "samples.jsonl", "a") as file:
+        with self.writing(), open(self.dir / "samples.jsonl", "a") as file:
             for row in rows:
                 row = {
                     k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
@@ -1011,11 +1141,15 @@ class Run:
             text = f"  {one_line(prompt, width // 3)} | {one_line(row['completion'], width * 2 // 3)}"
             tqdm.write(f"{text} |{numbers}")
 
-    def stop_unless_finite(self, step, **quantities):
-        """Stop, before the update is applied, if a loss or gradient norm is not finite."""
+    def stop_unless_finite(self, step, rows, **quantities):
+        """Stop, before the update is applied, if a loss, log-prob or gradient is not finite; the rows of the
+        batch are then in bad_batch.json."""
         for name, value in quantities.items():
             if not math.isfinite(value):
-                stop(f"step {step}: {name} is {float(value)}, nothing was updated; lower --learning-rate?", 1)
+                with self.writing():
+                    replace_text(self.dir / "bad_batch.json", json.dumps(rows, default=str, indent=1))
+                found = f"step {step}: {name} is {float(value)}, nothing was updated; its batch is in"
+                stop(f"{found} {self.dir / 'bad_batch.json'}; lower --learning-rate?", 1)
 
     def finish(self, model, tokenizer, stop_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
@@ -1024,9 +1158,12 @@ class Run:
             ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
             # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not even save
             model.generation_config = transformers.GenerationConfig(**ids)
-        model.save_pretrained(self.dir)
-        tokenizer.save_pretrained(self.dir)
+        with self.writing():
+            model.save_pretrained(self.dir)
+            tokenizer.save_pretrained(self.dir)
         self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.tracker is not None:
             (self.tracker.finish if self.args.track == "wandb" else self.tracker.close)()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")

@@ -345,7 +345,7 @@ def main(args):
             sums.update({name: values.sum() / len(picked) for name, values in logged.items()})
             tokens += sum(mb.lengths)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-        run.stop_unless_finite(step + 1, loss=sums["loss"], grad_norm=grad_norm)
+        run.stop_unless_finite(step + 1, picked, loss=sums["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -358,8 +358,7 @@ def main(args):
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"])
-        if due(args.save_every, step + 1, steps):
-            run.checkpoint(step + 1, {"policy": policy}, optimizer)
+        run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 

@@ -330,6 +330,9 @@ def main(args):
         ref_logprobs = old_logprobs  # without KL
         if reference is not None:
             ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+        rolled = [e | {"completion_ids": c} for e, c in zip(picked, completions)]
+        sums = dict(logprobs=old_logprobs.sum(), ref_logprobs=ref_logprobs.sum())
+        run.stop_unless_finite(step + 1, rolled, **sums)
 
         # advantages
         # 5. the KL is a loss of its own, or part of a completion's reward, before the group's mean
@@ -369,7 +372,7 @@ def main(args):
                         ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
                 grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-                run.stop_unless_finite(step + 1, loss=loss_sum, grad_norm=grad_norm)
+                run.stop_unless_finite(step + 1, rolled, loss=loss_sum, grad_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append([float(x) for x in (loss_sum, grad_norm)])
@@ -405,8 +408,7 @@ def main(args):
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"])
-        if due(args.save_every, step + 1, args.steps):
-            run.checkpoint(step + 1, models, optimizer)
+        run.checkpoint_if_due(step + 1, models, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 

@@ -319,6 +319,9 @@ def main(args):
         ref_logprobs = old_logprobs  # without KL
         if reference is not None:
             ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+        rolled = [e | {"completion_ids": c} for e, c in zip(picked, completions)]
+        sums = dict(logprobs=old_logprobs.sum(), ref_logprobs=ref_logprobs.sum())
+        run.stop_unless_finite(step + 1, rolled, **sums)
         old_values = over_batch(lambda *x: token_values(value_model, *x)) * train_mask
 
         # advantages
@@ -367,7 +370,7 @@ def main(args):
                 grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
                 value_grad_norm = nn.utils.clip_grad_norm_(value_model.parameters(), max_norm)
                 norms = dict(grad_norm=grad_norm, value_grad_norm=value_grad_norm)
-                run.stop_unless_finite(step + 1, loss=pg_sum + vf_sum, **norms)
+                run.stop_unless_finite(step + 1, rolled, loss=pg_sum + vf_sum, **norms)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append([float(x) for x in (pg_sum, grad_norm, vf_sum, value_grad_norm)])
@@ -405,8 +408,7 @@ def main(args):
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])
-        if due(args.save_every, step + 1, args.steps):
-            run.checkpoint(step + 1, models, optimizer)
+        run.checkpoint_if_due(step + 1, models, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
 from common import find_checker, find_gold, generator, head_logits, load_examples, load_held_out, load_policy
-from common import load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
+from common import load_tokenizer, make_optimizer, micro_batches, over_micro_batches, replace_text, sample
 from common import set_learning_rate, setup, shuffled, stop
 
 
@@ -271,8 +271,8 @@ def main(args):
         if len(rolled) < M:  # a chunk that was cut off is sampled again
             rolled = rolled[: len(rolled) // 64 * 64]
             rollouts = [r for r in rollouts if r["iteration"] < iteration] + rolled
-            file.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in rollouts))
-            file.with_suffix(".new").rename(file)
+            with run.writing():
+                replace_text(file, "".join(json.dumps(r) + "\n" for r in rollouts))
         for first in range(len(rolled), M, 64):
             part, draw = picked[first : first + 64], generator(args.seed, "sample", (iteration, first))
             lengths, prompts = (N, args.max_completion_length), [e["prompt_ids"] for e in part]
@@ -284,7 +284,7 @@ def main(args):
             gold = [None] * len(scores)
             if gold_checker is not None:
                 gold = call_checker(gold_checker, tokenizer, repeated, completions, stop_ids)[0].tolist()
-            with open(file, "a") as out:
+            with run.writing(), open(file, "a") as out:
                 for i, e in enumerate(part):
                     mine = slice(i * N, (i + 1) * N)
                     known = [g for g in gold[mine] if g is not None]
@@ -296,6 +296,7 @@ def main(args):
                     rollouts.append(record)
                     out.write(json.dumps(record) + "\n")
             run.bar.set_postfix_str(f"iteration {iteration + 1}: {len(rolled)} of {M} prompts sampled")
+            run.exit_if_interrupted(f"{len(rolled)} of {M} prompts of iteration {iteration + 1}")
         rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]
         rewards = torch.tensor(rewards)  # (M, N)
         gold = None if gold_checker is None else torch.tensor([r["gold"] for r in rolled])
@@ -341,8 +342,8 @@ def main(args):
                 continue
             first = (step - 1 - before) * args.batch_size
             last = min(first + args.batch_size, args.epochs * len(selected))
-            rows = shuffled(selected, f"{args.seed}/{iteration}", first, last)
-            batch = completion_batch([p for p, _ in rows], [c for _, c in rows], device)
+            trained = shuffled(selected, f"{args.seed}/{iteration}", first, last)
+            batch = completion_batch([p for p, _ in trained], [c for _, c in trained], device)
 
             # one denominator for the whole batch, however it is cut into micro-batches
             tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
@@ -355,7 +356,7 @@ def main(args):
                 loss.backward()
                 loss_sum += loss.detach()
             grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-            run.stop_unless_finite(step, loss=loss_sum, grad_norm=grad_norm)
+            run.stop_unless_finite(step, trained, loss=loss_sum, grad_norm=grad_norm)
             learning_rate = set_learning_rate(optimizer, args, step - 1 - before, total)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -372,8 +373,7 @@ def main(args):
                 metrics |= evals
                 run.samples(step, rows)
             run.log(step, metrics, show=["iteration", "loss", "grad_norm", "tokens_per_second"])
-            if is_last or due(args.save_every, step, 0):
-                run.checkpoint(step, {"policy": policy}, optimizer)
+            run.checkpoint_if_due(step, {"policy": policy}, optimizer, is_last)
         if step == args.steps:
             break
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl and {file.name}")

@@ -187,7 +187,7 @@ def main(args):
             margin += difference.sum() / len(picked)
             tokens += sum(mb.lengths)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        run.stop_unless_finite(step + 1, loss=loss_sum, grad_norm=grad_norm)
+        run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -200,8 +200,7 @@ def main(args):
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
-        if due(args.save_every, step + 1, steps):
-            run.checkpoint(step + 1, {"model": model}, optimizer)
+        run.checkpoint_if_due(step + 1, {"model": model}, optimizer)
     run.finish(model, tokenizer, stop_ids, f"python ppo.py --model ... --reward {args.output_dir}")
     return metrics
 

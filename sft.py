@@ -190,7 +190,7 @@ def main(args):
             loss.backward()
             loss_sum += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-        run.stop_unless_finite(step + 1, loss=loss_sum, grad_norm=grad_norm)
+        run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -203,8 +203,7 @@ def main(args):
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
-        if due(args.save_every, step + 1, steps):
-            run.checkpoint(step + 1, {"policy": policy}, optimizer)
+        run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"python reward_model.py --model {args.output_dir} --dataset ...")
     return metrics
 

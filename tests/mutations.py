@@ -497,6 +497,34 @@ MUTANTS = [
         "a mean of means over micro-batches of pairs",
         "test_dpo.py::test_micro_batches_and_cached_reference_change_nothing",
     ),
+    Mutant(
+        "common.py",
+        "optimizer.load_state_dict(torch.load(folder",
+        "bool(torch.load(folder",
+        "--resume forgets the optimiser's state",
+        "test_resume.py::test_resume_is_exact",
+    ),
+    Mutant(
+        "common.py",
+        'if json.loads(line)["step"] <= step))',
+        "))",
+        "lines of metrics.jsonl are doubled after --resume",
+        "test_resume.py::test_resume_is_exact",
+    ),
+    Mutant(
+        "common.py",
+        "if is_last or self.signal is not None or due(",
+        "if is_last or due(",
+        "Ctrl-C ends the run without saving",
+        "test_resume.py::test_signals_finish_the_step_and_save",
+    ),
+    Mutant(
+        "common.py",
+        "if not math.isfinite(value):\n                with",
+        "if value > 1e30:\n                with",
+        "an update with NaN is applied",
+        "test_resume.py::test_a_loss_that_is_not_finite_stops_the_run",
+    ),
 ]
 
 

@@ -214,16 +214,21 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, where):  # noqa: F811
     assert rows[0] == rows[1]
 
 
-def test_rollouts_of_other_flags_are_refused(chain, tmp_path, capsys):  # noqa: F811
-    """Rollouts pair with prompts by position: another seed or N, or rollouts that are lost, are an error."""
-    rs.main(run_args(chain, tmp_path / "run", reward="sort"))
-    for changes in (dict(seed=2), dict(num_generations=3)):
-        with pytest.raises(SystemExit):
-            rs.main(run_args(chain, tmp_path / "run", reward="sort", resume=True, **changes))
-        refused(capsys, "--resume", "rollouts.jsonl was not sampled with")
+def test_rollouts_that_do_not_belong_are_refused(chain, tmp_path, capsys):  # noqa: F811
+    """Rollouts pair with prompts by position: a file that has changed, or rollouts that are lost, are an
+    error."""
+    rows = [json.dumps({"prompt": f"{letter}a>"}) + "\n" for letter in "bcdefghijk"]
+    data, reward = tmp_path / "prompts.jsonl", checker(tmp_path, "scores = [1.0] * len(prompts)")
+    data.write_text("".join(rows))
+    args = dict(dataset=str(data), reward=reward)
+    rs.main(run_args(chain, tmp_path / "run", **args))
+    data.write_text("".join(rows[::-1]))
+    with pytest.raises(SystemExit):
+        rs.main(run_args(chain, tmp_path / "run", **args, resume=True))
+    refused(capsys, "--resume", "rollouts.jsonl was not sampled with", code=1)
     (tmp_path / "run/rollouts.jsonl").unlink()
     with pytest.raises(SystemExit):
-        rs.main(run_args(chain, tmp_path / "run", reward="sort", resume=True))
+        rs.main(run_args(chain, tmp_path / "run", **args, resume=True))
     refused(capsys, "--resume", "lacks rollouts")
 
 
