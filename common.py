@@ -87,6 +87,7 @@ MAY_CHANGE = {
     "save_every",
 }
 MAY_CHANGE |= {"log_every", "track", "micro_batch_tokens", "gradient_checkpointing"}
+MAY_CHANGE |= {"learning_rate", "max_grad_norm"}  # from here on: the way out of a loss that is not finite
 
 
 def setup(args):
@@ -106,13 +107,21 @@ def setup(args):
     if args.resume and find_checkpoint(args.output_dir) is None:
         stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
     if args.resume:
-        began = json.loads(Path(args.output_dir, "args.json").read_text())
-        for name, value in dataclasses.asdict(args).items():
-            if name not in MAY_CHANGE and began.get(name, value) != value:
+        began, now = json.loads(Path(args.output_dir, "args.json").read_text()), dataclasses.asdict(args)
+        if began.keys() != now.keys():
+            stop(f"--resume: {args.output_dir} holds a run of another script, or of another version of it")
+        # (rejection_sampling.py counts its iterations' steps by --epochs)
+        fixed = now.keys() - MAY_CHANGE | ({"epochs"} if "iterations" in now else set())
+        for name, value in now.items():
+            if name in fixed and began[name] != value:
                 flag = f"--{name.replace('_', '-')}"
                 stop(
                     f"--resume: {flag} was {began[name]} when this run began, now {value}; give it as it was"
                 )
+    for name in ("model", "reward", "value_model"):
+        path = getattr(args, name, None)
+        if path and Path(path).resolve() == Path(args.output_dir).resolve():
+            stop(f"--output-dir is --{name.replace('_', '-')}, {path}: it would be overwritten; name another")
     if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
         stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
     sys.excepthook = explain
@@ -128,13 +137,12 @@ def explain(kind, error, trace):
     if not isinstance(error, torch.OutOfMemoryError):
         return sys.__excepthook__(kind, error, trace)
     names = {frame.name for frame in traceback.extract_tb(trace)}
-    phase, flags = "training", "--micro-batch-tokens, or set --gradient-checkpointing"
-    if "score" in names or "RewardModel" in names:
-        phase, flags = "scoring", "--micro-batch-tokens"
+    phase, advice = "training", "--resume with a lower --micro-batch-tokens, or --gradient-checkpointing"
+    if "score" in names:
+        phase, advice = "scoring", "--resume with a lower --micro-batch-tokens"
     elif "_sample_wave" in names:
-        phase, flags = "sampling", "--max-completion-length or --num-generations"
-    saved = "the last checkpoint is intact: --resume goes on from it"
-    print(f"error: out of GPU memory in {phase}: lower {flags}; {saved}", file=sys.stderr)
+        phase, advice = "sampling", "start again with a lower --max-completion-length or --num-generations"
+    print(f"error: out of GPU memory in {phase}: {advice}; a checkpoint, if any, is intact", file=sys.stderr)
 
 
 def generator(seed, purpose, step=0):
@@ -150,7 +158,7 @@ def _load(cls, flag, path, **kwargs):
         stop(f"{flag} {path}: there is no such directory")
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         stop(f"{flag} {path}: not a directory or Hub id that can be loaded ({reason})")
 
@@ -541,7 +549,14 @@ def encode(tokenizer, texts, is_chat, keep_eos=False):
 def control_tokens(tokenizer):
     """Texts that a tokenizer reads as control: in the content of a message they could end the turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens))
+    return sorted((added | set(tokenizer.all_special_tokens)) - {""})
+
+
+def spaced(text, tokens):
+    """Text in which no token of these is spelled any more: a space follows its first letter."""
+    for token in tokens:
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
 
 
 def load_examples(tokenizer, dataset, kind, args, held_out=False):
@@ -568,10 +583,8 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e9:
             stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
         is_chat = isinstance(prompt, list)
-        messages = (
-            [m for before, answer in turns for m in _with_answer(before, answer or "")] if is_chat else []
-        )
-        if any(token in m["content"] or token in m["role"] for m in messages for token in control):
+        messages = str([_with_answer(*turn) for turn in turns if turn[1] is not None] or prompt)
+        if is_chat and any(token in messages for token in control):
             dropped["whose messages spell a control token of the tokenizer"] += 1
             continue
         for before, answer in turns:
@@ -862,18 +875,18 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
     """Completions (lists of ids) by a checker -> (B,) float32, NaN for None (cannot judge), and texts."""
     texts = [completion_text(tokenizer, e["prompt_ids"], c) for e, c in zip(examples, completions)]
     rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
-    prompts, name = [e["prompt"] for e in examples], f"the reward {function.__name__}"
+    prompts, name = [e["prompt"] for e in examples], f"the reward {getattr(function, '__name__', function)}"
     try:
         scores = function(prompts, texts, rows)
     except Exception as error:  # whatever a user's function raises
-        found, where = error, "no row alone, but all together"
-        for e, *inputs in zip(examples, prompts, texts, rows):  # alone, to find the one
+        found, where = error, f"none of the first {min(64, len(rows))} rows alone"
+        for e, *inputs in list(zip(examples, prompts, texts, rows))[:64]:  # alone, to find the one
             try:
                 function(*([x] for x in inputs))
             except Exception as alone:
                 found, where = alone, f"{e['where']}, completion {inputs[1][:60]!r}"
                 break
-        frame = traceback.extract_tb(found.__traceback__)[-1]
+        frame = traceback.extract_tb(found.__traceback__)[:2][-1]  # of the function, not of what it calls
         line = f"{Path(frame.filename).name} line {frame.lineno}"
         stop(f"{name} raised {type(found).__name__} ({one_line(str(found), 200)}) in {line}, for {where}")
     if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
@@ -939,9 +952,10 @@ class RewardModel:
             completion_text(self.policy_tokenizer, example["prompt_ids"], completion),
             example["prompt"],
         )
-        for token in control_tokens(self.tokenizer):  # spelled by the policy: content, not control
-            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        control = control_tokens(self.tokenizer)
+        text = spaced(text, control)  # spelled by the policy: content, not control
         if is_chat := isinstance(prompt, list):
+            prompt = [m | {"content": spaced(m["content"], control)} for m in prompt]
             text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
         ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
         end, finished = end_of_turn_id(self.tokenizer), completion[-1] in self.stop_ids
@@ -991,7 +1005,10 @@ def due(every, step, steps):
 def replace_text(path, text):
     """Write a file whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    with open(new, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     new.rename(path)
 
 
@@ -1028,23 +1045,33 @@ class Run:
 
             self.tracker = SummaryWriter(self.dir)
         self.bar = tqdm(total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.started, self.saved, self.signal, self.handlers = time.time(), None, None, {}
+        self.started, self.signal, self.handlers, self.pid = time.time(), None, {}, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.interrupt)
 
     def interrupt(self, number, frame):
         """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != self.pid:  # a process that a reward function forked: nothing to save there
+            os.kill(os.getpid(), number)
+            return
+        self.signal, name = number, signal.Signals(number).name
+        with contextlib.suppress(BrokenPipeError):
+            os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
 
     def exit_if_interrupted(self, done):
         if self.signal is not None:
-            self.bar.close()
-            print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
+            self.restore_handlers()
+            with contextlib.suppress(BrokenPipeError):
+                self.bar.close()
+                print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
             raise SystemExit(128 + self.signal)
+
+    def restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     @contextlib.contextmanager
     def writing(self):
@@ -1053,10 +1080,16 @@ class Run:
             yield
         # safetensors and torch have errors of their own for a write that fails
         except (OSError, SafetensorError, RuntimeError) as error:
+            written = ("PytorchStreamWriter", "iostream", "unexpected pos")
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in written):
+                raise
             shutil.rmtree(self.dir / "checkpoint.new", ignore_errors=True)
-            saved = "no step is saved" if self.saved is None else f"step {self.saved} is saved"
-            reason = " ".join(str(error).split())[:200]
-            stop(f"{self.dir} cannot be written ({reason}); {saved}: make room and go on with --resume", 1)
+            reason, found = " ".join(str(error).split())[:200], find_checkpoint(self.dir)
+            then = "no step is saved: make room and start again with --overwrite"
+            if found is not None:
+                step = json.loads((found / "state.json").read_text())["step"]
+                then = f"step {step} is saved: make room and go on with --resume"
+            stop(f"{self.dir} cannot be written ({reason}); {then}", 1)
 
     def restore(self, models, optimizer):
         """--resume: read models and optimiser, cut the logs back to the checkpoint -> steps done (else 0)."""
@@ -1071,7 +1104,6 @@ class Run:
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with self.writing():
                 replace_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
-        self.saved = step
         print(f"resumed after step {step} of {self.steps}")
         self.bar.update(step)
         return step
@@ -1088,7 +1120,7 @@ class Run:
                 save_weights(model, str(new / f"{name}.safetensors"))
             torch.save(optimizer.state_dict(), new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps({"step": step}))
-            for path in (*new.iterdir(), new):
+            for path in (*new.iterdir(), new, *self.dir.glob("*.jsonl")):
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
@@ -1096,7 +1128,6 @@ class Run:
                 now.rename(old)
             new.rename(now)
         shutil.rmtree(old, ignore_errors=True)
-        self.saved = step
 
     def checkpoint_if_due(self, step, models, optimizer, is_last=False):
         """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
@@ -1118,13 +1149,15 @@ class Run:
             self.tracker.add_scalar(name, value, step)
         if self.args.track == "wandb":
             self.tracker.log(metrics, step=step)
-        self.bar.update(step - self.bar.n)
         numbers = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
-        self.bar.set_postfix_str(numbers)
-        if self.bar.disable and numbers and due(self.args.log_every, step, self.steps):
-            print(f"step {step}/{self.steps}  {numbers}  {time.time() - self.started:.0f} s", flush=True)
-        if held_out := [f"{name[5:]} {v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]:
-            tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
+        held_out = [f"{name[5:]} {v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends `| tee` first; the step must still be saved
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(numbers)
+            if self.bar.disable and numbers and due(self.args.log_every, step, self.steps):
+                print(f"step {step}/{self.steps}  {numbers}  {time.time() - self.started:.0f} s", flush=True)
+            if held_out:
+                tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
@@ -1139,7 +1172,8 @@ class Run:
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             numbers = "".join(f" {name} {v:.2f}" for name, v in row.items() if isinstance(v, float))
             text = f"  {one_line(prompt, width // 3)} | {one_line(row['completion'], width * 2 // 3)}"
-            tqdm.write(f"{text} |{numbers}")
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(f"{text} |{numbers}")
 
     def stop_unless_finite(self, step, rows, **quantities):
         """Stop, before the update is applied, if a loss, log-prob or gradient is not finite; the rows of the
@@ -1149,7 +1183,7 @@ class Run:
                 with self.writing():
                     replace_text(self.dir / "bad_batch.json", json.dumps(rows, default=str, indent=1))
                 found = f"step {step}: {name} is {float(value)}, nothing was updated; its batch is in"
-                stop(f"{found} {self.dir / 'bad_batch.json'}; lower --learning-rate?", 1)
+                stop(f"{found} {self.dir / 'bad_batch.json'}; --resume with a lower --learning-rate?", 1)
 
     def finish(self, model, tokenizer, stop_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
@@ -1162,8 +1196,7 @@ class Run:
             model.save_pretrained(self.dir)
             tokenizer.save_pretrained(self.dir)
         self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.restore_handlers()
         if self.tracker is not None:
             (self.tracker.finish if self.args.track == "wandb" else self.tracker.close)()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")

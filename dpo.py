@@ -302,7 +302,8 @@ def main(args):
     ref_logps = torch.zeros(len(rows), 2)  # of a loss without a reference
     if args.loss_type not in REFERENCE_FREE:
         reference = load_policy(args.model, device)
-        ref_logps = reference_logps(reference, rows, args, autocast, run.dir / "reference.pt")
+        with run.writing():
+            ref_logps = reference_logps(reference, rows, args, autocast, run.dir / "reference.pt")
     if args.precompute_ref:
         reference, examples = None, [e | {"ref_logps": x} for e, x in zip(examples, ref_logps.tolist())]
     start, metrics = run.restore({"policy": policy}, optimizer), {}

@@ -264,7 +264,12 @@ def main(args):
 
         # rollout and scores, 64 prompts at a time; a run that is resumed reads what is in rollouts.jsonl
         rolled = [r for r in rollouts if r["iteration"] == iteration]
-        if any(r["row"] != e["row"] or len(r["ids"]) != N for r, e in zip(rolled, picked)) or len(rolled) > M:
+        pairs = [(r["row"], json.loads(json.dumps(e["row"], default=str))) for r, e in zip(rolled, picked)]
+        if (
+            any(str(a) != str(b) for a, b in pairs)
+            or any(len(r["ids"]) != N for r in rolled)
+            or len(rolled) > M
+        ):
             stop(f"--resume: {file} was not sampled with this data and these flags", 1)
         if len(rolled) < M and step < start:
             stop(f"--resume: {file} lacks rollouts that the checkpoint was trained on", 1)
@@ -272,7 +277,7 @@ def main(args):
             rolled = rolled[: len(rolled) // 64 * 64]
             rollouts = [r for r in rollouts if r["iteration"] < iteration] + rolled
             with run.writing():
-                replace_text(file, "".join(json.dumps(r) + "\n" for r in rollouts))
+                replace_text(file, "".join(json.dumps(r, default=str) + "\n" for r in rollouts))
         for first in range(len(rolled), M, 64):
             part, draw = picked[first : first + 64], generator(args.seed, "sample", (iteration, first))
             lengths, prompts = (N, args.max_completion_length), [e["prompt_ids"] for e in part]
@@ -294,7 +299,7 @@ def main(args):
                     record["solve_rate"] = sum(known) / N if known else None
                     rolled.append(record)
                     rollouts.append(record)
-                    out.write(json.dumps(record) + "\n")
+                    out.write(json.dumps(record, default=str) + "\n")
             run.bar.set_postfix_str(f"iteration {iteration + 1}: {len(rolled)} of {M} prompts sampled")
             run.exit_if_interrupted(f"{len(rolled)} of {M} prompts of iteration {iteration + 1}")
         rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]

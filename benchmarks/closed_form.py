@@ -26,12 +26,12 @@ from theorems import theorem  # noqa: E402
 NAMES = {  # theorem -> what README and figure call it, and where it must end
     "sft": ("sft.py", "the law of its data"),
     "reward_model": ("reward_model.py", "the rewards behind the Bradley-Terry odds"),
-    "dpo": ("dpo.py", "p_ref exp(r / beta) / Z, given EOS"),
+    "dpo": ("dpo.py", "p_ref exp(r / beta) / Z, given letters, EOS"),
     "rejection_sampling": ("rejection_sampling.py", "the best-of-4 law of p_ref"),
     "ppo": ("ppo.py", "p_ref exp(r / beta) / Z"),
     "rloo": ("rloo.py", "p_ref exp(r / beta) / Z"),
     "grpo k1": ("grpo.py --kl k1-reward", "p_ref exp(r / beta) / Z"),
-    "grpo k3": ("grpo.py --kl k3-loss", "b p_ref / (lambda - r)"),
+    "grpo k3": ("grpo.py --kl k3-loss", "b p_ref / (lambda - r), one token"),
 }
 OTHER = "kl to p_ref exp(r / beta) / Z"
 

@@ -90,7 +90,8 @@ def normalise(weights):
 
 
 def gibbs(ref, rewards, beta):
-    """The maximiser of E[r] - beta KL(p || p_ref): p_ref exp(r / beta) / Z, in logs (Ziegler et al. 2019)."""
+    """The maximiser of E[r] - beta KL(p || p_ref): p_ref exp(r / beta) / Z, in logs (Rafailov et al.
+    2023, equation 4)."""
     return normalise(ref + rewards / beta)
 
 

@@ -3,10 +3,10 @@ should see it are run on the copy, and one of them must fail:
 
     python tests/mutations.py            all of them, a few minutes; some words of a file or sentence: those
 
-Prints which test killed which mutant. A mutant that survives, or whose text no longer occurs exactly once, or
-that breaks the import and so dies of nothing, is a failure: exit status 1. The tests must pass on the copy
-before anything is changed. One process serves all mutants, since loading torch and transformers takes longer
-than most tests; what was imported from the copy is forgotten in between."""
+Prints which test killed which mutant, and of what if not by an assertion. A mutant that survives, whose text
+does not occur exactly once, or that breaks the import and so dies of nothing, is a failure: exit status 1.
+The tests must pass on the copy before anything is changed. One process serves all mutants, since
+loading torch and transformers takes long; what was imported from the copy is forgotten in between."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant(
         "common.py",
         "row, token, seen, position, unfinished = kept",
-        "_, token, seen, position, unfinished = kept",
+        "row, token, seen, position, unfinished = row[: len(keep)], *list(kept)[1:]",
         "tokens of the rows that are left go to the wrong rows",
         "test_sampler.py::test_logprobs_are_those_of_the_training_forward",
     ),
@@ -536,7 +536,10 @@ class FirstFailure:
 
     def pytest_runtest_logreport(self, report):
         if report.failed and self.failed is None:
-            self.failed = report.nodeid
+            message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "")
+            error = message.split(":")[0].split()[0] if message else "error"
+            seen = "" if error in ("assert", "AssertionError", "Failed") else f" ({error})"  # died of what
+            self.failed = report.nodeid.split("tests/")[-1] + seen
 
     def pytest_collectreport(self, report):
         self.broken = self.broken or report.failed
@@ -576,7 +579,7 @@ def main(words):
                 path.write_text(text.replace(mutant.old, mutant.new))
                 seen = run_tests(copy, mutant.tests)
                 path.write_text(text)
-                verdict = "FAILURE: survives" if seen.failed is None else seen.failed.split("tests/")[-1]
+                verdict = "FAILURE: survives" if seen.failed is None else seen.failed
                 verdict = "FAILURE: cannot be run" if seen.broken else verdict
             failures += verdict.startswith("FAILURE")
             print(f"{mutant.file:22}{mutant.why}\n{'':22}{verdict}", flush=True)

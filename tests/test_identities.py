@@ -100,21 +100,22 @@ def test_completions_are_all_of_them():
 
 # ---------------------------------------------------------------- the optimum
 def test_at_the_optimum_every_advantage_is_zero():
-    """Score - beta log-ratio is beta log Z for every completion, so no sample of any group moves p*. A sign
-    or a direction of the KL the other way round fails this at once."""
+    """Score - beta log-ratio is beta log Z for every completion, so no sample of any group moves p*, whatever
+    divides the advantage. A wrong sign of the KL, or 1 / beta for beta, fails this at once."""
     log_ratio = P_STAR.log() - REF_LOGPS.sum(1)
     rewards = REWARDS - BETA * grpo.kl_penalty(P_STAR.log(), REF_LOGPS.sum(1), "k1")
     assert (rewards - BETA * LOG_Z).abs().max() < 1e-13
     for group_size in (3, 5, 15):
         assert rloo.leave_one_out_advantages(rewards, group_size).abs().max() < 1e-13
         assert grpo.group_advantages(rewards, group_size, "none").abs().max() < 1e-13
+        assert grpo.group_advantages(rewards, group_size, "group").abs().max() < 1e-6
     for wrong in (REWARDS + BETA * log_ratio, REWARDS - log_ratio / BETA):
         assert rloo.leave_one_out_advantages(wrong, 5).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_at_the_optimum_with_the_soft_values_ppo_has_no_advantage(lam):
-    """V(prefix) = beta log sum p_ref(rest) exp(r / beta): then every delta of GAE is 0, for any lambda."""
+    """V(prefix) = beta log sum p_ref(rest) exp(r / beta): then every delta of GAE is 0 (gamma 1)."""
     soft = {}  # beta log sum over completions with the prefix
     for prefix in PREFIXES:
         with_prefix = torch.tensor([c[: len(prefix)] == prefix for c in COMPLETIONS])
@@ -182,7 +183,7 @@ def test_unscaled_grpo_is_unbiased_but_for_its_factor():
 
 def test_variance_under_a_shift_of_the_rewards():
     """A constant added to r leaves RLOO's gradients as they are; one of the sign of the mean raises the
-    variance of REINFORCE."""
+    variance of REINFORCE (here; in general of the mean weighted by the squared score)."""
     shifted = {}
     for shift in (0.0, 1.0, 10.0):
         rewards = (REWARDS + shift - BETA * (LOGPS.detach() - REF_LOGPS).sum(1))[PAIRS.flatten()]
@@ -215,7 +216,8 @@ def test_ppo_is_unbiased_with_any_values(seed):
 
 # ---------------------------------------------------------------- documented biases, with their size
 # what each division does to the direction of the expected gradient, with the rewards of this tree and batches
-# of two; an optimiser that normalises sees nothing else. Larger groups and batches have less of the last two
+# of two; an optimiser that normalises sees nothing else. Larger groups and batches have less of all but that
+# of length; between prompts the group's deviation stays as a weight
 DEGREES = {"group deviation": 6.70, "length": 12.57, "token mean": 7.46, "whitening": 12.62}
 
 
@@ -243,6 +245,8 @@ def test_dividing_by_the_deviation_of_the_group():
 
 def test_dividing_by_the_deviation_of_the_batch():
     """Of one pair as a batch it is that of the group; of all pairs it is a constant and does no harm."""
+    pair = torch.tensor([0.3, 1.0]).double()
+    assert torch.allclose(grpo.group_advantages(pair, 2, "batch"), grpo.group_advantages(pair, 2, "group"))
     rewards = REWARDS - BETA * (LOGPS.detach() - REF_LOGPS).sum(1)
     advantages = grpo.group_advantages(rewards[PAIRS.flatten()], 2, "batch").view(-1, 2)
     assert angle(expected_gradient(advantages)) < 1e-5

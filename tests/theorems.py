@@ -90,7 +90,8 @@ class Theorem:
     target: torch.Tensor  # log probabilities (prompts, K)
     law: object  # a model in memory, or the folder of one -> its log probabilities (prompts, K)
     elsewhere: torch.Tensor = None  # the law that one might take for its target
-    forward: bool = False  # KL(target || law), which maximum likelihood minimises, or KL(law || target)
+    rewards: torch.Tensor = None  # (prompts, K)
+    forward: bool = False  # KL(target || law), which fitting completions minimises, or KL(law || target)
 
     def distance(self, model):
         """Mean over prompts, in nats."""
@@ -175,9 +176,11 @@ def theorem(name, folder, seed=1, short=True):
         completions = list_completions(words, length=1)
         texts = texts_of(words, completions)
         rewards = torch.tensor([[world.table[p][x] for x in texts] for p in PROMPTS]).double()
-        flags |= online | dict(kl="k3-loss", kl_coef=0.1, max_completion_length=1)
-        flags["steps"] = 120
+        # groups of 4, so that b, which knows their size, is a third larger than beta
+        flags |= online | dict(kl="k3-loss", kl_coef=0.1, max_completion_length=1, steps=240)
+        flags |= dict(prompts_per_step=60, num_generations=4)
         ref, beta = of_policy(world.ref), flags["kl_coef"]
         target = k3_law(ref, rewards, beta, flags["num_generations"])
-        return Theorem(grpo, flags, world, target, of_policy, elsewhere=gibbs(ref, rewards, beta))
+        elsewhere = gibbs(ref, rewards, beta)
+        return Theorem(grpo, flags, world, target, of_policy, elsewhere=elsewhere, rewards=rewards)
     raise ValueError(f"unknown theorem {name}")
