@@ -75,19 +75,11 @@ AT_LEAST |= dict.fromkeys(["select_k", "prompts", "iterations"], 1)
 AT_LEAST |= dict.fromkeys(["label_smoothing", "sft_coef", "beta"], 0)
 
 
-# of a run that is resumed: how far it goes, how often it reports, and what does not change results
-MAY_CHANGE = {
-    "resume",
-    "overwrite",
-    "output_dir",
-    "steps",
-    "epochs",
-    "iterations",
-    "eval_every",
-    "save_every",
-}
-MAY_CHANGE |= {"log_every", "track", "micro_batch_tokens", "gradient_checkpointing"}
-MAY_CHANGE |= {"learning_rate", "max_grad_norm"}  # from here on: the way out of a loss that is not finite
+# what --resume may change: how far the run goes, how it reports, what does not change results, and the size
+# of updates from here on, as the way out of a loss that is not finite
+MAY_CHANGE = {"resume", "overwrite", "output_dir", "steps", "epochs", "iterations", "learning_rate"}
+MAY_CHANGE |= {"max_grad_norm", "eval_every", "save_every", "log_every", "track"}
+MAY_CHANGE |= {"micro_batch_tokens", "gradient_checkpointing"}
 
 
 def setup(args):
@@ -104,7 +96,8 @@ def setup(args):
         stop("several processes are not supported yet: start this script with python, not torchrun")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
-    if args.resume and find_checkpoint(args.output_dir) is None:
+    saved = find_checkpoint(args.output_dir) is not None and Path(args.output_dir, "args.json").is_file()
+    if args.resume and not saved:
         stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
     if args.resume:
         began, now = json.loads(Path(args.output_dir, "args.json").read_text()), dataclasses.asdict(args)
@@ -1062,6 +1055,7 @@ class Run:
             os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
 
     def exit_if_interrupted(self, done):
+        """End the process if a signal came, with the exit status that shells expect; `done` says how far."""
         if self.signal is not None:
             self.restore_handlers()
             with contextlib.suppress(BrokenPipeError):
@@ -1070,6 +1064,7 @@ class Run:
             raise SystemExit(128 + self.signal)
 
     def restore_handlers(self):
+        """Give Ctrl-C and SIGTERM back to whoever called main."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -1182,7 +1177,9 @@ class Run:
             if not math.isfinite(value):
                 with self.writing():
                     replace_text(self.dir / "bad_batch.json", json.dumps(rows, default=str, indent=1))
-                found = f"step {step}: {name} is {float(value)}, nothing was updated; its batch is in"
+                found = (
+                    f"step {step}: {name} is {float(value)}, and that update was not made; its batch is in"
+                )
                 stop(f"{found} {self.dir / 'bad_batch.json'}; --resume with a lower --learning-rate?", 1)
 
     def finish(self, model, tokenizer, stop_ids, then):

@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # no
     with pytest.raises(SystemExit) as stopped:
         run("sft", chain, tmp_path / "run", save_every=1, learning_rate=1e30, lr_schedule="constant")
     assert stopped.value.code == 1
-    refused(capsys, "step 2: loss is nan", "nothing was updated", "bad_batch.json")
+    refused(capsys, "step 2: loss is nan", "that update was not made", "bad_batch.json")
     assert step_of(tmp_path / "run") == 1
     assert len(json.loads((tmp_path / "run/bad_batch.json").read_text())) == 16
 
