@@ -168,11 +168,13 @@ def test_ctrl_c_where_the_output_goes_through_a_pipe(end, tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while not (tmp_path / "run/metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 9:
+    lines, deadline = tmp_path / "run/metrics.jsonl", time.time() + 40
+    while not lines.exists() or lines.read_text().count("\n") < 9:
+        assert time.time() < deadline, "the run has died with its pipe"
         time.sleep(0.05)
     os.killpg(shell.pid, signal.SIGINT)
     shell.wait(30)
-    for _ in range(600):
+    for _ in range(200):
         if (tmp_path / "run/checkpoint").exists():
             break
         time.sleep(0.05)
