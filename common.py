@@ -6,6 +6,7 @@ order: 1. command line   2. models   3. the built-in task   4. data   5. batches
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -250,12 +251,11 @@ def _prepare(model, device, train):
 
 def head_logits(model, hidden):
     """(N, H) last hidden states -> (N, V) float32 logits, scaled and capped as in the model's own forward."""
+    return _scaled(model, model.get_output_embeddings()(hidden).float())
+
+
+def _scaled(model, logits):
     config = model.config.get_text_config()
-    kind = hidden.device.type
-    # with autocast's cached copy of the head the gradients of the chunks would be summed up in bfloat16
-    cast = dict(enabled=torch.is_autocast_enabled(kind), cache_enabled=not torch.is_grad_enabled())
-    with torch.autocast(kind, torch.bfloat16, **cast):
-        logits = model.get_output_embeddings()(hidden).float()
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
@@ -265,9 +265,68 @@ def head_logits(model, hidden):
     return logits
 
 
+CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32, in up to five copies
+
+
+def over_head(model, hidden, targets, function):
+    """The language-model head, CHUNK logits at a time, so that memory does not grow with N*V.
+
+    hidden (N, H), targets (N,); function(logits (n, V) float32, targets (n,), needs_second) -> two results
+    (n,), each row of its own logits alone -> both for all rows, (N,), the second without gradient. It runs
+    once with gradients if one chunk is enough, else without, and again in the backward pass."""
+    head = model.get_output_embeddings()
+    size = max(1, CHUNK // head.out_features)
+    if len(hidden) <= size:
+        return function(head_logits(model, hidden), targets, True)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = dtype if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
+    scaled = lambda logits, *rest: function(_scaled(model, logits.float()), *rest)  # noqa: E731
+    return _Streamed.apply(hidden, head.weight, head.bias, targets, scaled, size, dtype)
+
+
+class _Streamed(torch.autograd.Function):
+    """over_head in chunks. The head's gradient is summed in one float32 buffer: autograd would have one for
+    each chunk (torch's linear_cross_entropy does likewise; it has no entropy, cap or temperature)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, function, size, dtype):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.function, ctx.size, ctx.dtype = function, size, dtype
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        chunks = zip(hidden.split(size), targets.split(size))
+        chunks = [function(nn.functional.linear(h.to(dtype), w, b), t, True) for h, t in chunks]
+        first, second = (torch.cat(parts) for parts in zip(*chunks))
+        ctx.mark_non_differentiable(second)
+        return first, second
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(hidden), ctx.size):
+            rows = slice(start, start + ctx.size)
+            h = hidden[rows].to(ctx.dtype)
+            with torch.enable_grad():
+                logits = nn.functional.linear(h, w, b).requires_grad_()
+                first, _ = ctx.function(logits, targets[rows], False)
+            (d_logits,) = torch.autograd.grad(first, logits, gradient[rows])
+            d_hidden[rows] = d_logits @ w
+            if d_weight.dtype == ctx.dtype:
+                d_weight.addmm_(d_logits.T, h)
+            else:  # the product in bfloat16, the sum in float32
+                d_weight += d_logits.T @ h
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        return d_hidden, d_weight, d_bias, None, None, None, None
+
+
 @torch.no_grad()
 def _check_head(model):
     """Stop if head_logits is not what the model's own forward gives: an architecture it does not know."""
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        stop(f"{type(model).__name__} has no plain language-model head; over_head needs an nn.Linear")
     ids = torch.arange(1, 5, device=model.device)[None]
     ours = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -721,7 +780,12 @@ def over_micro_batches(function, batch, budget, autocast):
 
 
 # ---------------------------------------------------------------- 6. sampling
-def sample(model, prompts, num_generations, max_new_tokens, temperature, stop_ids, seed, wave=512):
+CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two questions which rows have ended
+
+
+def sample(
+    model, prompts, num_generations, max_new_tokens, temperature, stop_ids, seed, memory=None, plain=False
+):
     """Sample from all of softmax(logits / temperature): no top-k, no top-p, nothing of the checkpoint's
     settings.
 
@@ -729,65 +793,139 @@ def sample(model, prompts, num_generations, max_new_tokens, temperature, stop_id
     generations side by side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy
     (log-probs at 1). Ids that a model has and its tokenizer lacks can be drawn too, and PAD. seed: a
     torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF), so that neither dropping
-    finished rows nor cutting the work into waves of `wave` rows changes a token."""
+    finished rows, nor waves, nor the kind of cache changes a token.
+
+    memory: bytes for keys, values and logits (default: half of a GPU's free memory; 4 GiB on a CPU); what
+    does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
+    case."""
     noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
-    was_training, completions, logprobs, size = model.training, [], [], max(1, wave // num_generations)
+    if memory is None:
+        memory = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else 2**32
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    cells = 2 * config.num_hidden_layers * width * (max(map(len, prompts)) + max_new_tokens)
+    row_bytes = 4 * cells + 32 * config.vocab_size
+    size = int(max(1, min(memory / row_bytes, 512) // num_generations))  # 512: more rows gain little
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if size < len(prompts) else None
+    order = order or range(len(prompts))
+    was_training, results = model.training, [None] * len(noise)
     model.eval()  # in train mode gradient checkpointing would drop the cache
     for first in range(0, len(prompts), size):
-        rows = slice(first * num_generations, (first + size) * num_generations)
-        part = prompts[first : first + size]
-        result = _sample_wave(
-            model, part, num_generations, temperature, stop_ids, noise[rows].to(model.device)
-        )
-        completions += result[0]
-        logprobs += result[1]
+        part = order[first : first + size]
+        rows = [i * num_generations + g for i in part for g in range(num_generations)]
+        drawn = noise[rows].to(model.device)
+        wave = _sample_wave(model, [prompts[i] for i in part], temperature, stop_ids, drawn, plain)
+        for i, result in zip(rows, wave):
+            results[i] = result
     model.train(was_training)
-    return completions, logprobs
+    return [tokens for tokens, _ in results], [logps for _, logps in results]
+
+
+class PreallocatedLayer(transformers.cache_utils.DynamicLayer):
+    """Keys and values of one layer in storage for the whole wave, (B, heads, T, D): a step writes one column
+    and reads a view of those before it, where the growing cache copies them all."""
+
+    def __init__(self, prefilled, repeats, max_new_tokens, dtype):
+        super().__init__()
+        self.is_initialized, self.stored = True, []
+        for x in (prefilled.keys, prefilled.values):
+            rows, heads, width, size = x.shape
+            new = x.new_empty(rows * repeats, heads, width + max_new_tokens, size, dtype=dtype)
+            new.view(rows, repeats, *new.shape[1:])[:, :, :, :width] = x[:, None]
+            self.stored.append(new)
+        self.keys, self.values = (x[:, :, :width] for x in self.stored)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        end = self.keys.shape[2] + key_states.shape[2]
+        for x, new in zip(self.stored, (key_states, value_states)):
+            x[:, :, self.keys.shape[2] : end] = new
+        self.keys, self.values = (x[:, :, :end] for x in self.stored)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.keys.shape[2]
+        for x in self.stored:
+            x[: len(indices), :, :end] = x[indices, :, :end]
+        self.stored = [x[: len(indices)] for x in self.stored]
+        self.keys, self.values = (x[:, :, :end] for x in self.stored)
+
+
+@functools.cache
+def say_once(text):
+    print(text)
+
+
+def _can_preallocate(model, cache):
+    """Plain attention in every layer; windowed, linear and shared layers keep the growing cache."""
+    usual = all(type(x) is transformers.cache_utils.DynamicLayer and x.is_initialized for x in cache.layers)
+    usual = usual and model.config.get_text_config()._attn_implementation == "sdpa"
+    if not usual:
+        say_once(f"sampling: {type(model).__name__} keeps transformers' growing cache, slower than our own")
+    return usual
 
 
 @torch.no_grad()
-def _sample_wave(model, prompts, num_generations, temperature, stop_ids, noise):
-    """Left-padded prompts go through the model once; their cache is then shared by their generations."""
+def _sample_wave(model, prompts, temperature, stop_ids, noise, plain):
+    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs.
+
+    Left-padded prompts go through the model once; their keys and values are then shared by their generations.
+    The host waits for the device only to ask which rows have ended, every CHECK_EVERY steps."""
     device, width, (rows, max_new_tokens) = model.device, max(map(len, prompts)), noise.shape
+    repeats, every = rows // len(prompts), CHECK_EVERY.get(device.type, 16)
     token = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     # left padding without positions of its own is wrong for learned ones (GPT-2)
     position = (seen.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=model.config)
+    inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
+    logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    plain = plain or not _can_preallocate(model, cache)
+    if plain:
+        cache.batch_repeat_interleave(repeats)
+    else:
+        kind = device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
+        for i, layer in enumerate(cache.layers):
+            cache.layers[i] = PreallocatedLayer(layer, repeats, max_new_tokens, half)
+    logits, seen, position = (x.repeat_interleave(repeats, 0) for x in (logits, seen, position[:, -1:]))
+    seen = torch.cat([seen, seen.new_ones(rows, max_new_tokens)], 1)
+    if not plain:  # in the form that attention takes, else transformers looks into it at every step
+        seen = seen.bool()[:, None, None] if min(map(len, prompts)) < width else None
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-    lengths = torch.full((rows,), max_new_tokens, device=device)
     row = torch.arange(rows, device=device)  # which row each line of the cache belongs to
     unfinished = torch.ones(rows, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(stop_ids, device=device)
     for t in range(max_new_tokens):
-        inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
-        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        if t == 0:
-            cache.batch_repeat_interleave(num_generations)
-            spread = (x.repeat_interleave(num_generations, 0) for x in (logits, seen, position))
-            logits, seen, position = spread
         logp = (logits / (temperature or 1.0)).log_softmax(-1)
         if temperature:
-            cdf = logp.double().exp().cumsum(-1)  # right=True: a token of probability 0 is never drawn
+            # right=True: a token of probability 0 is never drawn
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             token = torch.searchsorted(cdf, noise[row, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=logp.shape[-1] - 1)
         else:
             token = logp.argmax(-1, keepdim=True)
         tokens[row, t], logps[row, t] = token[:, 0], logp.gather(-1, token)[:, 0]
-        ends = unfinished & torch.isin(token[:, 0], stop_ids)
-        lengths[row[ends]], unfinished = t + 1, unfinished & ~ends
-        left = int(unfinished.sum())
-        if left == 0:
+        unfinished &= ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens:
             break
-        if left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
-            keep = unfinished.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            kept = (x[keep] for x in (row, token, seen, position, unfinished))
-            row, token, seen, position, unfinished = kept
-        seen, position = torch.cat([seen, seen.new_ones(len(row), 1)], 1), position[:, -1:] + 1
-    lengths = lengths.tolist()
-    return [[x[:n] for x, n in zip(values.tolist(), lengths)] for values in (tokens, logps)]
+        if (t + 1) % every == 0:
+            left = int(unfinished.sum())
+            if left == 0:
+                break
+            if left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
+                keep = unfinished.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                row, token, position, unfinished = (x[keep] for x in (row, token, position, unfinished))
+                seen = None if seen is None else seen[keep]
+        position = position + 1
+        mask = None if seen is None else seen[..., : width + t + 1]
+        inputs = dict(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
+        logits = model(**inputs, use_cache=True).logits[:, -1].float()
+    ended = torch.isin(tokens, stop_ids)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new_tokens).tolist()
+    return [(x[:n], y[:n]) for x, y, n in zip(tokens.tolist(), logps.tolist(), lengths)]
 
 
 def completion_text(tokenizer, prompt_ids, completion_ids):

@@ -24,12 +24,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from common import RewardModel, Run, call_checker, check_context, cli, completion_batch, completion_text, due
-from common import eos_ids, find_checker, find_gold, generator, head_logits, load_examples, load_held_out
-from common import load_policy, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
-from common import load_scorer, same_ids, set_learning_rate, setup, shuffled, stop
+from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
+from common import find_checker, find_gold, generator, load_examples, load_held_out, load_policy
+from common import load_tokenizer, make_optimizer, micro_batches, over_head, over_micro_batches, sample
+from common import set_learning_rate, setup, shuffled, stop
+from common import check_context, load_scorer, same_ids
 
 
 @dataclass
@@ -118,26 +118,23 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
     input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, in chunks that are recomputed in
-    the backward pass, so that memory does not grow with B*L*V."""
+    outside the mask, in nats. Head and softmax run at mask positions only, and over_head has target_logprobs
+    compute them a chunk at a time, again in the backward pass: memory does not grow with B*L*V."""
     mask = mask.bool()
     hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
     targets = input_ids[:, 1:][mask]  # (N,)
 
-    def head(hidden, targets):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
-        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+    def target_logprobs(logits, targets, needs_entropy):
+        logps = (logits / temperature).log_softmax(-1)  # (n, V) float32
+        entropy = None
+        if needs_entropy:  # - sum of p log p; a token of probability 0 counts 0
+            entropy = -(logps.detach().exp() * logps.detach().clamp(min=-1e30)).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    size = max(1, 2**25 // model.config.get_text_config().vocab_size)  # 128 MiB of logits, five copies
-    chunks = list(zip(hidden.split(size), targets.split(size)))
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        chunks = [checkpoint(head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    else:
-        chunks = [head(*chunk) for chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*chunks))
+    results = over_head(model, hidden, targets, target_logprobs)
+    logprobs, entropy = (zeros.masked_scatter(mask, result) for result in results)
     return logprobs, entropy
 
 

@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 TRAIN = SimpleNamespace(seed=1, gradient_checkpointing=False)  # what load_policy and load_scorer read of Args
 VOCAB = 64
 NAMES = ["llama", "gemma2", "gpt2", "neox", "qwen2"]
+MORE = ["qwen3", "gemma3"]  # for the sampler alone
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 SHAPE |= dict(vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=None, pad_token_id=0, eos_token_id=1)
 
@@ -41,13 +42,18 @@ def tiny_config(name):
         return transformers.GPTNeoXConfig(**SHAPE, initializer_range=0.3)
     if name == "qwen2":
         return transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
+    if name == "qwen3":
+        return transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, initializer_range=0.3)
+    if name == "gemma3":  # one windowed layer, one that sees all
+        layers = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8, head_dim=8)
+        return transformers.Gemma3TextConfig(**SHAPE, **layers, num_key_value_heads=2, initializer_range=0.1)
 
 
 @pytest.fixture(scope="session")
 def tiny_dirs(tmp_path_factory):
     """Architecture -> directory of a model in safetensors and its tokenizer."""
     dirs = {}
-    for name in NAMES:
+    for name in NAMES + MORE:
         dirs[name] = str(tmp_path_factory.mktemp(name))
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
@@ -68,11 +74,18 @@ def load_tiny(name):
 
 
 tiny_llama, tiny_gemma2, tiny_gpt2, tiny_neox, tiny_qwen2 = map(load_tiny, NAMES)
+tiny_qwen3, tiny_gemma3 = map(load_tiny, MORE)
 
 
 @pytest.fixture(params=NAMES)
 def policy(request):
     """Each of the tiny models in turn, as a policy in training; tests leave it without gradients."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(params=NAMES + MORE)
+def sampled(request):
+    """Each of the models that are sampled from."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 

@@ -65,8 +65,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "row, token, seen, position, unfinished = kept",
-        "row, token, seen, position, unfinished = row[: len(keep)], *list(kept)[1:]",
+        "row, token, position, unfinished = (x[keep] for x in (row, token, position, unfinished))",
+        "row, token, position, unfinished = (x[keep] for x in (row.flip(0), token, position, unfinished))",
         "tokens of the rows that are left go to the wrong rows",
         "test_sampler.py::test_logprobs_are_those_of_the_training_forward",
     ),

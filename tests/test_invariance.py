@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import CPU, TRAIN, distance, gradients, precise, ragged_batch, ragged_ids
+from conftest import CPU, TRAIN, VOCAB, distance, gradients, precise, ragged_batch, ragged_ids
 
 import common
 import ppo
@@ -262,7 +262,7 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(temperature, budget, p
 
 def test_ratio_is_one_when_the_head_runs_in_chunks(tiny_llama, monkeypatch):
     """Chunks recomputed in the backward pass give the bits that the forward without gradient gave."""
-    monkeypatch.setattr(tiny_llama.config, "vocab_size", 2**23)  # chunks of 4 tokens
+    monkeypatch.setattr(common, "CHUNK", 4 * VOCAB)
     batch = ragged_batch(9)
     with torch.no_grad():
         old_logprobs, _ = logprobs_of(tiny_llama, batch)

@@ -1,11 +1,13 @@
 """The tensor math of the scripts, each function against a slow loop in float64 that follows the formula."""
 
+import copy
 import math
 
 import pytest
 import torch
-from conftest import distance, gradients, ragged_batch
+from conftest import VOCAB, distance, gradients, ragged_batch
 
+import common
 import ppo
 import reward_model
 import sft
@@ -122,40 +124,82 @@ def dense_logprobs(model, batch, mask, temperature):
     return logps.gather(-1, batch.input_ids[:, 1:, None])[..., 0] * mask
 
 
-def count_heads(monkeypatch, script):
-    """Rows of hidden states in each call of the head, recomputations too."""
-    calls, head_logits = [], script.head_logits
-    monkeypatch.setattr(script, "head_logits", lambda m, h: (calls.append(len(h)), head_logits(m, h))[1])
+def count_heads(monkeypatch):
+    """Rows of logits in each call of the head, recomputations too."""
+    calls, scaled = [], common._scaled
+    monkeypatch.setattr(
+        common, "_scaled", lambda m, logits: (calls.append(len(logits)), scaled(m, logits))[1]
+    )
     return calls
 
 
-def test_gradient_of_token_logprobs_is_the_dense_one(policy, monkeypatch):
-    """In one chunk and in chunks of four tokens (a chunk is 2**25 // vocab_size tokens), values and
-    gradients are those of all logits at once."""
-    batch, temperature = ragged_batch(4), 0.7
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradient_of_token_logprobs_is_the_dense_one(bias, policy, monkeypatch):
+    """In one chunk and in chunks of four tokens, values and gradients are those of all logits at once; with
+    a frozen head too."""
+    policy, (batch, temperature) = copy.deepcopy(policy), (ragged_batch(4), 0.7)
+    head = policy.get_output_embeddings()
+    if bias:
+        head.bias = torch.nn.Parameter(normal(6, VOCAB))
     mask = batch.completion_mask[:, 1:]
     weights = normal(5, *mask.shape)
-    dense = dense_logprobs(policy, batch, mask, temperature)
-    (weights * dense).sum().backward()
-    dense_gradient = gradients(policy)
-    calls = count_heads(monkeypatch, ppo)
-    for vocab_size, chunks in ((64, 1), (2**23, 9)):
-        monkeypatch.setattr(policy.config, "vocab_size", vocab_size)
-        inputs = (policy, batch.input_ids, batch.attention_mask, mask, temperature)
-        logprobs, entropy = ppo.token_logprobs(*inputs)
-        assert len(calls) == chunks and sum(calls) == 33
-        assert_near(logprobs, dense.detach(), atol=1e-5)
-        assert_near(entropy, slow_logprobs(policy, batch, mask, temperature)[1], atol=1e-5)
-        (weights * logprobs).sum().backward()
-        assert distance(gradients(policy), dense_gradient) < 1e-6
-        calls.clear()
+    calls = count_heads(monkeypatch)
+    for frozen in (False, True):
+        head.requires_grad_(not frozen)
+        dense = dense_logprobs(policy, batch, mask, temperature)
+        (weights * dense).sum().backward()
+        dense_gradient = gradients(policy)
+        for size, chunks in ((100 * VOCAB, 1), (4 * VOCAB, 9)):
+            monkeypatch.setattr(common, "CHUNK", size)
+            inputs = (policy, batch.input_ids, batch.attention_mask, mask, temperature)
+            logprobs, entropy = ppo.token_logprobs(*inputs)
+            assert len(calls) == chunks and sum(calls) == 33
+            assert_near(logprobs, dense.detach(), atol=1e-5)
+            assert not entropy.requires_grad
+            if not bias:
+                assert_near(entropy, slow_logprobs(policy, batch, mask, temperature)[1], atol=1e-5)
+            (weights * logprobs).sum().backward()
+            assert distance(gradients(policy), dense_gradient) < 1e-6
+            calls.clear()
+
+
+def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monkeypatch):
+    """Many chunks of one row: as near to float32's gradient as one chunk in bfloat16 is."""
+    batch = ragged_batch(4)
+    mask = batch.completion_mask[:, 1:]
+    inputs = (tiny_qwen2, batch.input_ids, batch.attention_mask, mask)
+    found = {}
+    for name, size, half in (("exact", 2**30, False), ("one", 2**30, True), ("many", VOCAB, True)):
+        monkeypatch.setattr(common, "CHUNK", size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logprobs, entropy = ppo.token_logprobs(*inputs)
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        logprobs.sum().backward()
+        found[name] = tiny_qwen2.get_output_embeddings().weight.grad.clone(), gradients(tiny_qwen2)
+    for exact, one, many in zip(*found.values()):
+        assert 1e-3 < distance(one, exact) < 5e-2
+        assert distance(many, exact) < 1.2 * distance(one, exact)
+
+
+def test_a_token_of_probability_zero_has_no_entropy(tiny_llama, monkeypatch):
+    """A model may forbid tokens by a logit of - infinity."""
+    batch, scaled = ragged_batch(4), common._scaled
+    mask = batch.completion_mask[:, 1:]
+    batch.input_ids[:] = 5
+    banned = torch.arange(VOCAB) >= VOCAB // 2
+    monkeypatch.setattr(common, "_scaled", lambda m, x: scaled(m, x).masked_fill(banned, -math.inf))
+    logprobs, entropy = ppo.token_logprobs(tiny_llama, batch.input_ids, batch.attention_mask, mask)
+    assert torch.isfinite(logprobs).all() and torch.isfinite(entropy).all()
+    assert 0 < entropy.max() < math.log(VOCAB / 2)
+    logprobs.sum().backward()
+    assert torch.isfinite(gradients(tiny_llama)).all()
 
 
 def test_chunks_are_recomputed_in_the_backward_pass(tiny_llama, monkeypatch):
     """So that the logits of one chunk only are alive; without gradient nothing runs twice."""
     batch = ragged_batch(4)
-    calls = count_heads(monkeypatch, ppo)
-    monkeypatch.setattr(tiny_llama.config, "vocab_size", 2**21)
+    calls = count_heads(monkeypatch)
+    monkeypatch.setattr(common, "CHUNK", 16 * VOCAB)
     inputs = (tiny_llama, batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:])
     logprobs, _ = ppo.token_logprobs(*inputs)
     forward, all_tokens = list(calls), 33

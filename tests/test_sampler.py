@@ -55,16 +55,16 @@ def greedy_by_hand(model, prompt, limit, stop_ids):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_training_forward(temperature, policy):
+def test_logprobs_are_those_of_the_training_forward(temperature, sampled):
     """Left padding, positions, cache, shared prompts and rows that leave early: all agree with one forward
     of the right-padded whole."""
     prompts = prompts_of(1)
-    completions, logps = draw(policy, prompts, 3, 14, temperature, stop_ids=range(1, 8))
+    completions, logps = draw(sampled, prompts, 3, 14, temperature, stop_ids=range(1, 8))
     assert len(set(map(len, completions))) > 3
     batch = common.completion_batch([p for p in prompts for _ in range(3)], completions, CPU)
     mask = batch.completion_mask[:, 1:]
     with torch.no_grad():
-        inputs = (policy, batch.input_ids, batch.attention_mask, mask, temperature)
+        inputs = (sampled, batch.input_ids, batch.attention_mask, mask, temperature)
         expected, _ = ppo.token_logprobs(*inputs)
     ours = torch.tensor([x for row in logps for x in row])
     assert [len(row) for row in logps] == [len(row) for row in completions]
@@ -150,15 +150,122 @@ def test_completions_have_at_most_max_new_tokens(limit, tiny_llama):
     assert all(x <= 0 for row in logps for x in row)
 
 
-@pytest.mark.parametrize("wave", [1, 3, 7, 10])
-def test_waves_change_nothing(wave, policy):
-    """One prompt at a time, some, or all at once: the same seed gives the same tokens."""
-    prompts = prompts_of(8)
-    whole, whole_logps = draw(policy, prompts, 3)
-    parts, parts_logps = draw(policy, prompts, 3, wave=wave)
-    assert parts == whole
-    for ours, theirs in zip(parts_logps, whole_logps):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-5)
+def forwards(model, call):
+    """Run call() -> its result, and how many rows each forward of the model had."""
+    rows = []
+    hook = model.register_forward_hook(lambda model, args, output: rows.append(len(output.logits)))
+    result = call()
+    hook.remove()
+    return result, rows
+
+
+def same(ours, theirs):
+    """The same tokens, and log-probs up to rounding."""
+    assert ours[0] == theirs[0]
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("stop_ids", [(), (1, 5), range(1, 16)])
+def test_fast_and_plain_give_the_same_tokens(stop_ids, sampled, monkeypatch):
+    """Storage for the whole wave or transformers' growing cache; finished rows dropped at once, late or
+    never; waves of one prompt, of some, or all at once. Windowed layers take the growing cache always."""
+    prompts, whole = prompts_of(8), dict(limit=20, stop_ids=stop_ids)
+    plain, rows = forwards(sampled, lambda: draw(sampled, prompts, 4, plain=True, **whole))
+    assert len(stop_ids) < 9 or rows[-1] < 10 < rows[1]  # rows have left on the way
+    same(draw(sampled, prompts, 4, **whole), plain)
+    for memory in (1, 100_000, 200_000, 300_000):
+        same(draw(sampled, prompts, 4, memory=memory, **whole), plain)
+    for every in (3, 16, 100):
+        monkeypatch.setitem(common.CHECK_EVERY, "cpu", every)
+        ours, late = forwards(sampled, lambda: draw(sampled, prompts, 4, **whole))
+        same(ours, plain)
+        assert len(rows) <= len(late) < len(rows) + every
+
+
+def test_the_growing_cache_is_taken_for_windows_only_and_said_once(sampled, capsys, monkeypatch):
+    """GPT-2's eager attention would take it too."""
+    written = []
+    update = common.PreallocatedLayer.update
+    spy = lambda layer, *args, **kwargs: written.append(layer) or update(layer, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(common.PreallocatedLayer, "update", spy)
+    common.say_once.cache_clear()
+    for _ in range(3):
+        draw(sampled, prompts_of(8), 2, 5)
+    windowed = "gemma" in sampled.config.model_type
+    assert (written == []) == windowed
+    assert capsys.readouterr().out.count("growing cache") == windowed
+    monkeypatch.setattr(sampled.config, "_attn_implementation", "eager")
+    written.clear()
+    draw(sampled, prompts_of(8), 2, 5)
+    assert not written
+
+
+def test_steps_write_into_one_storage(tiny_llama, monkeypatch):
+    """Nothing is copied from step to step: the same memory from first to last, dropped rows or not."""
+    places = set()
+    update = common.PreallocatedLayer.update
+
+    def spy(layer, *args, **kwargs):
+        keys, values = update(layer, *args, **kwargs)
+        places.update((keys.data_ptr(), values.data_ptr()))
+        return keys, values
+
+    monkeypatch.setattr(common.PreallocatedLayer, "update", spy)
+    _, rows = forwards(tiny_llama, lambda: draw(tiny_llama, prompts_of(6), 8, 40, 1.0, range(16)))
+    assert len(set(rows[1:])) > 2 and len(places) == 2 * tiny_llama.config.num_hidden_layers
+
+
+def test_the_host_asks_the_device_nothing_within_a_step(tiny_llama, monkeypatch):
+    """Every operator that would make the host wait for a GPU, counted on the CPU: as many in 30 steps as in
+    15, but for the checks."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Questions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.")
+            self.count = getattr(self, "count", 0) + any(name in str(function) for name in waits)
+            return function(*args, **(kwargs or {}))
+
+    def count(limit, every, prompts):
+        monkeypatch.setitem(common.CHECK_EVERY, "cpu", every)
+        with Questions() as questions:
+            draw(tiny_llama, prompts, 2, limit, stop_ids=[])
+        return questions.count
+
+    for prompts in (prompts_of(8), [[1, 2, 3], [4, 5, 6]]):  # with left padding and without
+        assert count(30, 100, prompts) == count(15, 100, prompts)
+        assert count(30, 10, prompts) == count(15, 100, prompts) + 2  # one question a check
+
+
+def test_memory_bounds_the_rows_of_a_wave(tiny_llama):
+    """Keys and values (2 layers, 2 heads of 8, float32) and the draw's copies of the logits, 32 bytes a token
+    of the vocabulary."""
+    prompts, row = prompts_of(8), 4 * 2 * 2 * (2 * 8) * (30 + 12) + 32 * VOCAB
+    for memory, most in ((row, 2), (4 * row, 4), (7 * row, 6), (10 * row, 10)):
+        _, rows = forwards(tiny_llama, lambda: draw(tiny_llama, prompts, 2, memory=memory))
+        assert max(rows) == most
+    _, rows = forwards(tiny_llama, lambda: draw(tiny_llama, prompts, 300, 2, stop_ids=[]))
+    assert max(rows) == 300  # never more than 512, but for one prompt's generations
+
+
+def test_storage_has_the_dtype_of_the_computation(tiny_qwen2, monkeypatch):
+    """Rotary embeddings give float32 keys under autocast, and attention takes bfloat16: they are kept so."""
+    kinds, update = set(), common.PreallocatedLayer.update
+
+    def spy(layer, *args, **kwargs):
+        kinds.add(layer.stored[0].dtype)
+        return update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(common.PreallocatedLayer, "update", spy)
+    draw(tiny_qwen2, prompts_of(8), 2)
+    assert kinds == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        kinds.clear()
+        fast = draw(tiny_qwen2, prompts_of(8), 4, stop_ids=())
+        plain = draw(tiny_qwen2, prompts_of(8), 4, stop_ids=(), plain=True)
+    assert kinds == {torch.bfloat16}
+    assert fast == plain
 
 
 def test_other_rows_change_nothing(policy):
@@ -271,5 +378,5 @@ def test_a_token_of_probability_zero_is_never_drawn(tiny_llama, monkeypatch):
     assert {token for row in completions for token in row} == set(allowed)
     assert all(math.isfinite(x) for row in logps for x in row)
     noise = torch.tensor([[0.0], [1 - 2**-53], [0.5]], dtype=torch.float64)  # the ends of what rand gives
-    ends = common._sample_wave(tiny_llama, [[3]], 3, 1.0, [1], noise)[0]
+    ends = [tokens for tokens, _ in common._sample_wave(tiny_llama, [[3]], 1.0, [1], noise, False)]
     assert ends[0] == [20] and ends[1] == [40] and ends[2][0] in allowed
