@@ -323,7 +323,7 @@ def main(args):
         picked = shuffled(examples, args.seed, first, last)
 
         # update: one denominator for the whole batch, however it is cut into micro-batches
-        sums, tokens = Counter(), 0
+        sums, tokens, padded_tokens = Counter(), 0, 0
         for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
             mb_examples = [picked[i] for i in rows]
             mb = pair_batch(mb_examples, device)
@@ -340,7 +340,7 @@ def main(args):
             losses, logged = pair_losses(mb_logps, mb_ref_logps, mb_examples, args)
             (losses.sum() / len(picked)).backward()
             sums.update({name: values.sum() / len(picked) for name, values in logged.items()})
-            tokens += sum(mb.lengths)
+            tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
         run.stop_unless_finite(step + 1, picked, loss=sums["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
@@ -349,6 +349,7 @@ def main(args):
 
         # log, eval, save
         metrics = dict(sums) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["padding"] = 1 - tokens / padded_tokens
         metrics["tokens_per_second"] = tokens / (time.time() - began)
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate()

@@ -341,7 +341,7 @@ def main(args):
         # updates: epochs of minibatches of micro-batches; one normaliser per minibatch, however it is cut
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
         aggregation = args.loss_aggregation, args.max_completion_length
-        losses, clipped_tokens, ratio_max_dev = [], 0.0, 0.0
+        losses, clipped_tokens, ratio_max_dev, padded_tokens = [], 0.0, 0.0, 0
         for epoch in range(args.update_epochs):
             order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
             for minibatch in order.tensor_split(args.minibatches):
@@ -350,6 +350,7 @@ def main(args):
                 loss_sum = 0.0
                 for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
                     mb = batch.rows(rows)
+                    padded_tokens += mb.input_ids.numel()
                     part = rows, slice(mb.input_ids.shape[1] - 1)
                     mb_inputs = mb.input_ids, mb.attention_mask, train_mask[part]
                     mb_advantages, mb_weights = advantages[part], weights[part]
@@ -386,6 +387,7 @@ def main(args):
             "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
             "grad_norm": losses[:, 1].mean(),
             "learning_rate": learning_rate,
+            "padding": 1 - args.update_epochs * sum(batch.lengths) / padded_tokens,
             "tokens_per_second": sum(batch.lengths) / (time.time() - began),
             "seconds/sample": sampled - began,
             "seconds/train": time.time() - sampled,

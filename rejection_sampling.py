@@ -347,9 +347,10 @@ def main(args):
             batch = completion_batch([p for p, _ in trained], [c for _, c in trained], device)
 
             # one denominator for the whole batch, however it is cut into micro-batches
-            tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
+            tokens, padded_tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0, 0.0
             for rows in micro_batches(batch.lengths, args.micro_batch_tokens):
                 mb = batch.rows(rows)
+                padded_tokens += mb.input_ids.numel()
                 mask = mb.completion_mask[:, 1:]
                 with autocast():
                     logprobs, _ = token_logprobs(policy, mb.input_ids, mb.attention_mask, mask)
@@ -367,6 +368,7 @@ def main(args):
             is_last = step == before + total
             metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics["iteration"] = iteration + 1
+            metrics["padding"] = 1 - sum(batch.lengths) / padded_tokens
             metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
             metrics |= selection if step == before + 1 else {}
             if held_out and (is_last or due(args.eval_every, step, 0)):

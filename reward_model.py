@@ -170,7 +170,7 @@ def main(args):
         picked = shuffled(examples, args.seed, first, last)
 
         # update: one denominator for the whole batch, however it is cut into micro-batches
-        loss_sum, accuracy, margin, tokens = 0.0, 0.0, 0.0, 0
+        loss_sum, accuracy, margin, tokens, padded_tokens = 0.0, 0.0, 0.0, 0, 0
         for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
             mb = pair_batch([picked[i] for i in rows], device)
             with autocast():
@@ -185,7 +185,7 @@ def main(args):
             loss_sum += loss.detach()
             accuracy += ((difference > 0).float() + 0.5 * (difference == 0).float()).sum() / len(picked)
             margin += difference.sum() / len(picked)
-            tokens += sum(mb.lengths)
+            tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
         run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
@@ -194,7 +194,8 @@ def main(args):
 
         # log, eval, save
         metrics = {"loss": loss_sum, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm}
-        metrics |= {"learning_rate": learning_rate, "tokens_per_second": tokens / (time.time() - began)}
+        metrics |= {"learning_rate": learning_rate, "padding": 1 - tokens / padded_tokens}
+        metrics["tokens_per_second"] = tokens / (time.time() - began)
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
             metrics |= evals

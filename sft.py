@@ -176,9 +176,10 @@ def main(args):
         batch = pad_batch([e["ids"] for e in picked], masks, device)
 
         # update: one denominator for the whole batch, however it is cut into micro-batches
-        tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0.0
+        tokens, padded_tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0, 0.0
         for rows in micro_batches(batch.lengths, args.micro_batch_tokens):
             mb = batch.rows(rows)
+            padded_tokens += mb.input_ids.numel()
             mask = mb.completion_mask[:, 1:]
             with autocast():
                 logprobs, _ = token_logprobs(policy, mb.input_ids, mb.attention_mask, mask)
@@ -193,6 +194,7 @@ def main(args):
 
         # log, eval, save
         metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["padding"] = 1 - sum(batch.lengths) / padded_tokens
         metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)

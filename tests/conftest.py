@@ -102,6 +102,12 @@ def scorer(request, scorers):
     return scorers[request.param]
 
 
+@pytest.fixture
+def cut_by_budget_alone(monkeypatch):
+    """Rows of any lengths share a micro-batch, as they do on a GPU while it is small."""
+    monkeypatch.setattr(common, "SMALL_BATCH", 10**9)
+
+
 def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
     """Prompts and completions of very different lengths; any id, PAD and EOS too, since masks come from
     lengths."""

@@ -165,7 +165,7 @@ def test_first_step_and_learning(chain, tmp_path, kind, precompute):  # noqa: F8
     }
 
 
-def test_micro_batches_and_cached_reference_change_nothing(chain, tmp_path):  # noqa: F811
+def test_micro_batches_and_cached_reference_change_nothing(chain, tmp_path, cut_by_budget_alone):  # noqa: F811
     rows = []
     for budget, precompute in ((40, True), (100_000, False), (100_000, True)):
         folder = tmp_path / f"{budget}{precompute}"

@@ -19,6 +19,8 @@ import rloo
 NAN, G = math.nan, 4
 SCRIPTS = {"rloo": rloo, "grpo": grpo}
 
+pytestmark = pytest.mark.usefixtures("cut_by_budget_alone")
+
 
 def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -14,6 +14,8 @@ import ppo
 import reward_model
 import sft
 
+
+pytestmark = pytest.mark.usefixtures("cut_by_budget_alone")
 BUDGETS = [1, 17, 40, 10**6]  # one row at a time, in between, and all at once
 TEMPERATURES = [1.0, 0.7]
 close = dict(rtol=1e-5, atol=1e-5)
@@ -220,6 +222,21 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
             assert min(lengths[i] for i in rows) >= max(lengths[i] for i in following)
             assert max(lengths[i] for i in rows) * (len(rows) + 1) > budget  # no cut without need
     assert common.micro_batches([5, 9, 7], 10**6) == [[1, 2, 0]]
+
+
+def test_micro_batches_hold_rows_of_about_one_length(monkeypatch):
+    """None shorter than 9/10 of the longest, so that less than a tenth is padding; a list still small is
+    filled in any case."""
+    monkeypatch.setattr(common, "SMALL_BATCH", 0)
+    assert common.micro_batches([100, 90, 89, 81, 80, 10, 9, 1], 10**6) == [[0, 1], [2, 3], [4], [5, 6], [7]]
+    draw = random.Random(2)
+    for _ in range(50):
+        lengths = [draw.randint(1, 200) for _ in range(draw.randint(1, 60))]
+        for rows in common.micro_batches(lengths, 10**6):
+            assert 10 * min(lengths[i] for i in rows) >= 9 * max(lengths[i] for i in rows)
+    monkeypatch.setattr(common, "SMALL_BATCH", 200)
+    assert common.micro_batches([100, 50, 49, 45, 44], 10**6) == [[0, 1], [2, 3, 4]]
+    assert common.micro_batches([100, 50, 49], 150) == [[0], [1, 2]]
 
 
 def test_micro_batches_do_not_depend_on_the_order_of_rows():

@@ -91,7 +91,7 @@ def test_ppo_starts_at_ratio_one_and_kl_zero(chain, tmp_path, temperature):
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 3 * 16
 
 
-def test_ppo_does_not_depend_on_the_micro_batches(chain, tmp_path):
+def test_ppo_does_not_depend_on_the_micro_batches(chain, tmp_path, cut_by_budget_alone):
     for budget in (20, 10_000):
         ppo.main(ppo_args(chain, tmp_path / str(budget), micro_batch_tokens=budget, minibatches=3))
     small, large = weights(tmp_path / "20"), weights(tmp_path / "10000")
@@ -202,7 +202,7 @@ def test_learning_rate_schedules():
 
 
 @pytest.mark.parametrize("script", [sft, reward_model])
-def test_training_does_not_depend_on_the_micro_batches(chain, tmp_path, script):
+def test_training_does_not_depend_on_the_micro_batches(chain, tmp_path, script, cut_by_budget_alone):
     """Through main: the gradient's norm and the loss of every step, at a budget of one row and of all
     rows."""
     for budget in (1, 100_000):
