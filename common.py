@@ -1118,7 +1118,7 @@ def make_optimizer(models, args, eps=1e-8):
     params = [p for model in models for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=args.weight_decay)]
     groups += [dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, eps=eps, fused=params[0].is_cuda)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, eps=eps, fused=True)
 
 
 def set_learning_rate(optimizer, args, step, steps):

@@ -8,8 +8,7 @@ surrogate is averaged over the tokens of each completion, then over completions;
 k3 estimate (its gradient is not quite that of the objective: see kl_penalty). Later work is one flag each.
 Dr. GRPO (Liu et al. 2025): --scale-rewards none --loss-aggregation constant --kl-coef 0. DAPO (Yu et al.
 2025): --loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling, and --mask-truncated.
-Left out: a value model, process rewards, DAPO's soft overlong punishment (three lines of a --reward
-function), generation engines, LoRA.
+Left out: a value model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
 
     python grpo.py                    laptop run, after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -322,7 +321,11 @@ def main(args):
 
         # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
         # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
-        old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
+        # where a single update is all that needs them, it fills them in by its own forward
+        needs_old = args.kl == "k1-reward" or args.update_epochs * args.minibatches > 1
+        old_logprobs, entropy = torch.zeros(2, *mask.shape, device=device)  # (B, L-1)
+        if needs_old:
+            old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
         ref_logprobs = old_logprobs  # without KL
         if reference is not None:
             ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
@@ -352,15 +355,18 @@ def main(args):
                     mb = batch.rows(rows)
                     padded_tokens += mb.input_ids.numel()
                     part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_inputs = mb.input_ids, mb.attention_mask, train_mask[part]
+                    mb_mask = train_mask[part] if needs_old else mask[part]
+                    mb_inputs = mb.input_ids, mb.attention_mask, mb_mask
                     mb_advantages, mb_weights = advantages[part], weights[part]
-                    mb_old_logprobs = old_logprobs[part] * train_mask[part]
                     with autocast():
-                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
+                        mb_logprobs, mb_entropy = token_logprobs(policy, *mb_inputs, args.temperature)
+                    if not needs_old:
+                        old_logprobs[part], entropy[part] = mb_logprobs.detach(), mb_entropy
+                    mb_old_logprobs = old_logprobs[part] * mb_mask
                     clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
                     loss, clipped = policy_loss(mb_logprobs, mb_old_logprobs, *clip)
                     if args.kl_coef and args.kl != "k1-reward":
-                        kl = kl_penalty(mb_logprobs, ref_logprobs[part] * train_mask[part], args.kl[:2])
+                        kl = kl_penalty(mb_logprobs, ref_logprobs[part] * mb_mask, args.kl[:2])
                         loss = loss + args.kl_coef * (mb_weights * kl).sum()
                     loss.backward()
                     loss_sum += loss.detach()

@@ -312,7 +312,11 @@ def main(args):
 
         # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
         # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
-        old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
+        # where a single update is all that needs them, it fills them in by its own forward
+        needs_old = args.kl_coef or args.update_epochs * args.minibatches > 1
+        old_logprobs, entropy = torch.zeros(2, *mask.shape, device=device)  # (B, L-1)
+        if needs_old:
+            old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
         ref_logprobs = old_logprobs  # without KL
         if reference is not None:
             ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
@@ -345,11 +349,14 @@ def main(args):
                     mb = batch.rows(rows)
                     padded_tokens += mb.input_ids.numel()
                     part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_inputs = mb.input_ids, mb.attention_mask, train_mask[part]
+                    mb_mask = train_mask[part] if needs_old else mask[part]
+                    mb_inputs = mb.input_ids, mb.attention_mask, mb_mask
                     mb_advantages, mb_weights = advantages[part], weights[part]
-                    mb_old_logprobs = old_logprobs[part] * train_mask[part]
                     with autocast():
-                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
+                        mb_logprobs, mb_entropy = token_logprobs(policy, *mb_inputs, args.temperature)
+                    if not needs_old:
+                        old_logprobs[part], entropy[part] = mb_logprobs.detach(), mb_entropy
+                    mb_old_logprobs = old_logprobs[part] * mb_mask
                     clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
                     pg_loss, clipped = policy_loss(mb_logprobs, mb_old_logprobs, *clip)
                     pg_loss.backward()  # before the value model's activations exist

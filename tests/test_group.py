@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 from test_scripts import chain, metrics, refused, weights  # noqa: F401 (a fixture)
 
 import common
@@ -454,7 +455,16 @@ def test_grpo_step_is_the_formula(chain, far, tmp_path, monkeypatch, flags):  # 
     mask = batch.completion_mask[order, 1:].numpy() * np.array(judged)[:, None]
     mask = mask * np.array(finished)[:, None] if args.mask_truncated else mask
     assert (weights > 0).numpy().tolist() == (mask > 0).tolist()
-    old_logprobs, ref_logprobs = (result[0] for a, result in over if result[0].shape[0] == 20)
+    *forward, ref_logprobs = (result[0] for a, result in over if result[0].shape[0] == 20)
+    old_logprobs = forward[0] if forward else torch.zeros_like(ref_logprobs)
+    if not forward:  # a single update gives them by its own forward
+        old_logprobs[order] = old
+    assert bool(forward) == (args.kl == "k1-reward")
+    with torch.no_grad():
+        inputs = batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:]
+        exact, entropy = grpo.token_logprobs(common.load_policy(far, CPU), *inputs, 0.8)
+    torch.testing.assert_close(old_logprobs, exact, rtol=1e-4, atol=1e-4)
+    assert row["entropy"] == pytest.approx(grpo.masked_mean(entropy, inputs[2]).item(), rel=1e-4)
     log_ratio = (old_logprobs - ref_logprobs).sum(1)
     text = [common.completion_text(common.load_tokenizer(far), p, c) for p, c in zip(prompts, completions)]
     tokenizer, rewards = common.load_tokenizer(far), []
