@@ -756,19 +756,18 @@ SMALL_BATCH = 4096 if torch.cuda.is_available() else 0
 
 def micro_batches(lengths, budget, rows=None):
     """Rows -> lists of rows of about one length: each at most `budget` tokens with its padding (or a single
-    row), the shortest at least 9/10 of the longest, unless the list is small (SMALL_BATCH). A function of the
-    set of rows: neither their order nor how a batch was shuffled changes it."""
-    cuts = []
+    row), of which at most 1/20 is padding, unless the list is small (SMALL_BATCH). A function of the set of
+    rows: neither their order nor how a batch was shuffled changes it."""
+    cuts, real = [], 0
     for i in sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i)):
-        longest, n = (lengths[cuts[-1][0]], len(cuts[-1])) if cuts else (0, 0)
-        if (
-            longest * (n + 1) <= budget
-            and (10 * lengths[i] >= 9 * longest or longest * n < SMALL_BATCH)
-            and n
-        ):
+        tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0  # of the last list with this row
+        is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
+        if cuts and tokens <= budget and is_even:
             cuts[-1].append(i)
+            real += lengths[i]
         else:
             cuts.append([i])
+            real = lengths[i]
     return cuts
 
 

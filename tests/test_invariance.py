@@ -225,15 +225,18 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
 
 
 def test_micro_batches_hold_rows_of_about_one_length(monkeypatch):
-    """None shorter than 9/10 of the longest, so that less than a tenth is padding; a list still small is
-    filled in any case."""
+    """At most 1/20 of a list is padding, and one more row would be too much; a list still small is filled in
+    any case."""
     monkeypatch.setattr(common, "SMALL_BATCH", 0)
     assert common.micro_batches([100, 90, 89, 81, 80, 10, 9, 1], 10**6) == [[0, 1], [2, 3], [4], [5, 6], [7]]
+    assert common.micro_batches([100] * 20 + [1], 10**6) == [list(range(21))]
     draw = random.Random(2)
     for _ in range(50):
         lengths = [draw.randint(1, 200) for _ in range(draw.randint(1, 60))]
-        for rows in common.micro_batches(lengths, 10**6):
-            assert 10 * min(lengths[i] for i in rows) >= 9 * max(lengths[i] for i in rows)
+        cuts = [[lengths[i] for i in rows] for rows in common.micro_batches(lengths, 10**6)]
+        for cut, following in zip(cuts, cuts[1:] + [[]]):
+            for more, holds in ([], True), (following[:1], not following):
+                assert (20 * sum(cut + more) >= 19 * cut[0] * len(cut + more)) == holds
     monkeypatch.setattr(common, "SMALL_BATCH", 200)
     assert common.micro_batches([100, 50, 49, 45, 44], 10**6) == [[0, 1], [2, 3, 4]]
     assert common.micro_batches([100, 50, 49], 150) == [[0], [1, 2]]
