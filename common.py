@@ -120,6 +120,8 @@ def setup(args):
         stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
     sys.excepthook = explain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = 16_384 if device.type == "cuda" else 4096
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"device: {name}; weights float32, compute {dtype}")
@@ -265,68 +267,89 @@ def _scaled(model, logits):
     return logits
 
 
-CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32, in up to five copies
+CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32
 
 
-def over_head(model, hidden, targets, function):
-    """The language-model head, CHUNK logits at a time, so that memory does not grow with N*V.
+def head_rows(model):
+    """Of how many tokens all logits may exist at a time."""
+    return max(1, CHUNK // model.get_output_embeddings().out_features)
 
-    hidden (N, H), targets (N,); function(logits (n, V) float32, targets (n,), needs_second) -> two results
-    (n,), each row of its own logits alone -> both for all rows, (N,), the second without gradient. It runs
-    once with gradients if one chunk is enough, else without, and again in the backward pass."""
-    head = model.get_output_embeddings()
-    size = max(1, CHUNK // head.out_features)
-    if len(hidden) <= size:
-        return function(head_logits(model, hidden), targets, True)
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    dtype = dtype if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
-    scaled = lambda logits, *rest: function(_scaled(model, logits.float()), *rest)  # noqa: E731
-    return _Streamed.apply(hidden, head.weight, head.bias, targets, scaled, size, dtype)
+
+def stream_logprobs(model, hidden, targets, temperature):
+    """token_logprobs' log-probs and entropy, head_rows tokens at a time: memory does not grow with N*V.
+
+    hidden (N, H), targets (N,) -> log-probs (N,) and entropy (N,), which has no gradient. With z = logits /
+    temperature and p = softmax(z): log p_y = z_y - logsumexp(z), entropy = logsumexp(z) - sum of p z, and
+    d log p_y / d z_j = [j = y] - p_j. Logits are computed again in the backward pass; the head's gradient is
+    summed in one float32 buffer, where autograd would have one for each chunk. (torch's linear_cross_entropy
+    does likewise; it has no entropy, temperature or cap.)"""
+    head, kind = model.get_output_embeddings(), hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    options = model, temperature, head_rows(model), dtype
+    with torch.autocast(kind, enabled=False):
+        return _Streamed.apply(hidden, head.weight, head.bias, targets, *options)
 
 
 class _Streamed(torch.autograd.Function):
-    """over_head in chunks. The head's gradient is summed in one float32 buffer: autograd would have one for
-    each chunk (torch's linear_cross_entropy does likewise; it has no entropy, cap or temperature)."""
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, model, temperature, size, dtype):
+        w, parts = weight.to(dtype), []
+        buffers = hidden.new_empty(2, min(size, len(hidden)), len(weight), dtype=torch.float)
+        for h, y in zip(hidden.split(size), targets.split(size)):
+            z = _scaled(model, _logits(h.to(dtype), w, bias, buffers[0, : len(h)])).div_(temperature)
+            top = z.amax(-1, keepdim=True)
+            z = z.sub_(top).clamp_(min=-1e30)  # a token of probability 0 counts 0 in the entropy
+            p = torch.exp(z, out=buffers[1, : len(h)])
+            total = p.sum(-1)
+            logprobs, entropy = z.gather(1, y[:, None])[:, 0] - total.log(), total.log()
+            parts.append((logprobs, entropy - p.mul_(z).sum(-1) / total, top[:, 0] + total.log()))
+        logprobs, entropy, logsumexp = (torch.cat(part) for part in zip(*parts))
+        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
+        ctx.options = model, temperature, size, dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, function, size, dtype):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.function, ctx.size, ctx.dtype = function, size, dtype
-        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        chunks = zip(hidden.split(size), targets.split(size))
-        chunks = [function(nn.functional.linear(h.to(dtype), w, b), t, True) for h, t in chunks]
-        first, second = (torch.cat(parts) for parts in zip(*chunks))
-        ctx.mark_non_differentiable(second)
-        return first, second
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    def backward(ctx, d_logprobs, _):
+        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
+        model, temperature, size, dtype = ctx.options
+        w, d_hidden, d_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)
         d_bias = None if bias is None else torch.zeros_like(bias)
-        for start in range(0, len(hidden), ctx.size):
-            rows = slice(start, start + ctx.size)
-            h = hidden[rows].to(ctx.dtype)
+        buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=torch.float)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            h, y, d = hidden[rows].to(dtype), targets[rows, None], d_logprobs[rows, None] / temperature
+            logits = _logits(h, w, bias, buffer[: len(h)]).requires_grad_()
             with torch.enable_grad():
-                logits = nn.functional.linear(h, w, b).requires_grad_()
-                first, _ = ctx.function(logits, targets[rows], False)
-            (d_logits,) = torch.autograd.grad(first, logits, gradient[rows])
-            d_hidden[rows] = d_logits @ w
-            if d_weight.dtype == ctx.dtype:
-                d_weight.addmm_(d_logits.T, h)
+                scaled = _scaled(model, logits)
+            z = scaled.detach()
+            d_z = z.div_(temperature).sub_(logsumexp[rows, None]).exp_().mul_(-d).scatter_add_(1, y, d)
+            if scaled is not logits:
+                (d_z,) = torch.autograd.grad(scaled, logits, d_z)
+            d_bias = None if bias is None else d_bias.add_(d_z.sum(0))
+            d_z = d_z.to(dtype)
+            d_hidden[rows] = d_z @ w
+            if d_weight.dtype == dtype:
+                d_weight.addmm_(d_z.T, h)
             else:  # the product in bfloat16, the sum in float32
-                d_weight += d_logits.T @ h
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+                d_weight += d_z.T @ h
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+def _logits(h, w, bias, out):
+    """(n, H), (V, H) -> (n, V) float32, in `out`: on a CPU new memory for each chunk costs as much again."""
+    if h.dtype == out.dtype:
+        torch.mm(h, w.T, out=out)
+    else:
+        out.copy_(h @ w.T)
+    return out if bias is None else out.add_(bias)
 
 
 @torch.no_grad()
 def _check_head(model):
     """Stop if head_logits is not what the model's own forward gives: an architecture it does not know."""
     if not isinstance(model.get_output_embeddings(), nn.Linear):
-        stop(f"{type(model).__name__} has no plain language-model head; over_head needs an nn.Linear")
+        stop(f"{type(model).__name__} has no plain language-model head; stream_logprobs needs an nn.Linear")
     ids = torch.arange(1, 5, device=model.device)[None]
     ours = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from common import Run, call_checker, check_context, cli, completion_text, context_of, due, eos_ids, find_gold
-from common import generator, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
-from common import micro_batches, over_head, pad_batch, sample, set_learning_rate, setup, shuffled
-from common import tiny_policy, tiny_tokenizer
+from common import generator, head_logits, head_rows, load_examples, load_held_out, load_policy
+from common import load_tokenizer, make_optimizer, micro_batches, pad_batch, sample, set_learning_rate, setup
+from common import shuffled, stream_logprobs, tiny_policy, tiny_tokenizer
 
 
 @dataclass
@@ -58,8 +58,9 @@ class Args:
     """of AdamW, on matrices"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
-    micro_batch_tokens: int = 16_384
-    """tokens, padding included, of one forward and backward; memory depends on it, results do not"""
+    micro_batch_tokens: int | None = None
+    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
+    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -86,23 +87,21 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
     input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, and over_head has target_logprobs
-    compute them a chunk at a time, again in the backward pass: memory does not grow with B*L*V."""
+    outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
+    many, computed again in the backward pass, so that memory does not grow with B*L*V."""
     mask = mask.bool()
     hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
     targets = input_ids[:, 1:][mask]  # (N,)
 
-    def target_logprobs(logits, targets, needs_entropy):
-        logps = (logits / temperature).log_softmax(-1)  # (n, V) float32
-        entropy = None
-        if needs_entropy:  # - sum of p log p; a token of probability 0 counts 0
-            entropy = -(logps.detach().exp() * logps.detach().clamp(min=-1e30)).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
-
+    if len(targets) <= head_rows(model):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
+        logprobs = logps.gather(-1, targets[:, None])[:, 0]
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+    else:  # the same, a chunk of tokens at a time
+        logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)
-    results = over_head(model, hidden, targets, target_logprobs)
-    logprobs, entropy = (zeros.masked_scatter(mask, result) for result in results)
+    logprobs, entropy = (zeros.masked_scatter(mask, values) for values in (logprobs, entropy))
     return logprobs, entropy
 
 

@@ -14,8 +14,8 @@ words. sft, reward_model, dpo: 32 rows or pairs, prompts of 32 tokens; completio
 of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4, constant; gradients clipped at 1; no dropout and no
 gradient checkpointing; DPO's reference log-probs are computed before the steps that are timed.
 
-Both run at their defaults otherwise; "against padding" is what each has against it: smaller micro-batches of
-about one length here, batches of about one length in TRL, which changes the rows that share a batch. Not
+Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by default and
+changes the rows that share a batch; ours cuts the same batch into micro-batches of about one length. Not
 measured: what needs another package or a kernel for GPUs (vLLM, padding_free with FlashAttention, Liger).
 
 Runs alternate, ours, TRL, ours, TRL, each a process of its own: 25 steps, the first 5 of which do not count.
@@ -50,12 +50,12 @@ LLAMA = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_at
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
 QWEN |= dict(num_key_value_heads=2, rope_theta=1e6)
 
-SORTED = dict(micro_batch_tokens=2048), dict(train_sampling_strategy="group_by_length")
+SORTED = {}, dict(train_sampling_strategy="group_by_length")
 SIDES = "ours", "trl"
 # TRL's ways to sample, of those that need no other package
 BACKENDS = {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)}
 CACHE = dict(page_size=64, num_blocks=96, max_batch_tokens=2048)  # of continuous batching
-OFFLINE = {"equal": ({}, {}), "ragged": ({}, {}), "ragged, against padding": SORTED}
+OFFLINE = {"equal": ({}, {}), "ragged": ({}, {}), "ragged, TRL by length": SORTED}
 CASES = {(m, rows): flags for m in ("sft", "reward_model", "dpo") for rows, flags in OFFLINE.items()}
 CASES |= {(m, name): ({}, flags) for m in ("rloo", "grpo") for name, flags in BACKENDS.items()}
 TRAINERS = dict(sft="SFT", reward_model="Reward", dpo="DPO", rloo="RLOO", grpo="GRPO")

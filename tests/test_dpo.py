@@ -141,7 +141,7 @@ def test_pair_losses(kind):
 # ---------------------------------------------------------------- through main
 def run_args(chain, output_dir, **changes):  # noqa: F811
     args = dict(model=str(chain / "sft"), output_dir=str(output_dir), batch_size=16, steps=3, warmup_steps=0)
-    return dpo.Args(**(args | dict(learning_rate=1e-3) | changes))
+    return dpo.Args(**(args | dict(learning_rate=1e-3, micro_batch_tokens=4096) | changes))
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -1,0 +1,442 @@
+"""Speed and memory of sampling, of the head, of training and of a whole GRPO step, and how they grow.
+
+    python benchmarks/speed.py                      two CPU cores, about a quarter of an hour
+    python benchmarks/speed.py --only sampling head
+    python benchmarks/speed.py --gpu                Qwen2.5-0.5B's shape, bfloat16 autocast; needs a GPU
+    python benchmarks/speed.py --growth             step time and memory against sizes: speed_growth.png
+    python benchmarks/speed.py --table              prints again what is in speed.jsonl
+
+Models have random weights; nothing ends with EOS. Runs alternate within one process; seconds are the median,
+and the range stands beside it. Bandwidth and matrix products are measured on this machine, by a sum over 1
+GiB and a product of square matrices. The bound of sampling: a step reads all weights once, and the keys and
+values of all rows. Model FLOPs: 6 for each weight and token (the head's at trained tokens only), and those of
+causal attention. Peak memory is above what was there before: on a CPU resident (it holds what the allocator
+keeps), on a GPU that of tensors."""
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import common  # noqa: E402
+import grpo  # noqa: E402
+
+RESULTS = HERE / "speed.jsonl"
+GIB = 2**30
+QWEN = dict(vocab=151_936, hidden=896, inner=4864, layers=24, heads=14, kv_heads=2)  # Qwen2.5-0.5B's shape
+LLAMA = dict(vocab=1024, hidden=128, inner=384, layers=4, heads=4, kv_heads=4)  # 1M parameters
+SIZES = {
+    "cpu": dict(model=LLAMA, prompts=8, prompt=32, group=8, new=32),
+    "gpu": dict(model=QWEN, prompts=64, prompt=256, group=8, new=512),
+}
+
+
+# ---------------------------------------------------------------- tools
+def build(shape, device):
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config if shape["layers"] == 24 else transformers.LlamaConfig
+    sizes = dict(vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["inner"])
+    sizes |= dict(num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"])
+    sizes |= dict(num_hidden_layers=shape["layers"], tie_word_embeddings=True, eos_token_id=1, pad_token_id=0)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config(**sizes, max_position_embeddings=4096))
+
+
+def autocast(device):
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(cases, repeats, device):
+    """Each of the functions `repeats` times, in turn, after one that does not count -> seconds of each."""
+    seconds = {name: [] for name in cases}
+    for repeat in range(repeats + 1):
+        for name, function in cases.items():
+            wait(device)
+            began = time.perf_counter()
+            function()
+            wait(device)
+            seconds[name] += [time.perf_counter() - began] if repeat else []
+    return seconds
+
+
+def peak_memory(function, device):
+    """GiB above what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / GIB
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier cases left (Linux, glibc)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def status(name):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024 / GIB
+
+
+def bandwidth(device):
+    """Bytes a second of reading 1 GiB, the best of several."""
+    x = torch.ones(GIB // 4, device=device)
+    return GIB / min(alternate({"read": x.sum}, 7, device)["read"])
+
+
+def matmul_flops(device):
+    """FLOPs a second of a product of square matrices, the best of several: bfloat16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(alternate({"product": lambda: x @ x}, 7, device)["product"])
+
+
+def write(case, **values):
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    line = dict(case=case, device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    line |= dict(date=f"{date.today()}") | values
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+# ---------------------------------------------------------------- the cases
+def sampling(label, sizes, device, repeats):
+    """Ours beside our plain path, model.generate and transformers' continuous batching."""
+    model, shape = build(sizes["model"], device).eval(), sizes["model"]
+    draw = torch.Generator().manual_seed(1)
+    prompts = torch.randint(2, shape["vocab"], (sizes["prompts"], sizes["prompt"]), generator=draw).tolist()
+    group, new, rows = sizes["group"], sizes["new"], sizes["prompts"] * sizes["group"]
+
+    def ours(plain=False):
+        with autocast(device):
+            seed = torch.Generator().manual_seed(1)
+            return common.sample(model, prompts, group, new, 1.0, [], seed, plain=plain)
+
+    settings = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0, eos_token_id=-1)
+    settings = transformers.GenerationConfig(**settings, min_new_tokens=0)
+    ids = torch.tensor(prompts, device=device).repeat_interleave(group, 0)
+
+    @torch.no_grad()
+    def generate():
+        with autocast(device):
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert found.shape == (rows, sizes["prompt"] + new)
+
+    cases = {"ours": ours, "plain": lambda: ours(plain=True), "generate": generate}
+    assert ours()[0] == ours(plain=True)[0]
+    seconds = alternate(cases, repeats, device)
+    if label != "0.5B":  # it takes minutes there
+        batching = transformers.ContinuousBatchingConfig(page_size=64, num_blocks=96, max_batch_tokens=2048)
+
+        def generate_batch():
+            with autocast(device), contextlib.redirect_stderr(io.StringIO()):
+                inputs = ids.tolist()
+                model.generate_batch(
+                    inputs, settings, continuous_batching_config=batching, progress_bar=False
+                )
+
+        seconds |= alternate({"generate_batch": generate_batch}, 2, device)
+    bytes_each = 2 if device == "cuda" else 4
+    weights = sum(p.numel() for p in model.parameters()) * bytes_each
+    width = 2 * shape["layers"] * shape["kv_heads"] * (shape["hidden"] // shape["heads"]) * bytes_each
+    cache = rows * width * (sizes["prompt"] + new / 2)
+    bound = rows / ((weights + cache) / bandwidth(device))
+    for name, times in seconds.items():
+        rate = rows * new / statistics.median(times)
+        peak = peak_memory(cases[name], device) if name in cases else None
+        ratios = [a / b for a, b in zip(times, seconds["generate"])]
+        write(
+            "sampling", label=label, variant=name, seconds=times, tokens_per_second=rate, bound=bound,
+            share=rate / bound, of_generate=statistics.median(ratios), peak_gib=peak,
+        )  # fmt: skip
+
+
+class LinearCrossEntropy:
+    """token_logprobs by torch's own fused head, which has no entropy, temperature or cap."""
+
+    def __init__(self):
+        self.options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+
+    def __call__(self, model, ids, seen, mask):
+        hidden = model.base_model(ids, attention_mask=seen).last_hidden_state[:, :-1][mask]
+        weight, targets = model.get_output_embeddings().weight, ids[:, 1:][mask]
+        options = dict(reduction="none", options=self.options)
+        return -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, **options), None
+
+
+def dense(model, ids, seen, mask, size=None):
+    """All logits at once, or chunks under torch's checkpoint."""
+    hidden = model.base_model(ids, attention_mask=seen).last_hidden_state[:, :-1][mask]
+
+    def head(hidden, targets):
+        logps = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    targets = ids[:, 1:][mask]
+    if size is None:
+        return head(hidden, targets)
+    chunks = zip(hidden.split(size), targets.split(size))
+    chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*chunks))
+
+
+def head(label, device, repeats):
+    """token_logprobs, forward and backward, with a head of 151,936 tokens and no layers below it."""
+    model = build(QWEN | dict(layers=0), device)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.get_input_embeddings().requires_grad_(False)
+
+    def run(function, length):
+        ids = torch.randint(2, 1000, (8, length), device=device)
+        seen = torch.ones_like(ids)
+        with autocast(device):
+            logprobs, _ = function(model, ids, seen, seen[:, 1:].bool())
+        logprobs.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    cases = {"ours": grpo.token_logprobs, "unchunked": dense}
+    cases["checkpointed chunks"] = lambda *x: dense(*x, size=256)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+        cases["linear_cross_entropy"] = LinearCrossEntropy()
+    short = 2048 if device == "cuda" else 129
+    seconds = alternate({k: lambda f=f: run(f, short) for k, f in cases.items()}, repeats, device)
+    own = model.lm_head.weight.numel() * 4 / GIB  # the head's gradient
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["unchunked"])]
+        peak = peak_memory(lambda: run(cases[name], 2048), device) if name != "unchunked" else None
+        write(
+            "head", label=label, variant=name, tokens=8 * (short - 1), seconds=times,
+            of_unchunked=ratios, peak_gib_at_16k=peak and peak - own,
+        )  # fmt: skip
+
+
+def training(label, sizes, device, repeats):
+    """Forward, backward and AdamW on sequences of one length, trained on their completions."""
+    shape, length = sizes["model"], sizes["prompt"] + sizes["new"]
+    model = build(shape, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    rows = max(1, (16_384 if device == "cuda" else 4096) // length)
+    ids = torch.randint(2, shape["vocab"], (rows, length), device=device)
+    seen, mask = torch.ones_like(ids), torch.ones_like(ids)[:, 1:]
+    mask[:, : sizes["prompt"] - 1] = 0
+
+    def step():
+        with autocast(device):
+            logprobs, _ = grpo.token_logprobs(model, ids, seen, mask)
+        (-logprobs.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times, peak = alternate({"step": step}, repeats, device)["step"], peak_memory(step, device)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head  # (tied)
+    flops = 6 * (body * ids.numel() + head * mask.sum().item())
+    flops += 6 * shape["layers"] * shape["hidden"] * length * ids.numel()
+    rate = flops / statistics.median(times)
+    write(
+        "training", label=label, seconds=times, tokens_per_second=ids.numel() / statistics.median(times),
+        share=rate / matmul_flops(device), peak_gib=peak,
+    )  # fmt: skip
+
+
+def reward(prompts, completions, rows):
+    """A cheap checker: the share of `a` in a completion."""
+    return [text.count("a") / max(1, len(text)) for text in completions]
+
+
+def run_grpo(sizes, device, steps, **flags):
+    """grpo.main on a model of this shape -> metrics of its steps, seconds of sampling alone among them."""
+    spent, sample = [], grpo.sample
+
+    def timed(*args):
+        wait(device)
+        began = time.perf_counter()
+        result = sample(*args)
+        wait(device)
+        spent.append(time.perf_counter() - began)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        build(sizes["model"], "cpu").save_pretrained(f"{folder}/model")
+        common.tiny_tokenizer().save_pretrained(f"{folder}/model")
+        prompts = [{"prompt": "abcdefgh" * (sizes["prompt"] // 8)}] * sizes["prompts"]
+        Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+        flags |= dict(model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", reward=f"{__file__}:reward")
+        flags |= dict(
+            output_dir=f"{folder}/run", steps=steps, save_every=0, prompts_per_step=sizes["prompts"]
+        )
+        flags |= dict(num_generations=sizes["group"], max_completion_length=sizes["new"])
+        flags |= dict(max_prompt_length=2048)
+        grpo.sample = timed
+        try:
+            grpo.main(grpo.Args(**flags))
+        finally:
+            grpo.sample = sample
+        rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+    return [row | {"sampling": seconds} for row, seconds in zip(rows, spent, strict=True)]
+
+
+def step(label, sizes, device, repeats):
+    """A whole GRPO step with a reference: sampling, scoring, and log-probs with the update."""
+    found = []
+    peak = peak_memory(lambda: found.extend(run_grpo(sizes, device, repeats + 3)), device)
+    rows = found[2:-1]  # the first two warm up, the last one saves
+    parts = dict(sampling=[row["sampling"] for row in rows], training=[row["seconds/train"] for row in rows])
+    parts["scoring"] = [row["seconds/sample"] - row["sampling"] for row in rows]
+    whole = [sum(times) for times in zip(*parts.values())]
+    write("step", label=label, seconds=whole, padding=rows[-1]["padding"], peak_gib=peak, **parts)
+
+
+# ---------------------------------------------------------------- growth
+AXES = {
+    "prompts per step (8 completions each)": ("prompts", [2, 4, 8, 16, 32, 64]),
+    "tokens of a completion": ("new", [8, 16, 32, 64, 128, 256]),
+    "tokens of the vocabulary": ("vocab", [1024, 4096, 16_384, 65_536, 151_936]),
+    "parameters of the layers, millions": ("hidden", [64, 128, 256, 512, 768]),
+}
+
+
+def point(axis, value, device):
+    """One size changed -> seconds of a step and its parts, and peak memory, by a process of its own."""
+    sizes = SIZES["cpu"] | dict(model=dict(LLAMA))
+    if axis == "vocab":
+        sizes["model"]["vocab"] = value
+    elif axis == "hidden":
+        sizes["model"] |= dict(hidden=value, inner=3 * value)
+    else:
+        sizes[axis] = value
+    found = []
+    peak = peak_memory(lambda: found.extend(run_grpo(sizes, device, 8)), device)
+    rows, middle = found[2:-1], statistics.median
+    sampling, training = middle(r["sampling"] for r in rows), middle(r["seconds/train"] for r in rows)
+    print(json.dumps(dict(axis=axis, value=value, sampling=sampling, training=training, peak_gib=peak)))
+
+
+def growth(device):
+    for axis, values in AXES.values():
+        for value in values:
+            command = [sys.executable, __file__, "--point", axis, str(value)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(done.stderr)
+            write("growth", **json.loads(done.stdout.splitlines()[-1]))
+
+
+def plot(lines):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), sharey="row", facecolor="white")
+    for column, (label, (axis, _)) in enumerate(AXES.items()):
+        rows = sorted((r for r in lines if r.get("axis") == axis), key=lambda r: r["value"])
+        x = [r["value"] * r["value"] * 13 * 4 / 1e6 if axis == "hidden" else r["value"] for r in rows]
+        for name, color in (("sampling", "tab:blue"), ("training", "tab:orange")):
+            axes[0, column].plot(x, [r[name] for r in rows], "o-", color=color, label=name)
+        axes[1, column].plot(x, [r["peak_gib"] for r in rows], "o-", color="tab:gray")
+        for row in (0, 1):
+            axes[row, column].set(xscale="log", yscale="log")
+            axes[row, column].grid(alpha=0.3, which="both")
+        axes[1, column].set_xlabel(label)
+    axes[0, 0].set_ylabel("seconds of a GRPO step")
+    axes[1, 0].set_ylabel("peak memory above the start, GiB")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(HERE / "speed_growth.png", dpi=90)
+
+
+def spread(values, digits=3):
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(lines):
+    """Markdown, of the newest line of each case."""
+    newest = {(x["device"], x["case"], x.get("label"), x.get("variant")): x for x in lines}
+    heads = {
+        "sampling": "| sampling | | seconds | tokens/s | of the bound | of generate's time | peak, GiB |",
+        "head": "| head | | seconds | of unchunked | peak at 16,384 tokens, GiB | | |",
+        "training": "| training | | seconds | tokens/s | of measured FLOP/s | | peak, GiB |",
+        "step": "| GRPO step | seconds | sampling | scoring | log-probs and update | padding | peak, GiB |",
+    }
+    for case, title in heads.items():
+        print(f"\n{title}\n{'|---' * 7}|")
+        for (device, kind, label, variant), x in newest.items():
+            if kind != case:
+                continue
+            name, gib = f"{label}, {device}", lambda key, x=x: f"{x[key]:.2f}" if x.get(key) else ""
+            cells = [name, variant or "", spread(x["seconds"])]
+            if case == "sampling":
+                cells += [f"{x['tokens_per_second']:,.0f}", f"{x['share']:.2f}", f"{x['of_generate']:.2f}"]
+                cells += [gib("peak_gib")]
+            elif case == "head":
+                cells += [spread(x["of_unchunked"], 2), gib("peak_gib_at_16k"), "", ""]
+            elif case == "training":
+                cells += [f"{x['tokens_per_second']:,.0f}", f"{x['share']:.2f}", "", gib("peak_gib")]
+            else:
+                parts = [f"{statistics.median(x[key]):.3f}" for key in ("sampling", "scoring", "training")]
+                cells = [name, spread(x["seconds"]), *parts, f"{x['padding']:.3f}", gib("peak_gib")]
+            print(f"| {' | '.join(cells)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["sampling", "head", "training", "step"])
+    parser.add_argument("--repeats", type=int, default=9)
+    for flag in ("--gpu", "--growth", "--table"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device, label = ("cuda", "0.5B") if args.gpu else ("cpu", "1M")
+    if args.gpu and not torch.cuda.is_available():
+        sys.exit("no GPU here: leave out --gpu")
+    if args.point:
+        return point(args.point[0], int(args.point[1]), device)
+    sizes = SIZES["gpu" if args.gpu else "cpu"]
+    if args.growth:
+        growth(device)
+    elif not args.table:
+        if "sampling" in args.only:
+            sampling(label, sizes, device, args.repeats)
+            if not args.gpu:  # too large for a cache: here memory is what limits
+                sampling("0.5B", dict(model=QWEN, prompts=2, prompt=32, group=4, new=16), device, 3)
+        if "head" in args.only:
+            head("151,936 x 896", device, args.repeats if args.gpu else 5)
+        if "training" in args.only:
+            training(label, sizes, device, args.repeats)
+        if "step" in args.only:
+            step(label, sizes, device, args.repeats)
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    if args.growth:
+        plot(lines)
+    table(lines)
+
+
+if __name__ == "__main__":
+    main()
