@@ -828,20 +828,20 @@ def sample(
     torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF), so that neither dropping
     finished rows, nor waves, nor the kind of cache changes a token.
 
-    memory: bytes for keys, values and logits (default: half of a GPU's free memory; 4 GiB on a CPU); what
-    does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
+    memory: bytes for keys, values, logits and the prefill (default: a quarter of a GPU's, 4 GiB on a CPU);
+    what does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
     case."""
     noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
     if memory is None:
-        memory = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else 2**32
-    config = model.config.get_text_config()
+        memory = 2**32 if model.device.type != "cuda" else torch.cuda.mem_get_info(model.device)[1] // 4
+    config, longest = model.config.get_text_config(), max(map(len, prompts))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    cells = 2 * config.num_hidden_layers * width * (max(map(len, prompts)) + max_new_tokens)
-    row_bytes = 4 * cells + 32 * config.vocab_size
-    size = int(max(1, min(memory / row_bytes, 512) // num_generations))  # 512: more rows gain little
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if size < len(prompts) else None
-    order = order or range(len(prompts))
+    kept = 2 * config.num_hidden_layers * width * (longest + max_new_tokens)  # keys and values of a row
+    prefill = 16 * config.hidden_size * longest / num_generations
+    size = int(min(memory / (4 * (kept + prefill) + 32 * config.vocab_size), 512))  # more rows gain little
+    size = max(1, size // num_generations)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     was_training, results = model.training, [None] * len(noise)
     model.eval()  # in train mode gradient checkpointing would drop the cache
     for first in range(0, len(prompts), size):
@@ -917,10 +917,10 @@ def _sample_wave(model, prompts, temperature, stop_ids, noise, plain):
     if plain:
         cache.batch_repeat_interleave(repeats)
     else:
-        kind = device.type
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
+        kind = device.type  # under autocast attention takes bfloat16, whatever rotary embeddings gave
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for i, layer in enumerate(cache.layers):
-            cache.layers[i] = PreallocatedLayer(layer, repeats, max_new_tokens, half)
+            cache.layers[i] = PreallocatedLayer(layer, repeats, max_new_tokens, dtype)
     logits, seen, position = (x.repeat_interleave(repeats, 0) for x in (logits, seen, position[:, -1:]))
     seen = torch.cat([seen, seen.new_ones(rows, max_new_tokens)], 1)
     if not plain:  # in the form that attention takes, else transformers looks into it at every step

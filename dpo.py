@@ -327,15 +327,15 @@ def main(args):
             mb_examples = [picked[i] for i in rows]
             mb = pair_batch(mb_examples, device)
             mb_inputs = mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:]
-            with autocast():
-                logprobs, _ = token_logprobs(policy, *mb_inputs)
-            mb_logps = logprobs.sum(1).view(2, -1).T  # (b, 2)
-            if reference is not None:
+            if reference is not None:  # before the policy's activations exist
                 with torch.no_grad(), autocast():
                     mb_ref_logps = token_logprobs(reference, *mb_inputs)[0].sum(1).view(2, -1).T
             else:
                 mb_ref_logps = [e.get("ref_logps", (0.0, 0.0)) for e in mb_examples]
                 mb_ref_logps = torch.tensor(mb_ref_logps, device=device)
+            with autocast():
+                logprobs, _ = token_logprobs(policy, *mb_inputs)
+            mb_logps = logprobs.sum(1).view(2, -1).T  # (b, 2)
             losses, logged = pair_losses(mb_logps, mb_ref_logps, mb_examples, args)
             (losses.sum() / len(picked)).backward()
             sums.update({name: values.sum() / len(picked) for name, values in logged.items()})

@@ -10,9 +10,10 @@ lengths, learning rate and precision.
 Sizes, fixed before anything was measured: a Llama of 4 layers, hidden 128, intermediate 384, 4 heads, 1,024
 tokens, tied embeddings, 1M random float32 weights. rloo, grpo: 8 prompts of 32 tokens x 8 completions of at
 most 32 (3% end before), one update per rollout, temperature 1, KL 0.04 with a reference, a reward that counts
-words. sft, reward_model, dpo: 32 rows or pairs, prompts of 32 tokens; completions of 96 tokens ("equal"), or
-of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4, constant; gradients clipped at 1; no dropout and no
-gradient checkpointing; DPO's reference log-probs are computed before the steps that are timed.
+words ("prompts of 8" came after a first look). sft, reward_model, dpo: 32 rows or pairs, prompts of 32
+tokens; completions of 96 tokens ("equal"), or of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4, constant;
+gradients clipped at 1; no dropout and no gradient checkpointing; DPO's reference log-probs are computed
+before the steps that are timed.
 
 Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by default and
 changes the rows that share a batch; ours cuts the same batch into micro-batches of about one length. Not
@@ -57,7 +58,8 @@ BACKENDS = {"generate": {}, "continuous batching": dict(use_transformers_continu
 CACHE = dict(page_size=64, num_blocks=96, max_batch_tokens=2048)  # of continuous batching
 OFFLINE = {"equal": ({}, {}), "ragged": ({}, {}), "ragged, TRL by length": SORTED}
 CASES = {(m, rows): flags for m in ("sft", "reward_model", "dpo") for rows, flags in OFFLINE.items()}
-CASES |= {(m, name): ({}, flags) for m in ("rloo", "grpo") for name, flags in BACKENDS.items()}
+GROUP = BACKENDS | {"generate, prompts of 8": {}}
+CASES |= {(m, name): ({}, flags) for m in ("rloo", "grpo") for name, flags in GROUP.items()}
 TRAINERS = dict(sft="SFT", reward_model="Reward", dpo="DPO", rloo="RLOO", grpo="GRPO")
 
 
@@ -83,7 +85,9 @@ def make_rows(method, variant, sizes):
     columns = dict(sft=["completion"], reward_model=["chosen", "rejected"], dpo=["chosen", "rejected"])
     rows = []
     for _ in range(BATCHES * sizes["batch"]):
-        row = {"prompt": text(sizes["prompt"])} | {name: completion() for name in columns.get(method, [])}
+        row = {"prompt": text(8 if "prompts of 8" in variant else sizes["prompt"])} | {
+            name: completion() for name in columns.get(method, [])
+        }
         longest = max((len(value.split()) for name, value in row.items() if name != "prompt"), default=0)
         rows.append(row | {"length": sizes["prompt"] + longest + 1})  # group_by_length reads it
     return rows
@@ -270,7 +274,7 @@ def table(lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
-    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=list(GROUP), default=list(GROUP))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--gpu", action="store_true")

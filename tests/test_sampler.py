@@ -239,9 +239,9 @@ def test_the_host_asks_the_device_nothing_within_a_step(tiny_llama, monkeypatch)
 
 
 def test_memory_bounds_the_rows_of_a_wave(tiny_llama):
-    """Keys and values (2 layers, 2 heads of 8, float32) and the draw's copies of the logits, 32 bytes a token
-    of the vocabulary."""
-    prompts, row = prompts_of(8), 4 * 2 * 2 * (2 * 8) * (30 + 12) + 32 * VOCAB
+    """Keys and values (2 layers, 2 heads of 8, float32), the prefill of a hidden size of 32, shared by two
+    rows, and the draw's copies of the logits, 32 bytes a token of the vocabulary."""
+    prompts, row = prompts_of(8), 4 * (2 * 2 * (2 * 8) * (30 + 12) + 16 * 32 * 30 / 2) + 32 * VOCAB
     for memory, most in ((row, 2), (4 * row, 4), (7 * row, 6), (10 * row, 10)):
         _, rows = forwards(tiny_llama, lambda: draw(tiny_llama, prompts, 2, memory=memory))
         assert max(rows) == most
