@@ -40,7 +40,7 @@ MUTANTS = [
         "order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))",
         "prompts = sorted(prompts, key=lambda p: -len(p)); order = range(len(prompts))",
         "completions come back in the order of their prompts' lengths",
-        "test_sampler.py::test_fast_and_plain_give_the_same_tokens",
+        "test_sampler.py::test_generations_belong_to_their_prompt",
     ),
     Mutant(
         "common.py",
