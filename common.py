@@ -772,9 +772,9 @@ def completion_batch(prompts, completions, device):
     return pad_batch([p + c for p, c in zip(prompts, completions)], masks, device)
 
 
-# tokens of a forward that takes a GPU as long as a smaller one, since launching it takes longer (an estimate
-# for a 0.5B model, not measured); a CPU computes no padding for nothing
-SMALL_BATCH = 4096 if torch.cuda.is_available() else 0
+# tokens below which a forward takes as long as a smaller one: on a CPU measured (reward_model.py's laptop run
+# is a quarter slower with 0), on a GPU, where kernels take time to launch, an estimate for a 0.5B model
+SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
 
 
 def micro_batches(lengths, budget, rows=None):
