@@ -298,10 +298,11 @@ class _Streamed(torch.autograd.Function):
         for h, y in zip(hidden.split(size), targets.split(size)):
             z = _scaled(model, _logits(h.to(dtype), w, bias, buffers[0, : len(h)])).div_(temperature)
             top = z.amax(-1, keepdim=True)
-            z = z.sub_(top).clamp_(min=-1e30)  # a token of probability 0 counts 0 in the entropy
+            target = z.sub_(top).gather(1, y[:, None])[:, 0]
+            z = z.clamp_(min=-1e30)  # a token of probability 0 counts 0 in the entropy
             p = torch.exp(z, out=buffers[1, : len(h)])
             total = p.sum(-1)
-            logprobs, entropy = z.gather(1, y[:, None])[:, 0] - total.log(), total.log()
+            logprobs, entropy = target - total.log(), total.log()
             parts.append((logprobs, entropy - p.mul_(z).sum(-1) / total, top[:, 0] + total.log()))
         logprobs, entropy, logsumexp = (torch.cat(part) for part in zip(*parts))
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)

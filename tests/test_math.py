@@ -181,8 +181,11 @@ def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monk
         assert distance(many, exact) < 1.2 * distance(one, exact)
 
 
-def test_a_token_of_probability_zero_has_no_entropy(tiny_llama, monkeypatch):
-    """A model may forbid tokens by a logit of - infinity."""
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_a_token_of_probability_zero_has_no_entropy(rows, tiny_llama, monkeypatch):
+    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is - infinity, which
+    stops a run, not some number."""
+    monkeypatch.setattr(common, "CHUNK", rows * VOCAB)
     batch, scaled = ragged_batch(4), common._scaled
     mask = batch.completion_mask[:, 1:]
     batch.input_ids[:] = 5
@@ -193,6 +196,9 @@ def test_a_token_of_probability_zero_has_no_entropy(tiny_llama, monkeypatch):
     assert 0 < entropy.max() < math.log(VOCAB / 2)
     logprobs.sum().backward()
     assert torch.isfinite(gradients(tiny_llama)).all()
+    batch.input_ids[:] = VOCAB - 1
+    logprobs, _ = ppo.token_logprobs(tiny_llama, batch.input_ids, batch.attention_mask, mask)
+    assert (logprobs[mask.bool()] == -math.inf).all()
 
 
 def test_chunks_are_recomputed_in_the_backward_pass(tiny_llama, monkeypatch):
