@@ -813,6 +813,52 @@ def over_micro_batches(function, batch, budget, autocast):
     return results if len(results) > 1 else results[0]
 
 
+def _full_attention(model, cache):
+    """Each token attends to all before it, by keys that depend on nothing after it: what can be computed in
+    two parts, with masks of our own. Windowed, linear and shared layers, ALiBi: left to transformers."""
+    config = model.config.get_text_config()
+    usual = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+    usual &= config._attn_implementation == "sdpa" and not getattr(config, "alibi", False)
+    # these rotary embeddings turn by an angle that depends on the longest row
+    return usual and not re.search("longrope|dynamic", str(getattr(config, "rope_parameters", None)))
+
+
+def hidden_states(model, input_ids, attention_mask, mask):
+    """The last layer's output at the columns of mask (b, l-1); elsewhere it may be anything. input_ids,
+    attention_mask (b, l) -> (b, l, H).
+
+    Rows with the same prompt (a group's completions, a pair's) share it where that spares a fifth of the
+    tokens: it goes through the model once, and a second pass, of the completions, reads its keys and values,
+    through which its gradient comes back. The same numbers up to rounding."""
+    (rows, width), column = input_ids.shape, torch.arange(input_ids.shape[1], device=mask.device)
+    last = mask.int().argmax(1, keepdim=True)  # (b, 1) a prompt's last token, the first whose output is read
+    more = max(0, int(((mask * column[1:]).amax(1, keepdim=True) - last - 1).max()))  # columns after it
+    ids = input_ids[:, : int(last.max()) + 1]
+    prompts, which = ids.masked_fill(column[: ids.shape[1]] > last, -1).unique(dim=0, return_inverse=True)
+    is_worth = 5 * (prompts.numel() + rows * more) <= 4 * rows * width and rows * width > SMALL_BATCH
+    cache = transformers.DynamicCache(config=model.config)
+    # (gradient checkpointing drops the cache)
+    is_worth &= not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if not (is_worth and more and _full_attention(model, cache)):
+        return model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    is_real = prompts >= 0
+    inputs = dict(attention_mask=is_real.long(), past_key_values=cache, use_cache=True)
+    of_prompts = model.base_model(prompts.clamp(min=0), **inputs).last_hidden_state
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.index_select(0, which) for x in (layer.keys, layer.values))
+    position = (last + 1 + column[:more]).clamp(max=width - 1)  # (b, more)
+    causal = (column[:more] <= column[:more, None]).expand(rows, -1, -1)
+    seen = torch.cat([is_real[which][:, None].expand(-1, more, -1), causal], 2)[:, None]
+    inputs |= dict(attention_mask=seen, position_ids=position)
+    of_rest = model.base_model(input_ids.gather(1, position), **inputs).last_hidden_state  # (b, more, H)
+    row = torch.arange(rows, device=mask.device)[:, None]
+    after = prompts.numel() + row * more + (column - last - 1).clamp(max=more - 1)
+    index = torch.where(column <= last, which[:, None] * prompts.shape[1] + column, after)
+    both = torch.cat([of_prompts.flatten(0, 1), of_rest.flatten(0, 1)])
+    return both.index_select(0, index.flatten()).view(rows, width, -1)
+
+
 # ---------------------------------------------------------------- 6. sampling
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two questions which rows have ended
 
@@ -892,8 +938,7 @@ def say_once(text):
 
 def _can_preallocate(model, cache):
     """Plain attention in every layer; windowed, linear and shared layers keep the growing cache."""
-    usual = all(type(x) is transformers.cache_utils.DynamicLayer and x.is_initialized for x in cache.layers)
-    usual = usual and model.config.get_text_config()._attn_implementation == "sdpa"
+    usual = _full_attention(model, cache) and all(layer.is_initialized for layer in cache.layers)
     if not usual:
         say_once(f"sampling: {type(model).__name__} keeps transformers' growing cache, slower than our own")
     return usual

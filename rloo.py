@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
-from common import find_checker, find_gold, generator, head_logits, head_rows, load_examples, load_held_out
-from common import load_policy, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, sample
-from common import set_learning_rate, setup, shuffled, stream_logprobs, stop
+from common import find_checker, find_gold, generator, head_logits, head_rows, hidden_states, load_examples
+from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
+from common import over_micro_batches, sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
 
 
 @dataclass
@@ -111,14 +111,15 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
     many, computed again in the backward pass, so that memory does not grow with B*L*V."""
     mask = mask.bool()
-    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
     hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
     targets = input_ids[:, 1:][mask]  # (N,)
 
     if len(targets) <= head_rows(model):
         logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
         logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
+        entropy = -(finite.exp() * finite).sum(-1)
     else:  # the same, a chunk of tokens at a time
         logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from common import Run, call_checker, check_context, cli, completion_text, context_of, due, eos_ids, find_gold
-from common import generator, head_logits, head_rows, load_examples, load_held_out, load_policy
+from common import generator, head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
 from common import load_tokenizer, make_optimizer, micro_batches, pad_batch, sample, set_learning_rate, setup
 from common import shuffled, stream_logprobs, tiny_policy, tiny_tokenizer
 
@@ -90,14 +90,15 @@ def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
     many, computed again in the backward pass, so that memory does not grow with B*L*V."""
     mask = mask.bool()
-    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
     hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
     targets = input_ids[:, 1:][mask]  # (N,)
 
     if len(targets) <= head_rows(model):
         logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
         logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
+        entropy = -(finite.exp() * finite).sum(-1)
     else:  # the same, a chunk of tokens at a time
         logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)

@@ -23,6 +23,34 @@ Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
         "common.py",
+        "position = (last + 1 + column[:more])",
+        "position = (last + column[:more])",
+        "completions that share a prompt start at its last position",
+        "test_shared_prompts.py::test_values_and_gradients_are_those_of_rows_alone",
+    ),
+    Mutant(
+        "common.py",
+        "causal = (column[:more] <= column[:more, None])",
+        "causal = (column[:more] <= column[:more, None] + 1)",
+        "completions that share a prompt look one token ahead",
+        "test_shared_prompts.py::test_values_and_gradients_are_those_of_rows_alone",
+    ),
+    Mutant(
+        "common.py",
+        "(x.index_select(0, which) for x in",
+        "(x.index_select(0, which.sort().values) for x in",
+        "completions read the keys of another prompt",
+        "test_shared_prompts.py::test_values_and_gradients_are_those_of_rows_alone",
+    ),
+    Mutant(
+        "common.py",
+        "(x.index_select(0, which) for x in",
+        "(x.detach().index_select(0, which) for x in",
+        "no gradient comes back through a shared prompt",
+        "test_shared_prompts.py::test_values_and_gradients_are_those_of_rows_alone",
+    ),
+    Mutant(
+        "common.py",
         "x[:, :, self.keys.shape[2] : end] = new",
         "x[:, :, : new.shape[2]] = new",
         "every step of the sampler writes its keys over those of the first token",
