@@ -1,17 +1,20 @@
 """Everything that is not the algorithm: models, tokens and data, sampling, rewards, and runs on disk.
 
 It knows nothing of any method: log-probs, advantages, losses and update loops stand in the scripts. In this
-order: 1. command line   2. models   3. the built-in task   4. data   5. batches   6. sampling   7. rewards
-8. runs"""
+order: 1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches
+7. sampling   8. rewards   9. runs"""
 
+import atexit
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
 import json
 import math
 import numbers
+import operator
 import os
 import random
 import re
@@ -21,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -30,10 +34,11 @@ import tokenizers
 import torch
 import transformers
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -44,7 +49,13 @@ transformers.utils.logging.disable_progress_bar()
 # ---------------------------------------------------------------- 1. command line
 def stop(message, status=2):
     """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
-    print(f"error: {escaped(message)}", file=sys.stderr)
+    if (
+        rank() > 0
+    ):  # the first process fails in the same way, and torchrun then ends this one; or else it says
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        message = f"{message} (process {rank()})"
+    print(f"error: {escaped(message)}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -80,11 +91,12 @@ AT_LEAST |= dict.fromkeys(["label_smoothing", "sft_coef", "beta"], 0)
 # of updates from here on, as the way out of a loss that is not finite
 MAY_CHANGE = {"resume", "overwrite", "output_dir", "steps", "epochs", "iterations", "learning_rate"}
 MAY_CHANGE |= {"max_grad_norm", "eval_every", "save_every", "log_every", "track"}
-MAY_CHANGE |= {"micro_batch_tokens", "gradient_checkpointing"}
+MAY_CHANGE |= {"micro_batch_tokens", "gradient_checkpointing", "shard"}
 
 
 def setup(args):
     """Check flags and folder before anything loads, choose the device -> (device, autocast)."""
+    device = start_processes(args.shard)
     for name, low in AT_LEAST.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:
@@ -93,8 +105,6 @@ def setup(args):
         stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
     if max(getattr(args, "gamma", 0), getattr(args, "lam", 0)) > 1:
         stop(f"--gamma is {args.gamma} and --lam {args.lam}; neither may be above 1")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        stop("several processes are not supported yet: start this script with python, not torchrun")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
     saved = find_checkpoint(args.output_dir) is not None and Path(args.output_dir, "args.json").is_file()
@@ -119,17 +129,24 @@ def setup(args):
     if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
         stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
     sys.excepthook = explain
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = 16_384 if device.type == "cuda" else 4096
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    if world() > 1:
+        name = f"{world()} processes, each {name}"
+        distributed.barrier()  # none of them has written yet what another one looks for
     print(f"device: {name}; weights float32, compute {dtype}")
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def explain(kind, error, trace):
     """Uncaught: out of memory says in what, and which flag lowers it; anything else is a traceback."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+    if world() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in lost):
+        time.sleep(5)  # whoever failed says why first
+        print(f"process {rank()} lost the others; what ended them stands above", file=sys.stderr)
+        return
     if not isinstance(error, torch.OutOfMemoryError):
         return sys.__excepthook__(kind, error, trace)
     names = {frame.name for frame in traceback.extract_tb(trace)}
@@ -147,7 +164,139 @@ def generator(seed, purpose, step=0):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-# ---------------------------------------------------------------- 2. models
+# ---------------------------------------------------------------- 2. processes
+SHARD = "auto"  # --shard, for whatever model is loaded
+
+
+def rank():
+    """This process among those that torchrun started; 0 with one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world():
+    """The number of processes, W."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def start_processes(shard):
+    """Join the processes that torchrun has started, if it has -> this one's device. Only the first prints."""
+    global SHARD
+    SHARD, kind = shard, "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(kind)
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        # an hour: a reward function may take its time on the first process while the others wait
+        timeout = datetime.timedelta(hours=1)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def over_ranks(*values, op="sum"):
+    """Sums (or "max") over all processes of numbers and tensors, the same in each; with one the values."""
+    if world() > 1:
+        how = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[op]
+        totals = [torch.as_tensor(x).clone() for x in values]
+        for total in totals:
+            distributed.all_reduce(total, how)
+        values = [t if isinstance(x, torch.Tensor) else t.item() for t, x in zip(totals, values)]
+    return values[0] if len(values) == 1 else list(values)
+
+
+def on_first_rank(function):
+    """What function() gives in the first process, in all of them; the others do not call it."""
+    result = [function() if rank() == 0 else None]
+    if world() > 1:
+        distributed.broadcast_object_list(result)
+    return result[0]
+
+
+def shard(model, device, train):
+    """Parameters, gradients and optimiser state split over the processes, layer by layer (FSDP2), if --shard
+    says so: "auto" where, with float32 weights (and gradients and Adam's two moments), a model takes more
+    than a quarter of a GPU's memory. What is not split stands whole in each process."""
+    size = (16 if train is not None else 4) * sum(p.numel() for p in model.parameters())
+    if SHARD == "auto":
+        is_large = device.type == "cuda" and 4 * size > torch.cuda.get_device_properties(device).total_memory
+    if world() == 1 or not (is_large if SHARD == "auto" else SHARD == "full"):
+        return model.to(device)
+    mesh, blocks = distributed.init_device_mesh(device.type, (world(),)), set(model._no_split_modules or ())
+    for module in [m for m in model.modules() if type(m).__name__ in blocks] + [model]:
+        # the root, too, gives its parameters back after the forward: what reads them finds them split
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # a sum, not a mean, over processes: a loss's weights carry the count of the whole batch
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.run = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    register_fsdp_forward_method(model, "run")
+    return model
+
+
+def as_forward(function):
+    """function(model, ...) counts as the model's own forward: FSDP gathers what lies outside the layers
+    (embedding, last norm, head) for it and for its backward pass."""
+
+    @functools.wraps(function)
+    def run(model, *args):
+        return model.run(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+
+    return run
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """The whole of a split model in each process while it samples, -> True, if a GPU has room for it: then no
+    process waits for another. Else False: each layer is gathered at each step, which all take together."""
+    shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    size = 4 * sum(p.numel() for p in model.parameters())
+    fits = model.device.type != "cuda" or size < torch.cuda.mem_get_info(model.device)[0] / 2
+    fits = not (shards and over_ranks(int(not fits), op="max"))  # for all or for none
+    for module in shards if fits else ():
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield fits
+    for module in shards if fits else ():
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
+def clip_gradients(model, max_norm):
+    """Sum the gradients over processes (FSDP has done so with those it splits) and scale them down to a joint
+    norm of at most max_norm (0: never) -> their norm before."""
+    params = [p for p in model.parameters() if p.grad is not None]
+    if world() > 1 and not isinstance(model, FSDPModule):
+        total = over_ranks(torch.cat([p.grad.flatten() for p in params]))
+        for p, grad in zip(params, total.split([p.numel() for p in params])):
+            p.grad.copy_(grad.view_as(p))
+    norm = nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole(x):
+    """A tensor that is split over processes, put together on the CPU; any other as it is."""
+    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+
+
+def split_like(x, parameter):
+    """A whole tensor, split over processes as the parameter is, if it is."""
+    if isinstance(parameter, DTensor) and x.shape == parameter.shape:
+        where = parameter.device_mesh, parameter.placements
+        return distribute_tensor(x.to(parameter.device), *where, src_data_rank=None)
+    return x
+
+
+def whole_weights(model):
+    """Name -> whole tensor, of parameters and saved buffers, tied ones once. All processes call it."""
+    kept = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: whole(x.detach()).contiguous() for name, x in named if name in kept}
+
+
+# ---------------------------------------------------------------- 3. models
 def _load(cls, flag, path, **kwargs):
     """cls.from_pretrained, its failures as one sentence. Weights come from safetensors only."""
     if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
@@ -240,7 +389,7 @@ def _prepare(model, device, train):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.to(device).eval().requires_grad_(train is not None)
+    model.eval().requires_grad_(train is not None)
     if model.get_output_embeddings() is not None:
         _check_head(model)
     if train is not None and train.gradient_checkpointing:
@@ -248,7 +397,7 @@ def _prepare(model, device, train):
             model.activation_checkpointing_enable()
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(train is not None)
+    return shard(model.train(train is not None), device, train)
 
 
 def head_logits(model, hidden):
@@ -371,7 +520,7 @@ def choose_pad(tokenizer, model, eos):
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-# ---------------------------------------------------------------- 3. the built-in task: letters into order
+# ---------------------------------------------------------------- 4. the built-in task: letters into order
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}  # demonstrations are scarce
@@ -440,7 +589,7 @@ def tiny_policy(tokenizer, device, args):
     return _prepare(transformers.LlamaForCausalLM(config), device, args)
 
 
-# ---------------------------------------------------------------- 4. data
+# ---------------------------------------------------------------- 5. data
 WANTED = {
     "sft": "`prompt` and `completion`, `messages`, `instruction` and `output`, or `question` and `answer`",
     "preference": "`chosen` and `rejected`, with a `prompt` or beginning alike",
@@ -740,7 +889,7 @@ def check_context(model, tokens, flag):
         stop(f"sequences of {tokens} tokens do not fit a model's context of {context}: lower {flag}")
 
 
-# ---------------------------------------------------------------- 5. batches
+# ---------------------------------------------------------------- 6. batches
 @dataclasses.dataclass
 class Batch:
     """Right-padded sequences. Masks come from lengths, so PAD may be any id, EOS too."""
@@ -752,18 +901,19 @@ class Batch:
 
     def rows(self, index):
         """Some rows, cut to the longest of them."""
-        longest = max(self.lengths[i] for i in index)
+        longest = max((self.lengths[i] for i in index), default=2)
         tensors = [t[index, :longest] for t in (self.input_ids, self.attention_mask, self.completion_mask)]
         return Batch(*tensors, [self.lengths[i] for i in index])
 
 
 def pad_batch(sequences, masks, device, pad_id=0):
     """Lists of ids, and of 0/1 of equal lengths -> Batch. Padding is never read: any id will do."""
-    lengths, width = [len(ids) for ids in sequences], max(map(len, sequences))
+    lengths, width = [len(ids) for ids in sequences], max(map(len, sequences), default=2)
     input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
     attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
     completion_mask = [mask + [0] * (width - len(mask)) for mask in masks]
-    tensors = [torch.tensor(x, device=device) for x in (input_ids, attention_mask, completion_mask)]
+    rows = (input_ids, attention_mask, completion_mask)
+    tensors = [torch.tensor(x, dtype=torch.long, device=device).view(-1, width) for x in rows]
     return Batch(*tensors, lengths)
 
 
@@ -779,20 +929,32 @@ SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
 
 
 def micro_batches(lengths, budget, rows=None):
-    """Rows -> lists of rows of about one length: each at most `budget` tokens with its padding (or a single
-    row), of which at most 1/20 is padding, unless the list is small (SMALL_BATCH). A function of the set of
-    rows: neither their order nor how a batch was shuffled changes it."""
-    cuts, real = [], 0
-    for i in sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i)):
-        tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0  # of the last list with this row
-        is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
-        if cuts and tokens <= budget and is_even:
-            cuts[-1].append(i)
-            real += lengths[i]
-        else:
-            cuts.append([i])
-            real = lengths[i]
-    return cuts
+    """Rows -> this process's share of them, in lists of rows of about one length: each at most `budget`
+    tokens with its padding (or a single row), of which at most 1/20 is padding, unless the list is small
+    (SMALL_BATCH). A function of the set of rows: neither their order nor how a batch was shuffled changes it.
+
+    With several processes each gets every W-th row, longest first, and as many lists as any other, the last
+    ones without rows if need be: all go through the model equally often, and a list of no rows adds 0."""
+
+    def cut(order):
+        cuts, real = [], 0
+        for i in order:
+            tokens = (
+                lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0
+            )  # of the last list with this row
+            is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
+            if cuts and tokens <= budget and is_even:
+                cuts[-1].append(i)
+                real += lengths[i]
+            else:
+                cuts.append([i])
+                real = lengths[i]
+        return cuts
+
+    order = sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i))
+    shares = [cut(order[first :: world()]) for first in range(world())]
+    mine = shares[rank()]
+    return mine + [[]] * (max(map(len, shares)) - len(mine))
 
 
 @torch.no_grad()
@@ -810,7 +972,7 @@ def over_micro_batches(function, batch, budget, autocast):
         ]
         for result, value in zip(results, values):
             result[rows, : value.shape[1]] = value
-    return results if len(results) > 1 else results[0]
+    return over_ranks(*results)
 
 
 def _full_attention(model, cache):
@@ -823,6 +985,14 @@ def _full_attention(model, cache):
     return usual and not re.search("longrope|dynamic", str(getattr(config, "rope_parameters", None)))
 
 
+def backbone(model, input_ids, attention_mask):
+    """The last layer's output, (b, l) -> (b, l, H). Without rows it goes through the model all the same, with
+    a row that counts for nothing: under FSDP each process gathers layers for all."""
+    if len(input_ids) == 0:
+        return model.base_model(input_ids.new_zeros(1, 2), use_cache=False).last_hidden_state[:0]
+    return model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
 def hidden_states(model, input_ids, attention_mask, mask):
     """The last layer's output at the columns of mask (b, l-1); elsewhere it may be anything. input_ids,
     attention_mask (b, l) -> (b, l, H).
@@ -830,6 +1000,8 @@ def hidden_states(model, input_ids, attention_mask, mask):
     Rows with the same prompt (a group's completions, a pair's) share it where that spares a fifth of the
     tokens: it goes through the model once, and a second pass, of the completions, reads its keys and values,
     through which its gradient comes back. The same numbers up to rounding."""
+    if len(input_ids) == 0 or isinstance(model, FSDPModule):  # (all processes must do alike)
+        return backbone(model, input_ids, attention_mask)
     (rows, width), column = input_ids.shape, torch.arange(input_ids.shape[1], device=mask.device)
     last = mask.int().argmax(1, keepdim=True)  # (b, 1) a prompt's last token, the first whose output is read
     more = max(0, int(((mask * column[1:]).amax(1, keepdim=True) - last - 1).max()))  # columns after it
@@ -840,7 +1012,7 @@ def hidden_states(model, input_ids, attention_mask, mask):
     # (gradient checkpointing drops the cache)
     is_worth &= not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if not (is_worth and more and _full_attention(model, cache)):
-        return model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return backbone(model, input_ids, attention_mask)
 
     is_real = prompts >= 0
     inputs = dict(attention_mask=is_real.long(), past_key_values=cache, use_cache=True)
@@ -859,7 +1031,7 @@ def hidden_states(model, input_ids, attention_mask, mask):
     return both.index_select(0, index.flatten()).view(rows, width, -1)
 
 
-# ---------------------------------------------------------------- 6. sampling
+# ---------------------------------------------------------------- 7. sampling
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two questions which rows have ended
 
 
@@ -877,7 +1049,7 @@ def sample(
 
     memory: bytes for keys, values, logits and the prefill (default: a quarter of a GPU's, 4 GiB on a CPU);
     what does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
-    case."""
+    case. With several processes each samples every W-th prompt, and all get all completions."""
     noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
     if memory is None:
         memory = 2**32 if model.device.type != "cuda" else torch.cuda.mem_get_info(model.device)[1] // 4
@@ -889,17 +1061,23 @@ def sample(
     size = int(min(memory / (4 * (kept + prefill) + 32 * config.vocab_size), 512))  # more rows gain little
     size = max(1, size // num_generations)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    was_training, results = model.training, [None] * len(noise)
+    was_training, results, mine = model.training, {}, order[rank() :: world()]
     model.eval()  # in train mode gradient checkpointing would drop the cache
-    for first in range(0, len(prompts), size):
-        part = order[first : first + size]
-        rows = [i * num_generations + g for i in part for g in range(num_generations)]
-        drawn = noise[rows].to(model.device)
-        wave = _sample_wave(model, [prompts[i] for i in part], temperature, stop_ids, drawn, plain)
-        for i, result in zip(rows, wave):
-            results[i] = result
+    with gathered(model) as alone:
+        # layer by layer all processes take as many waves, those that have no rows left with one of no use
+        last = len(mine) if alone else max(over_ranks(-(-len(mine) // size), op="max") * size, 1)
+        for first in range(0, last, size):
+            part = mine[first : first + size] or order[:1]
+            rows = [i * num_generations + g for i in part for g in range(num_generations)]
+            wave = [prompts[i] for i in part], temperature, stop_ids, noise[rows].to(model.device), plain
+            results |= zip(rows, _sample_wave(model, *wave, alone))
     model.train(was_training)
-    return [tokens for tokens, _ in results], [logps for _, logps in results]
+    if world() > 1:
+        parts = [None] * world()
+        distributed.all_gather_object(parts, results)
+        results = functools.reduce(operator.or_, parts)
+    rows = [results[i] for i in range(len(noise))]
+    return [tokens for tokens, _ in rows], [logps for _, logps in rows]
 
 
 class PreallocatedLayer(transformers.cache_utils.DynamicLayer):
@@ -945,8 +1123,9 @@ def _can_preallocate(model, cache):
 
 
 @torch.no_grad()
-def _sample_wave(model, prompts, temperature, stop_ids, noise, plain):
-    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs.
+def _sample_wave(model, prompts, temperature, stop_ids, noise, plain, alone=True):
+    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs. `alone`: no other process takes
+    part in this model's steps.
 
     Left-padded prompts go through the model once; their keys and values are then shared by their generations.
     The host waits for the device only to ask which rows have ended, every CHECK_EVERY steps."""
@@ -991,9 +1170,9 @@ def _sample_wave(model, prompts, temperature, stop_ids, noise, plain):
             break
         if (t + 1) % every == 0:
             left = int(unfinished.sum())
-            if left == 0:
+            if (left if alone else over_ranks(left)) == 0:
                 break
-            if left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
+            if 0 < left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
                 keep = unfinished.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 row, token, position, unfinished = (x[keep] for x in (row, token, position, unfinished))
@@ -1014,7 +1193,7 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion_ids, **options)
 
 
-# ---------------------------------------------------------------- 7. rewards
+# ---------------------------------------------------------------- 8. rewards
 # a number that stands alone, not in a fraction: sign and `$` in either order, thousands commas, decimals
 SIGN = r"(?<![\w.^/])(?:(?<![-−])[-−]\$?|\$[-−]?)?"
 NUMBER = SIGN + r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?!\d|,\d{3}|\s*/\s*\d)"
@@ -1087,7 +1266,7 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
     rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
     prompts, name = [e["prompt"] for e in examples], f"the reward {getattr(function, '__name__', function)}"
     try:
-        scores = function(prompts, texts, rows)
+        scores = on_first_rank(lambda: function(prompts, texts, rows))
     except Exception as error:  # whatever a user's function raises
         found, where = error, f"none of the first {min(64, len(rows))} rows alone"
         for e, *inputs in list(zip(examples, prompts, texts, rows))[:64]:  # alone, to find the one
@@ -1112,6 +1291,19 @@ def same_ids(tokenizer, other):
     """True if every token has the same id in the other tokenizer (which may have more: a PAD of its own)."""
     theirs = other.get_vocab()
     return all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+
+
+@as_forward
+def _head_at_last(model, input_ids, attention_mask):
+    hidden = backbone(model, input_ids, attention_mask)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1].float()
+    return (last * model.score.weight[0]).sum(-1)
+
+
+def _own_forward(model, input_ids, attention_mask):
+    if len(input_ids) == 0:  # as in backbone
+        return model(input_ids.new_zeros(1, 2)).logits[:0, 0].float()
+    return model(input_ids, attention_mask=attention_mask).logits[:, 0].float()
 
 
 class RewardModel:
@@ -1142,16 +1334,10 @@ class RewardModel:
         scores = torch.zeros(len(sequences))
         for rows in micro_batches(batch.lengths, self.args.micro_batch_tokens):
             mb = batch.rows(rows)
-            inputs = dict(input_ids=mb.input_ids, attention_mask=mb.attention_mask)
+            read = _head_at_last if self.has_score_head else _own_forward
             with self.autocast():
-                if self.has_score_head:
-                    hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-                    last = hidden[
-                        torch.arange(len(rows), device=hidden.device), mb.attention_mask.sum(1) - 1
-                    ].float()
-                    scores[rows] = (last * self.model.score.weight[0]).sum(-1).cpu()
-                else:
-                    scores[rows] = self.model(**inputs).logits[:, 0].float().cpu()
+                scores[rows] = read(self.model, mb.input_ids, mb.attention_mask).cpu()
+        scores = over_ranks(scores)
         if not torch.isfinite(scores).all():
             stop(f"--reward {self.args.reward} gave a score that is not finite", 1)
         return scores
@@ -1180,7 +1366,7 @@ class RewardModel:
         return ids
 
 
-# ---------------------------------------------------------------- 8. runs
+# ---------------------------------------------------------------- 9. runs
 def make_optimizer(models, args, eps=1e-8):
     """AdamW on float32 weights; weight decay on matrices only."""
     params = [p for model in models for p in model.parameters() if p.requires_grad]
@@ -1213,7 +1399,9 @@ def due(every, step, steps):
 
 
 def replace_text(path, text):
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; the first process does."""
+    if rank() > 0:
+        return
     new = path.with_name(path.name + ".new")
     with open(new, "w") as file:
         file.write(text)
@@ -1233,12 +1421,23 @@ def one_line(text, width):
     return text if len(text) <= width else f"{text[: width - width // 3 - 1]}…{text[-(width // 3) :]}"
 
 
+def append_lines(path, rows):
+    """Rows as JSON lines at the end of a file; the first process writes."""
+    if rank() == 0:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
 class Run:
-    """A run's folder (args.json, metrics.jsonl, samples.jsonl, checkpoint/, at last the model) and screen."""
+    """A run's folder (args.json, metrics.jsonl, samples.jsonl, checkpoint/, at last the model) and screen,
+    both of which the first process alone writes."""
 
     def __init__(self, args, steps):
         self.args, self.steps, self.dir, self.tracker = args, steps, Path(args.output_dir), None
-        if not args.resume and (self.dir / "args.json").exists():  # --overwrite, else setup() had stopped
+        is_old = (
+            not args.resume and (self.dir / "args.json").exists()
+        )  # --overwrite, else setup() had stopped
+        if is_old and rank() == 0:
             old = self.dir.with_name(self.dir.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
             self.dir.rename(old)
@@ -1246,6 +1445,8 @@ class Run:
         with self.writing():
             self.dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.dir / "args.json", json.dumps(dataclasses.asdict(args), indent=1) + "\n")
+        if rank() > 0:
+            args.track = "none"
         if args.track == "wandb":
             import wandb
 
@@ -1254,7 +1455,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tracker = SummaryWriter(self.dir)
-        self.bar = tqdm(total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
         self.started, self.signal, self.handlers, self.pid = time.time(), None, {}, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1262,22 +1463,30 @@ class Run:
 
     def interrupt(self, number, frame):
         """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
+        for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
+            signal.signal(each, signal.SIG_IGN if world() > 1 else signal.SIG_DFL)
         if os.getpid() != self.pid:  # a process that a reward function forked: nothing to save there
             os.kill(os.getpid(), number)
             return
         self.signal, name = number, signal.Signals(number).name
+        if rank() > 0:
+            return
         with contextlib.suppress(BrokenPipeError):
             os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
 
+    def is_interrupted(self):
+        """True in all processes if a signal came to one of them."""
+        self.signal = over_ranks(self.signal or 0, op="max") or None
+        return self.signal is not None
+
     def exit_if_interrupted(self, done):
         """End the process if a signal came, with the exit status that shells expect; `done` says how far."""
-        if self.signal is not None:
+        if self.is_interrupted():
             self.restore_handlers()
             with contextlib.suppress(BrokenPipeError):
                 self.bar.close()
-                print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
+                if rank() == 0:
+                    print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
             raise SystemExit(128 + self.signal)
 
     def restore_handlers(self):
@@ -1310,8 +1519,14 @@ class Run:
         folder = find_checkpoint(self.dir)
         step = json.loads((folder / "state.json").read_text())["step"]
         for name, model in models.items():
-            load_weights(model, folder / f"{name}.safetensors", device=str(model.device))
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+            own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            with safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
+                for key in file.keys():
+                    own[key].copy_(split_like(file.get_tensor(key), own[key]))
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            state["state"][i] = {k: split_like(x, parameter) for k, x in state["state"].get(i, {}).items()}
+        optimizer.load_state_dict(state)
         for log in filter(Path.exists, [self.dir / "metrics.jsonl", self.dir / "samples.jsonl"]):
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with self.writing():
@@ -1323,14 +1538,26 @@ class Run:
     def checkpoint(self, step, models, optimizer):
         """Write what --resume needs, whole or not at all: under a new name, flushed, then renamed. Generators
         and the position in the data are functions of seed and step, so that the step stands for them."""
+        weights, state = (
+            {name: whole_weights(model) for name, model in models.items()},
+            optimizer.state_dict(),
+        )
+        for i, moments in state["state"].items():
+            state["state"][i] = {key: whole(x) for key, x in moments.items()}
+        if rank() == 0:
+            self._write(step, weights, state)
+        if world() > 1:
+            distributed.barrier()
+
+    def _write(self, step, weights, state):
         new, now, old = (self.dir / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         for folder in (new, old) if now.exists() else (new,):  # never more than two
             shutil.rmtree(folder, ignore_errors=True)
         with self.writing():
             new.mkdir()
-            for name, model in models.items():
-                save_weights(model, str(new / f"{name}.safetensors"))
-            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            for name, tensors in weights.items():
+                save_file(tensors, new / f"{name}.safetensors")
+            torch.save(state, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps({"step": step}))
             for path in (*new.iterdir(), new, *self.dir.glob("*.jsonl")):
                 handle = os.open(path, os.O_RDONLY)
@@ -1343,7 +1570,7 @@ class Run:
 
     def checkpoint_if_due(self, step, models, optimizer, is_last=False):
         """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
-        if is_last or self.signal is not None or due(self.args.save_every, step, self.steps):
+        if self.is_interrupted() or is_last or due(self.args.save_every, step, self.steps):
             self.checkpoint(step, models, optimizer)
         if step < self.steps and not is_last:
             self.exit_if_interrupted(f"step {step} of {self.steps}")
@@ -1353,10 +1580,10 @@ class Run:
         line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
-            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["peak_memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30, op="max")
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | line) + "\n")
+        with self.writing():
+            append_lines(self.dir / "metrics.jsonl", [{"step": step} | line])
         for name, value in metrics.items() if self.args.track == "tensorboard" else []:
             self.tracker.add_scalar(name, value, step)
         if self.args.track == "wandb":
@@ -1373,12 +1600,12 @@ class Run:
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
-        with self.writing(), open(self.dir / "samples.jsonl", "a") as file:
-            for row in rows:
-                row = {
-                    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-                }
-                file.write(json.dumps({"step": step} | row) + "\n")
+        lines = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            for row in rows
+        ]
+        with self.writing():
+            append_lines(self.dir / "samples.jsonl", [{"step": step} | line for line in lines])
         width = max(40, shutil.get_terminal_size().columns - 24)
         for row in rows[:3]:
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -1406,9 +1633,16 @@ class Run:
             ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
             # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not even save
             model.generation_config = transformers.GenerationConfig(**ids)
+        weights = whole_weights(model) if isinstance(model, FSDPModule) else None
         with self.writing():
-            model.save_pretrained(self.dir)
-            tokenizer.save_pretrained(self.dir)
+            if rank() == 0:
+                model.save_pretrained(self.dir, state_dict=weights)
+                tokenizer.save_pretrained(self.dir)
+        if world() > 1:
+            distributed.barrier()
+            atexit.register(
+                distributed.destroy_process_group
+            )  # (after a failure it could wait for the others)
         self.bar.close()
         self.restore_handlers()
         if self.tracker is not None:

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from common import Run, call_checker, check_context, cli, completion_batch, completion_text, context_of, due
-from common import eos_ids, find_gold, generator, head_logits, head_rows, hidden_states, load_examples
-from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
-from common import over_micro_batches, sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
+from common import Run, as_forward, call_checker, check_context, cli, clip_gradients, completion_batch
+from common import completion_text, context_of, due, eos_ids, find_gold, generator, head_logits, head_rows
+from common import hidden_states, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
+from common import micro_batches, over_micro_batches, over_ranks, rank, sample, set_learning_rate, setup
+from common import shuffled, stop, stream_logprobs, whole_weights
 
 
 @dataclass
@@ -74,6 +74,9 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
+    shard: Literal["auto", "full", "none"] = "auto"
+    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
+    large"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -105,6 +108,7 @@ BETA = {
 }  # ipo's is TRL's, the others are of their papers
 
 
+@as_forward
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
@@ -189,14 +193,14 @@ def pair_logps(model, examples, args, autocast):
         mb = pair_batch([examples[i] for i in rows], model.device)
         with autocast():
             logprobs, _ = token_logprobs(model, mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
-        logps[rows] = logprobs.sum(1).view(2, -1).T.cpu()
-    return logps
+        logps[rows] = torch.stack(logprobs.sum(1).chunk(2), 1).cpu()
+    return over_ranks(logps)
 
 
 def reference_logps(model, examples, args, autocast, file):
     """pair_logps of the reference, from `file` if it was written for this model, data and dtype."""
     digest = hashlib.blake2b(f"{model.config.to_json_string()} {args.dtype} {model.device.type}".encode())
-    for weight in model.state_dict().values():
+    for weight in whole_weights(model).values():
         digest.update(weight.cpu().numpy().tobytes())
     for e in examples:  # tokens, after --max-length has dropped what it drops
         digest.update(str((e["prompt_ids"], e["chosen_ids"], e["rejected_ids"])).encode())
@@ -204,15 +208,17 @@ def reference_logps(model, examples, args, autocast, file):
         print(f"reference log-probs: read from {file}")
         return cached["logps"]
     logps = pair_logps(model, examples, args, autocast)
-    torch.save({"key": digest.hexdigest(), "logps": logps}, file.with_suffix(".new"))
-    file.with_suffix(".new").rename(file)
+    if rank() == 0:
+        torch.save({"key": digest.hexdigest(), "logps": logps}, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
     return logps
 
 
 def pair_losses(logps, ref_logps, examples, args):
     """Log-probs of N pairs, summed over tokens, each (N, 2): chosen, rejected -> losses (N,) and what is
     logged, a dict of (N,)."""
-    lengths = torch.tensor([[len(e["chosen_ids"]), len(e["rejected_ids"])] for e in examples]).to(logps)
+    lengths = [[len(e["chosen_ids"]), len(e["rejected_ids"])] for e in examples]
+    lengths = torch.tensor(lengths).to(logps).view(-1, 2)
     margins = torch.tensor([e["margin"] for e in examples]).to(logps)
     if args.loss_type == "simpo":
         margins = margins + (1.0 if args.simpo_margin is None else args.simpo_margin)
@@ -330,25 +336,28 @@ def main(args):
             mb_inputs = mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:]
             if reference is not None:  # before the policy's activations exist
                 with torch.no_grad(), autocast():
-                    mb_ref_logps = token_logprobs(reference, *mb_inputs)[0].sum(1).view(2, -1).T
+                    mb_ref_logps, _ = token_logprobs(reference, *mb_inputs)
+                mb_ref_logps = torch.stack(mb_ref_logps.sum(1).chunk(2), 1)  # (b, 2)
             else:
                 mb_ref_logps = [e.get("ref_logps", (0.0, 0.0)) for e in mb_examples]
-                mb_ref_logps = torch.tensor(mb_ref_logps, device=device)
+                mb_ref_logps = torch.tensor(mb_ref_logps, device=device).view(-1, 2)
             with autocast():
                 logprobs, _ = token_logprobs(policy, *mb_inputs)
-            mb_logps = logprobs.sum(1).view(2, -1).T  # (b, 2)
+            mb_logps = torch.stack(logprobs.sum(1).chunk(2), 1)  # (b, 2)
             losses, logged = pair_losses(mb_logps, mb_ref_logps, mb_examples, args)
             (losses.sum() / len(picked)).backward()
             sums.update({name: values.sum() / len(picked) for name, values in logged.items()})
             tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+        sums = {name: over_ranks(total) for name, total in sums.items()}
+        tokens, padded_tokens = over_ranks(tokens, padded_tokens)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         run.stop_unless_finite(step + 1, picked, loss=sums["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # log, eval, save
-        metrics = dict(sums) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics = sums | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics["padding"] = 1 - tokens / padded_tokens
         metrics["tokens_per_second"] = tokens / (time.time() - began)
         if held_out and due(args.eval_every, step + 1, steps):

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
-from common import find_checker, find_gold, generator, head_logits, head_rows, hidden_states, load_examples
-from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
-from common import over_micro_batches, replace_text, sample, set_learning_rate, setup, shuffled, stop
-from common import stream_logprobs
+from common import RewardModel, Run, append_lines, as_forward, call_checker, cli, clip_gradients
+from common import completion_batch, completion_text, due, eos_ids, find_checker, find_gold, generator
+from common import head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
+from common import load_tokenizer, make_optimizer, micro_batches, on_first_rank, over_micro_batches
+from common import over_ranks, replace_text, sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
 
 
 @dataclass
@@ -76,6 +75,9 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
+    shard: Literal["auto", "full", "none"] = "auto"
+    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
+    large"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -102,6 +104,7 @@ class Args:
     """rounds of sampling from the current policy, selecting and training (RAFT: more than 1)"""
 
 
+@as_forward
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
@@ -252,7 +255,8 @@ def main(args):
             run.log(0, metrics, show=[])
         run.checkpoint(0, {"policy": policy}, optimizer)  # so that --resume can go on with the rollouts
     file = run.dir / "rollouts.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    text = on_first_rank(lambda: file.read_text() if file.exists() else "")
+    lines = text.splitlines(keepends=True)
     rollouts = [json.loads(line) for line in lines if line.endswith("\n")]
     for iteration in range(args.iterations):
         # prompts: the next M rows, in an order of its own for every epoch
@@ -286,7 +290,7 @@ def main(args):
             gold = [None] * len(scores)
             if gold_checker is not None:
                 gold = call_checker(gold_checker, tokenizer, repeated, completions, stop_ids)[0].tolist()
-            with run.writing(), open(file, "a") as out:
+            with run.writing():
                 for i, e in enumerate(part):
                     mine = slice(i * N, (i + 1) * N)
                     known = [g for g in gold[mine] if g is not None]
@@ -296,7 +300,7 @@ def main(args):
                     record["solve_rate"] = sum(known) / N if known else None
                     rolled.append(record)
                     rollouts.append(record)
-                    out.write(json.dumps(record, default=str) + "\n")
+                append_lines(file, rolled[first:])
             run.bar.set_postfix_str(f"iteration {iteration + 1}: {len(rolled)} of {M} prompts sampled")
             run.exit_if_interrupted(f"{len(rolled)} of {M} prompts of iteration {iteration + 1}")
         rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]
@@ -358,7 +362,8 @@ def main(args):
                 loss = sft_loss(logprobs, mask / tokens)
                 loss.backward()
                 loss_sum += loss.detach()
-            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+            loss_sum, padded_tokens = over_ranks(loss_sum, padded_tokens)
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
             run.stop_unless_finite(step, trained, loss=loss_sum, grad_norm=grad_norm)
             learning_rate = set_learning_rate(optimizer, args, step - 1 - before, total)
             optimizer.step()

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from common import Run, check_context, choose_pad, cli, completion_batch, completion_text, due, eos_ids
-from common import load_examples, load_held_out, load_scorer, load_tokenizer, make_optimizer, micro_batches
-from common import set_learning_rate, setup, shuffled
+from common import Run, as_forward, backbone, check_context, choose_pad, cli, clip_gradients, completion_batch
+from common import completion_text, due, eos_ids, load_examples, load_held_out, load_scorer, load_tokenizer
+from common import make_optimizer, micro_batches, over_ranks, set_learning_rate, setup, shuffled
 
 
 @dataclass
@@ -72,6 +71,9 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
+    shard: Literal["auto", "full", "none"] = "auto"
+    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
+    large"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -83,13 +85,14 @@ class Args:
     0.01)"""
 
 
+@as_forward
 def sequence_scores(model, input_ids, attention_mask):
     """The scalar head at the last real token, found by length: neither padding nor a PAD inside the text
     moves it.
 
     input_ids, attention_mask (B, L), right-padded -> (B,) float32. The head's product is in float32 under
     autocast too: in bfloat16 scores near 4 would be 0.03 apart at least, and close pairs ties."""
-    hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = backbone(model, input_ids, attention_mask)
     last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]  # (B, H)
     return (last.float() * model.score.weight[0]).sum(-1)
 
@@ -122,6 +125,7 @@ def evaluate_pairs(model, tokenizer, examples, args, autocast):
         with autocast():
             scores = sequence_scores(model, batch.input_ids, batch.attention_mask).cpu()
         chosen[rows], rejected[rows] = scores.chunk(2)
+    chosen, rejected = over_ranks(chosen, rejected)
     scores = torch.cat([chosen, rejected])
     accuracy = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
     margins = torch.tensor([e["margin"] for e in examples])
@@ -187,7 +191,9 @@ def main(args):
             accuracy += ((difference > 0).float() + 0.5 * (difference == 0).float()).sum() / len(picked)
             margin += difference.sum() / len(picked)
             tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+        sums = over_ranks(loss_sum, accuracy, margin, tokens, padded_tokens)
+        loss_sum, accuracy, margin, tokens, padded_tokens = sums
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from common import RewardModel, Run, call_checker, cli, completion_batch, completion_text, due, eos_ids
-from common import find_checker, find_gold, generator, head_logits, head_rows, hidden_states, load_examples
-from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
-from common import over_micro_batches, sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
+from common import RewardModel, Run, as_forward, call_checker, cli, clip_gradients, completion_batch
+from common import completion_text, due, eos_ids, find_checker, find_gold, generator, head_logits, head_rows
+from common import hidden_states, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
+from common import micro_batches, over_micro_batches, over_ranks, sample, set_learning_rate, setup, shuffled
+from common import stop, stream_logprobs
 
 
 @dataclass
@@ -76,6 +76,9 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
+    shard: Literal["auto", "full", "none"] = "auto"
+    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
+    large"""
     reward: str | None = None
     """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
     prompts_per_step: int = 128
@@ -104,6 +107,7 @@ class Args:
     """none: plain REINFORCE (Williams 1992)"""
 
 
+@as_forward
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
@@ -309,16 +313,21 @@ def main(args):
                     loss.backward()
                     loss_sum += loss.detach()
                     clipped_tokens += clipped.sum()
-                    if not losses:  # before the first update the ratio is 1, up to rounding
+                    if rows and not losses:  # before the first update the ratio is 1, up to rounding
                         ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+                loss_sum = over_ranks(loss_sum)
+                grad_norm = clip_gradients(policy, args.max_grad_norm)
                 run.stop_unless_finite(step + 1, rolled, loss=loss_sum, grad_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append([float(x) for x in (loss_sum, grad_norm)])
 
         # log, eval, save
+        clipped_tokens, padded_tokens = over_ranks(clipped_tokens, padded_tokens)
+        ratio_max_dev = over_ranks(ratio_max_dev, op="max")
+        if not needs_old:
+            old_logprobs, entropy = over_ranks(old_logprobs, entropy)
         losses = torch.tensor(losses)
         metrics = {
             "loss": losses[:, 0].mean(),

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from common import Run, call_checker, check_context, cli, completion_text, context_of, due, eos_ids, find_gold
-from common import generator, head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
-from common import load_tokenizer, make_optimizer, micro_batches, pad_batch, sample, set_learning_rate, setup
-from common import shuffled, stream_logprobs, tiny_policy, tiny_tokenizer
+from common import Run, as_forward, call_checker, check_context, cli, clip_gradients, completion_text
+from common import context_of, due, eos_ids, find_gold, generator, head_logits, head_rows, hidden_states
+from common import load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
+from common import over_ranks, pad_batch, sample, set_learning_rate, setup, shuffled, stream_logprobs
+from common import tiny_policy, tiny_tokenizer
 
 
 @dataclass
@@ -73,6 +73,9 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
+    shard: Literal["auto", "full", "none"] = "auto"
+    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
+    large"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -83,6 +86,7 @@ class Args:
     """assistant turns of `messages` that are trained"""
 
 
+@as_forward
 def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
     """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
 
@@ -124,6 +128,7 @@ def evaluate_answers(policy, tokenizer, examples, checker, stop_ids, args, autoc
         with autocast():
             logprobs, _ = token_logprobs(policy, batch.input_ids, batch.attention_mask, mask)
         total, tokens = total - logprobs.sum().item(), tokens + mask.sum().item()
+    total, tokens = over_ranks(total, tokens)
     metrics = {"eval/loss": total / tokens}
     prompts, examples = [e["prompt_ids"] for e in examples[:500]], examples[:500]
     longest = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
@@ -186,7 +191,8 @@ def main(args):
             loss = sft_loss(logprobs, mask / tokens)
             loss.backward()
             loss_sum += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+        loss_sum, padded_tokens = over_ranks(loss_sum, padded_tokens)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         optimizer.step()
