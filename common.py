@@ -253,7 +253,10 @@ def gathered(model):
     process waits for another. Else False: each layer is gathered at each step, which all take together."""
     shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
     size = 4 * sum(p.numel() for p in model.parameters())
-    fits = model.device.type != "cuda" or size < torch.cuda.mem_get_info(model.device)[0] / 2
+    fits = True
+    if model.device.type == "cuda":
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, for tensors
+        fits = size < (torch.cuda.mem_get_info()[0] + kept) / 2
     fits = not (shards and over_ranks(int(not fits), op="max"))  # for all or for none
     for module in shards if fits else ():
         module.set_reshard_after_forward(False, recurse=False)
@@ -277,8 +280,12 @@ def clip_gradients(model, max_norm):
 
 
 def whole(x):
-    """A tensor that is split over processes, put together on the CPU; any other as it is."""
-    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+    """A tensor that is split over processes, put together on the CPU of the first of them, elsewhere empty;
+    any other tensor as it is. All processes call it."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()
+    return x.cpu() if rank() == 0 else x.new_empty(0)
 
 
 def split_like(x, parameter):
@@ -290,7 +297,7 @@ def split_like(x, parameter):
 
 
 def whole_weights(model):
-    """Name -> whole tensor, of parameters and saved buffers, tied ones once. All processes call it."""
+    """Name -> whole(tensor), of parameters and saved buffers, tied ones once."""
     kept = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: whole(x.detach()).contiguous() for name, x in named if name in kept}

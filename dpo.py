@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from common import Run, as_forward, call_checker, check_context, cli, clip_gradients, completion_batch
 from common import completion_text, context_of, due, eos_ids, find_gold, generator, head_logits, head_rows
 from common import hidden_states, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
-from common import micro_batches, over_micro_batches, over_ranks, rank, sample, set_learning_rate, setup
-from common import shuffled, stop, stream_logprobs, whole_weights
+from common import micro_batches, on_first_rank, over_micro_batches, over_ranks, rank, sample
+from common import set_learning_rate, setup, shuffled, stop, stream_logprobs, whole_weights
 
 
 @dataclass
@@ -199,17 +199,24 @@ def pair_logps(model, examples, args, autocast):
 
 def reference_logps(model, examples, args, autocast, file):
     """pair_logps of the reference, from `file` if it was written for this model, data and dtype."""
-    digest = hashlib.blake2b(f"{model.config.to_json_string()} {args.dtype} {model.device.type}".encode())
-    for weight in whole_weights(model).values():
-        digest.update(weight.cpu().numpy().tobytes())
-    for e in examples:  # tokens, after --max-length has dropped what it drops
-        digest.update(str((e["prompt_ids"], e["chosen_ids"], e["rejected_ids"])).encode())
-    if file.exists() and (cached := torch.load(file, weights_only=True))["key"] == digest.hexdigest():
+    weights = whole_weights(model).values()
+
+    def find_cached():
+        digest = hashlib.blake2b(f"{model.config.to_json_string()} {args.dtype} {model.device.type}".encode())
+        for weight in weights:
+            digest.update(weight.cpu().numpy().tobytes())
+        for e in examples:  # tokens, after --max-length has dropped what it drops
+            digest.update(str((e["prompt_ids"], e["chosen_ids"], e["rejected_ids"])).encode())
+        cached = torch.load(file, weights_only=True) if file.exists() else {"key": None}
+        return digest.hexdigest(), cached["logps"] if cached["key"] == digest.hexdigest() else None
+
+    key, logps = on_first_rank(find_cached)
+    if logps is not None:
         print(f"reference log-probs: read from {file}")
-        return cached["logps"]
+        return logps
     logps = pair_logps(model, examples, args, autocast)
     if rank() == 0:
-        torch.save({"key": digest.hexdigest(), "logps": logps}, file.with_suffix(".new"))
+        torch.save({"key": key, "logps": logps}, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
     return logps
 

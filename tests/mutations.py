@@ -23,6 +23,48 @@ Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
         "common.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(world()))",
+        "FSDP's mean over processes, where weights carry the whole count",
+        "test_processes.py::test_architectures",
+    ),
+    Mutant(
+        "common.py",
+        "total = over_ranks(torch.cat([p.grad.flatten() for p in params]))",
+        "total = torch.cat([p.grad.flatten() for p in params])",
+        "each process goes its own way",
+        "test_processes.py::test_architectures",
+    ),
+    Mutant(
+        "common.py",
+        "shares = [cut(order[first :: world()])",
+        "order = order[: len(order) // world() * world()]; shares = [cut(order[first :: world()])",
+        "rows that the processes do not divide are lost",
+        "test_processes.py::test_shares_of_micro_batches",
+    ),
+    Mutant(
+        "common.py",
+        "return mine + [[]] * (max(map(len, shares)) - len(mine))",
+        "return mine",
+        "a process without rows leaves the others waiting",
+        "test_processes.py::test_shares_of_micro_batches",
+    ),
+    Mutant(
+        "common.py",
+        "with gathered(model) as alone:",
+        "noise = noise.flip(0) if rank() else noise\n    with gathered(model) as alone:",
+        "noise belongs to a row of a process",
+        "test_processes.py::test_architectures",
+    ),
+    Mutant(
+        "grpo.py",
+        "                loss_sum = over_ranks(loss_sum)\n",
+        "",
+        "the first process logs the loss of its own rows",
+        "test_processes.py::test_several_processes_compute_what_one_does[2-full-grpo]",
+    ),
+    Mutant(
+        "common.py",
         "position = (last + 1 + column[:more])",
         "position = (last + column[:more])",
         "completions that share a prompt start at its last position",

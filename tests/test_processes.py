@@ -57,7 +57,7 @@ def one(chain, tmp_path_factory):  # noqa: F811
     return folder
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]} processes, {way[1]}")
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
 def several(request, chain, tmp_path_factory):  # noqa: F811
     """What several compute."""
     folder, (processes, way) = tmp_path_factory.mktemp("several"), request.param
@@ -115,16 +115,18 @@ def test_architectures(tiny_dirs, tmp_path):
     models, found = tmp_path / "models", []
     for name, path in tiny_dirs.items():
         shutil.copytree(path, models / name)
-    for processes, way in ((1, "none"), (2, "full")):
-        folder = tmp_path / way
+    for processes, way in ((1, "none"), (2, "full"), (2, "none")):
+        folder = tmp_path / f"{processes} {way}"
         folder.mkdir()
         done = launch(processes, "architectures", folder, models, way)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(torch.load(folder / "found.pt"))
-    assert found[0].keys() == found[1].keys() == set(tiny_dirs)
-    for name, (gradient, tokens) in found[0].items():
-        assert (found[1][name][0] - gradient).norm() < 1e-5 * gradient.norm(), name
-        assert found[1][name][1] == tokens, name
+    expected = found.pop(0)
+    for each in found:
+        assert each.keys() == expected.keys() and len(each) == 2 * len(tiny_dirs)
+        for name, (gradient, tokens) in expected.items():
+            assert (each[name][0] - gradient).norm() < 1e-5 * gradient.norm(), name
+            assert each[name][1] == tokens, name
 
 
 @pytest.mark.parametrize("way", ["killed", "raises"])

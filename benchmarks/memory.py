@@ -1,0 +1,274 @@
+"""GPU memory of ppo.py with a learned reward, by part, for models and numbers of cards, and its check.
+
+    python benchmarks/memory.py                      the tables of the README (half a minute, nothing is run)
+    python benchmarks/memory.py --check              the same sums for small models, beside what ppo.py really
+                                                     allocates: 1 process, and 2 that split (five minutes)
+
+Parameters are counted and activations traced on models without memory (torch's FakeTensorMode), in the
+script's own forward, bfloat16 autocast included; the rest is arithmetic that stands below. What a GPU needs
+besides (its context, NCCL, fragmentation: 1 to 3 GiB) is left out. No GPU was at hand: the check runs on a
+CPU, where the peak is the sum of all live tensors' storages, looked at after every operation of a step."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+GIB = 2**30
+QWEN = dict(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=True, model_type="qwen2")
+MODELS = {
+    "0.5B": QWEN
+    | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "1.5B": QWEN
+    | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+    "8B": dict(model_type="llama", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336)
+    | dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+}
+SMALL = {
+    "12M": dict(model_type="llama", vocab_size=8192, hidden_size=256, intermediate_size=768)
+    | dict(num_hidden_layers=8, num_attention_heads=4, max_position_embeddings=512),
+    "46M": dict(model_type="llama", vocab_size=16_384, hidden_size=512, intermediate_size=1536)
+    | dict(num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512),
+}
+PARTS = "weights", "gradients", "optimiser", "reference", "reward model", "gathered", "activations", "logits"
+PARTS += ("cache",)
+# cards, memory of each, models, flags: rows of the table
+CASES = [(1, 24, "0.5B", True), (1, 80, "0.5B", False), (1, 80, "1.5B", True), (1, 80, "8B", True)]
+CASES += [(cards, 80, size, True) for size in MODELS for cards in (8, 64)]
+
+
+# ---------------------------------------------------------------- the calculator
+def fake(shape, layers):
+    """A model of that shape without memory."""
+    config = transformers.AutoConfig.for_model(**shape | dict(num_hidden_layers=layers))
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+
+def saved_bytes(shape, layers, rows, length):
+    """What a forward keeps for its backward pass -> bytes of activations, of weights' bfloat16 copies."""
+    kept = {}
+
+    def pack(x):
+        kept[id(x.untyped_storage())] = x, x.untyped_storage()
+        return x
+
+    with FakeTensorMode():
+        model = fake(shape, layers)
+        sizes = {p.shape[::-1] for p in model.parameters()} | {p.shape for p in model.parameters()}
+        weights = {id(p.untyped_storage()) for p in model.parameters()}
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            output = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        found = [(x, s.nbytes()) for key, (x, s) in kept.items() if key not in weights]
+        copies = sum(n for x, n in found if x.shape in sizes and x.dtype == torch.bfloat16)
+        return sum(n for _, n in found) - copies + output.untyped_storage().nbytes(), copies
+
+
+def memory(shape, cards, rows, length, batch, checkpointing, split):
+    """Bytes on each card, by part, in the sampling and in the training phase of a step of ppo.py.
+
+    rows x length: a micro-batch; batch: completions of a step, of up to `length` tokens with their prompt."""
+    layers, hidden, vocab = (shape[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    one, two = (saved_bytes(shape, n, rows, length) for n in (1, 2))
+    layer, copies = (b - a for a, b in zip(one, two))  # of one layer
+    outside = one[0] - layer
+    with FakeTensorMode():
+        total = sum(p.numel() for p in fake(shape, layers).parameters())
+        block = total - sum(p.numel() for p in fake(shape, layers - 1).parameters())
+    root = total - layers * block  # embedding, last norm, head
+    head = vocab * hidden
+    share = cards if split else 1
+    tokens, chunk = rows * length, min(common.CHUNK, rows * length * vocab)
+    parts = Counter()
+    # policy and value model: float32 weights, gradients, and Adam's two moments
+    parts["weights"], parts["gradients"], parts["optimiser"] = (2 * n * total / share for n in (4, 4, 8))
+    parts["reference"] = parts["reward model"] = 4 * total / share
+    # FSDP: two layers (one is fetched while the other computes), what lies outside them, and the gradients of
+    # both, whole and in the order in which they are sent
+    parts["gathered"] = (4 * (2 * block + root) + 8 * (block + root)) * (share > 1)
+    parts["activations"] = outside + layers * layer + layers * copies
+    if checkpointing:  # the input of each layer, and one layer computed again
+        parts["activations"] = outside + layers * 4 * tokens * hidden + layer + copies
+    # two chunks of logits, the head in bfloat16, its gradient in bfloat16 and, before it is added, in float32
+    parts["logits"] = 8 * chunk + 8 * head if tokens * vocab > common.CHUNK else 14 * chunk + 4 * head
+    if share == 1:  # a gradient exists beside the sum that it is added to
+        parts["gradients"] += 4 * max(head, block // 3)
+    training = Counter(parts)
+    width = shape["num_key_value_heads"] if "num_key_value_heads" in shape else shape["num_attention_heads"]
+    width *= hidden // shape["num_attention_heads"]
+    sampling = Counter({k: parts[k] for k in ("weights", "optimiser", "reference", "reward model")})
+    sampling["gathered"] = 4 * total * (share > 1)
+    rows_here = -(-batch // cards)
+    sampling["cache"] = 2 * 2 * layers * width * length * min(rows_here, 512) + 24 * vocab * min(
+        rows_here, 512
+    )
+    return sampling, training
+
+
+def table(tokens, length, batch):
+    print(
+        f"\nppo.py, --micro-batch-tokens {tokens}, sequences of {length} tokens, {batch} completions a step;"
+    )
+    print("GiB on each card, in the phase that takes more\n")
+    print("| model | cards | flags | " + " | ".join(PARTS) + " | together |")
+    print("|---" * (len(PARTS) + 4) + "|")
+    for cards, size, name, checkpointing in sorted(
+        CASES, key=lambda c: (list(MODELS).index(c[2]), c[0], c[1])
+    ):
+        flags, budget = ["--shard full"] * (cards > 1) + ["--gradient-checkpointing"] * checkpointing, tokens
+        if size < 40:
+            budget = 4096
+            flags.append(f"--micro-batch-tokens {budget}")
+        phases = memory(MODELS[name], cards, max(1, budget // length), length, batch, checkpointing, True)
+        phases[0]["cache"] = min(phases[0]["cache"], size * GIB / 4)  # more goes in waves
+        worst = max(phases, key=lambda parts: sum(parts.values()))
+        whole = sum(worst.values()) / GIB
+        numbers = " | ".join(f"{worst[p] / GIB:.1f}" if worst[p] else "" for p in PARTS)
+        fits = "" if whole < 0.92 * size else " (does not fit)"
+        print(f"| {name} | {cards} x {size} GB | {' '.join(flags)} | {numbers} | {whole:.1f}{fits} |")
+
+
+def communication():
+    """Where gathering parameters takes longer than computing with them, from data sheets, not measured."""
+    flops, links = 0.35 * 989e12, {"NVLink, 450 GB/s": 450e9, "400 Gb/s between machines": 50e9}
+    print(
+        "\nFSDP sends 12 bytes a parameter and micro-batch (float32: gathered twice, its gradient once), and"
+    )
+    print("computes 6 FLOPs a parameter and token, at 35% of an H100's bfloat16 rate:")
+    for name, rate in links.items():
+        print(f"- {name}: as long at {12 / rate * flops / 6:,.0f} tokens a micro-batch, of whatever model")
+
+
+# ---------------------------------------------------------------- the check
+class Peak(TorchDispatchMode):
+    """The most bytes that live tensors' storages have held after any operation."""
+
+    def __init__(self, models=()):
+        super().__init__()
+        self.storages, self.bytes = weakref.WeakSet(), 0
+
+    def see(self, x):
+        x = getattr(x, "_local_tensor", x)
+        if isinstance(x, torch.Tensor):
+            self.storages.add(x.untyped_storage())
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        torch.utils._pytree.tree_map(self.see, (args, result))
+        self.bytes = max(self.bytes, sum(s.nbytes() for s in self.storages))
+        return result
+
+
+def child(name, folder, checkpointing):
+    """Two steps of ppo.py, the second of them watched."""
+    import ppo
+
+    torch.set_num_threads(1)
+    peak, began = Peak(), []
+
+    def reward_model(self, examples, completions):
+        return torch.arange(len(completions)) / len(completions)
+
+    log = ppo.Run.log
+
+    def after(run, *args, **kwargs):
+        log(run, *args, **kwargs)
+        if not began:
+            began.append(peak.__enter__())
+            for model in MODEL:
+                for p in model.parameters():
+                    peak.see(p)
+
+    MODEL, load = [], (ppo.load_policy, ppo.load_scorer, common.load_scorer)
+
+    def watch(function):
+        def loaded(*args, **kwargs):
+            MODEL.append(function(*args, **kwargs))
+            return MODEL[-1]
+
+        return loaded
+
+    ppo.load_policy, ppo.load_scorer, common.load_scorer = map(watch, load)
+    ppo.Run.log = after
+    ppo.sample = lambda model, prompts, n, new, *rest: ([[5] * new for _ in prompts for _ in range(n)], None)
+    flags = dict(
+        model=f"{folder}/{name}", reward=f"{folder}/{name} reward", output_dir=f"{folder}/run {name}"
+    )
+    flags |= dict(
+        steps=2, prompts_per_step=16, max_completion_length=64, micro_batch_tokens=1024, shard="full"
+    )
+    flags |= dict(
+        dtype="bfloat16", save_every=0, eval_every=0, dataset=f"{folder}/rows.jsonl", overwrite=True
+    )
+    flags |= dict(gradient_checkpointing=checkpointing, update_epochs=1)
+    ppo.main(ppo.Args(**flags, num_generations=1))
+    peak.__exit__(None, None, None)
+    if common.rank() == 0:
+        print("PEAK", peak.bytes, file=sys.stderr)
+
+
+def check():
+    print("| model | processes | flags | sum, MiB | measured, MiB | ratio |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = common.tiny_tokenizer()
+        prompt = "abcdefgh" * 8
+        length = len(tokenizer(prompt).input_ids) + 64
+        Path(folder, "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        for name, shape in SMALL.items():
+            ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+            config = transformers.AutoConfig.for_model(**shape | ids)
+            for kind in ("CausalLM", "SequenceClassification"):
+                config.num_labels = 1
+                model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+                path = Path(folder, name + " reward" * (kind != "CausalLM"))
+                model.save_pretrained(path)
+                tokenizer.save_pretrained(path)
+            for processes in (1, 2):
+                for checkpointing in (False, True):
+                    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+                    command = [sys.executable, *(start if processes > 1 else []), __file__, "--child", name]
+                    command += [folder, str(int(checkpointing))]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if "PEAK" not in done.stderr:
+                        sys.exit(done.stderr[-3000:])
+                    measured = int(done.stderr.rpartition("PEAK ")[2].split()[0])
+                    rows = 1024 // length
+                    _, parts = memory(shape, processes, rows, length, 16, checkpointing, True)
+                    total = sum(parts.values())
+                    flags = "--gradient-checkpointing" if checkpointing else ""
+                    numbers = f"{total / 2**20:.0f} | {measured / 2**20:.0f} | {total / measured:.2f}"
+                    print(f"| {name} | {processes} | {flags} | {numbers} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.child:
+        return child(args.child[0], args.child[1], bool(int(args.child[2])))
+    if args.check:
+        return check()
+    table(16_384, 768, 512)
+    communication()
+
+
+if __name__ == "__main__":
+    main()
