@@ -10,6 +10,7 @@ besides (its context, NCCL, fragmentation: 1 to 3 GiB) is left out. No GPU was a
 CPU, where the peak is the sum of all live tensors' storages, looked at after every operation of a step."""
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -52,10 +54,17 @@ CASES += [(cards, 80, size, True) for size in MODELS for cards in (8, 64)]
 
 
 # ---------------------------------------------------------------- the calculator
-def fake(shape, layers):
+def fake(shape, layers, kind="CausalLM"):
     """A model of that shape without memory."""
-    config = transformers.AutoConfig.for_model(**shape | dict(num_hidden_layers=layers))
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    config = transformers.AutoConfig.for_model(**shape | dict(num_hidden_layers=layers, num_labels=1))
+    return (
+        getattr(transformers, f"AutoModelFor{kind}").from_config(config, attn_implementation="sdpa").train()
+    )
+
+
+def count(shape, layers, kind="CausalLM"):
+    with FakeTensorMode():
+        return sum(p.numel() for p in fake(shape, layers, kind).parameters())
 
 
 def saved_bytes(shape, layers, rows, length):
@@ -71,57 +80,54 @@ def saved_bytes(shape, layers, rows, length):
         sizes = {p.shape[::-1] for p in model.parameters()} | {p.shape for p in model.parameters()}
         weights = {id(p.untyped_storage()) for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = torch.ones_like(ids)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16):
-            output = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         found = [(x, s.nbytes()) for key, (x, s) in kept.items() if key not in weights]
         copies = sum(n for x, n in found if x.shape in sizes and x.dtype == torch.bfloat16)
-        return sum(n for _, n in found) - copies + output.untyped_storage().nbytes(), copies
+        return sum(n for _, n in found) - copies, copies
 
 
-def memory(shape, cards, rows, length, batch, checkpointing, split):
-    """Bytes on each card, by part, in the sampling and in the training phase of a step of ppo.py.
+def memory(shape, cards, rows, length, new, batch, checkpointing):
+    """Bytes on each card, by part, in the sampling and in the training phase of a step of ppo.py, all models
+    split.
 
-    rows x length: a micro-batch; batch: completions of a step, of up to `length` tokens with their prompt."""
+    rows x length: a micro-batch, whose last `new` columns are completion; batch: completions of a step."""
+    rows = min(rows, -(-batch // cards))
     layers, hidden, vocab = (shape[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
     one, two = (saved_bytes(shape, n, rows, length) for n in (1, 2))
     layer, copies = (b - a for a, b in zip(one, two))  # of one layer
     outside = one[0] - layer
-    with FakeTensorMode():
-        total = sum(p.numel() for p in fake(shape, layers).parameters())
-        block = total - sum(p.numel() for p in fake(shape, layers - 1).parameters())
-    root = total - layers * block  # embedding, last norm, head
-    head = vocab * hidden
-    share = cards if split else 1
-    tokens, chunk = rows * length, min(common.CHUNK, rows * length * vocab)
+    policy, scorer = count(shape, layers), count(shape, layers, "SequenceClassification")
+    block, head, tokens = policy - count(shape, layers - 1), vocab * hidden, rows * length
+    root = policy - layers * block  # embedding, last norm, head
     parts = Counter()
     # policy and value model: float32 weights, gradients, and Adam's two moments
-    parts["weights"], parts["gradients"], parts["optimiser"] = (2 * n * total / share for n in (4, 4, 8))
-    parts["reference"] = parts["reward model"] = 4 * total / share
-    # FSDP: two layers (one is fetched while the other computes), what lies outside them, and the gradients of
-    # both, whole and in the order in which they are sent
-    parts["gathered"] = (4 * (2 * block + root) + 8 * (block + root)) * (share > 1)
-    parts["activations"] = outside + layers * layer + layers * copies
+    parts["weights"], parts["gradients"], parts["optimiser"] = (
+        n * (policy + scorer) / cards for n in (4, 4, 8)
+    )
+    parts["reference"], parts["reward model"] = 4 * policy / cards, 4 * scorer / cards
+    # the head's gradient is there, whole, before it is added to that of earlier micro-batches
+    parts["gradients"] += 4 * head
+    # FSDP: what lies outside the layers, two layers (one comes while the other computes), a layer's gradient
+    # whole and as it is sent
+    parts["gathered"] = (4 * root + 16 * block) * (cards > 1)
+    parts["activations"] = outside + layers * (layer + copies)
     if checkpointing:  # the input of each layer, and one layer computed again
         parts["activations"] = outside + layers * 4 * tokens * hidden + layer + copies
-    # two chunks of logits, the head in bfloat16, its gradient in bfloat16 and, before it is added, in float32
-    parts["logits"] = 8 * chunk + 8 * head if tokens * vocab > common.CHUNK else 14 * chunk + 4 * head
-    if share == 1:  # a gradient exists beside the sum that it is added to
-        parts["gradients"] += 4 * max(head, block // 3)
-    training = Counter(parts)
-    width = shape["num_key_value_heads"] if "num_key_value_heads" in shape else shape["num_attention_heads"]
-    width *= hidden // shape["num_attention_heads"]
+    # the head and its gradient in bfloat16; two chunks of logits, or all of them, four times
+    logits = rows * new * vocab
+    parts["logits"] = 4 * head + (8 * common.CHUNK if logits > common.CHUNK else 16 * logits)
     sampling = Counter({k: parts[k] for k in ("weights", "optimiser", "reference", "reward model")})
-    sampling["gathered"] = 4 * total * (share > 1)
-    rows_here = -(-batch // cards)
-    sampling["cache"] = 2 * 2 * layers * width * length * min(rows_here, 512) + 24 * vocab * min(
-        rows_here, 512
-    )
-    return sampling, training
+    sampling["gathered"] = 4 * policy * (cards > 1)
+    width = shape.get("num_key_value_heads", shape["num_attention_heads"])
+    width *= hidden // shape["num_attention_heads"]
+    together = min(-(-batch // cards), 512)  # rows of a wave
+    sampling["cache"] = (4 * layers * width * length + 32 * vocab) * together
+    return sampling, parts
 
 
-def table(tokens, length, batch):
+def table(tokens, length, new, batch):
     print(
         f"\nppo.py, --micro-batch-tokens {tokens}, sequences of {length} tokens, {batch} completions a step;"
     )
@@ -135,7 +141,7 @@ def table(tokens, length, batch):
         if size < 40:
             budget = 4096
             flags.append(f"--micro-batch-tokens {budget}")
-        phases = memory(MODELS[name], cards, max(1, budget // length), length, batch, checkpointing, True)
+        phases = memory(MODELS[name], cards, max(1, budget // length), length, new, batch, checkpointing)
         phases[0]["cache"] = min(phases[0]["cache"], size * GIB / 4)  # more goes in waves
         worst = max(phases, key=lambda parts: sum(parts.values()))
         whole = sum(worst.values()) / GIB
@@ -152,19 +158,23 @@ def communication():
     )
     print("computes 6 FLOPs a parameter and token, at 35% of an H100's bfloat16 rate:")
     for name, rate in links.items():
-        print(f"- {name}: as long at {12 / rate * flops / 6:,.0f} tokens a micro-batch, of whatever model")
+        print(f"- {name}: as long at {12 / rate * flops / 6:,.0f} tokens a micro-batch, for any model")
 
 
 # ---------------------------------------------------------------- the check
 class Peak(TorchDispatchMode):
-    """The most bytes that live tensors' storages have held after any operation."""
+    """The most bytes that live tensors' storages have held after any operation, earlier ones included."""
 
-    def __init__(self, models=()):
+    def __init__(self):
         super().__init__()
         self.storages, self.bytes = weakref.WeakSet(), 0
+        for x in gc.get_objects():
+            if isinstance(x, torch.Tensor):
+                self.see(x)
 
     def see(self, x):
-        x = getattr(x, "_local_tensor", x)
+        if isinstance(x, DTensor):
+            x = x._local_tensor
         if isinstance(x, torch.Tensor):
             self.storages.add(x.untyped_storage())
 
@@ -180,47 +190,31 @@ def child(name, folder, checkpointing):
     import ppo
 
     torch.set_num_threads(1)
-    peak, began = Peak(), []
-
-    def reward_model(self, examples, completions):
-        return torch.arange(len(completions)) / len(completions)
-
-    log = ppo.Run.log
+    log, peak = ppo.Run.log, []
 
     def after(run, *args, **kwargs):
         log(run, *args, **kwargs)
-        if not began:
-            began.append(peak.__enter__())
-            for model in MODEL:
-                for p in model.parameters():
-                    peak.see(p)
+        if peak:
+            peak[0].__exit__(None, None, None)
+        else:
+            peak.append(Peak())
+            peak[0].__enter__()
 
-    MODEL, load = [], (ppo.load_policy, ppo.load_scorer, common.load_scorer)
-
-    def watch(function):
-        def loaded(*args, **kwargs):
-            MODEL.append(function(*args, **kwargs))
-            return MODEL[-1]
-
-        return loaded
-
-    ppo.load_policy, ppo.load_scorer, common.load_scorer = map(watch, load)
     ppo.Run.log = after
     ppo.sample = lambda model, prompts, n, new, *rest: ([[5] * new for _ in prompts for _ in range(n)], None)
     flags = dict(
         model=f"{folder}/{name}", reward=f"{folder}/{name} reward", output_dir=f"{folder}/run {name}"
     )
     flags |= dict(
-        steps=2, prompts_per_step=16, max_completion_length=64, micro_batch_tokens=1024, shard="full"
+        steps=2, prompts_per_step=32, max_completion_length=64, micro_batch_tokens=1024, shard="full"
     )
     flags |= dict(
         dtype="bfloat16", save_every=0, eval_every=0, dataset=f"{folder}/rows.jsonl", overwrite=True
     )
     flags |= dict(gradient_checkpointing=checkpointing, update_epochs=1)
     ppo.main(ppo.Args(**flags, num_generations=1))
-    peak.__exit__(None, None, None)
     if common.rank() == 0:
-        print("PEAK", peak.bytes, file=sys.stderr)
+        print("PEAK", peak[0].bytes, file=sys.stderr)
 
 
 def check():
@@ -249,7 +243,9 @@ def check():
                         sys.exit(done.stderr[-3000:])
                     measured = int(done.stderr.rpartition("PEAK ")[2].split()[0])
                     rows = 1024 // length
-                    _, parts = memory(shape, processes, rows, length, 16, checkpointing, True)
+                    _, parts = memory(shape, processes, rows, length, 64, 32, checkpointing)
+                    if os.environ.get("PARTS"):
+                        print({k: round(v / 2**20) for k, v in parts.items()})
                     total = sum(parts.values())
                     flags = "--gradient-checkpointing" if checkpointing else ""
                     numbers = f"{total / 2**20:.0f} | {measured / 2**20:.0f} | {total / measured:.2f}"
@@ -266,7 +262,7 @@ def main():
         return child(args.child[0], args.child[1], bool(int(args.child[2])))
     if args.check:
         return check()
-    table(16_384, 768, 512)
+    table(16_384, 768, 512, 512)
     communication()
 
 

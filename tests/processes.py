@@ -22,8 +22,6 @@ import torch
 
 import common
 
-torch.set_num_threads(1)
-common.TASK_ROWS = {"sft": 64, "preference": 64, "prompt": 64, "held out": 13}
 NAMES = ["sft", "reward_model", "dpo", "rejection_sampling", "ppo", "rloo", "grpo"]
 PROMPTS = [[3, 9, 4], [12, 5, 8, 7, 6, 11, 2], [4], [9, 3, 9, 3], [7, 7]]
 
@@ -193,6 +191,8 @@ def bad_file(folder, chain, way):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    common.TASK_ROWS = {"sft": 64, "preference": 64, "prompt": 64, "held out": 13}
     command, folder, *more = sys.argv[1:]
     chain, way = (more + ["", "none"][len(more) :])[:2]
     globals()[command](folder, chain, way)
