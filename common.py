@@ -7,7 +7,6 @@ order: 1. command line   2. processes   3. models   4. the built-in task   5. da
 import atexit
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import importlib.util
@@ -137,7 +136,9 @@ def setup(args):
         name = f"{world()} processes, each {name}"
         distributed.barrier()  # none of them has written yet what another one looks for
     print(f"device: {name}; weights float32, compute {dtype}")
-    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    # no cache: it would keep bfloat16 copies of all weights, of which a forward reads each but once
+    options = dict(dtype=torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
+    return device, lambda: torch.autocast(device.type, **options)
 
 
 def explain(kind, error, trace):
@@ -145,7 +146,8 @@ def explain(kind, error, trace):
     lost = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
     if world() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in lost):
         time.sleep(5)  # whoever failed says why first
-        print(f"process {rank()} lost the others; what ended them stands above", file=sys.stderr)
+        found = f"process {rank()} lost the others, and if one of them has failed that stands above"
+        print(f"{found} ({one_line(str(error), 400)})", file=sys.stderr)
         return
     if not isinstance(error, torch.OutOfMemoryError):
         return sys.__excepthook__(kind, error, trace)
@@ -153,7 +155,7 @@ def explain(kind, error, trace):
     phase, advice = "training", "--resume with a lower --micro-batch-tokens, or --gradient-checkpointing"
     if "score" in names:
         phase, advice = "scoring", "--resume with a lower --micro-batch-tokens"
-    elif "_sample_wave" in names:
+    elif {"_sample_wave", "gathered"} & names:
         phase, advice = "sampling", "start again with a lower --max-completion-length or --num-generations"
     print(f"error: out of GPU memory in {phase}: {advice}; a checkpoint, if any, is intact", file=sys.stderr)
 
@@ -170,6 +172,8 @@ SHARD = "auto"  # --shard, for whatever model is loaded
 
 def rank():
     """This process among those that torchrun started; 0 with one."""
+    if not distributed.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:  # not yet
+        return int(os.environ["RANK"])
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -188,9 +192,7 @@ def start_processes(shard):
     if kind == "cuda":
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        # an hour: a reward function may take its time on the first process while the others wait
-        timeout = datetime.timedelta(hours=1)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -220,9 +222,11 @@ def shard(model, device, train):
     says so: "auto" where, with float32 weights (and gradients and Adam's two moments), a model takes more
     than a quarter of a GPU's memory. What is not split stands whole in each process."""
     size = (16 if train is not None else 4) * sum(p.numel() for p in model.parameters())
-    if SHARD == "auto":
-        is_large = device.type == "cuda" and 4 * size > torch.cuda.get_device_properties(device).total_memory
-    if world() == 1 or not (is_large if SHARD == "auto" else SHARD == "full"):
+    is_split = world() > 1 and SHARD == "full"
+    if world() > 1 and SHARD == "auto" and device.type == "cuda":
+        is_large = 4 * size > torch.cuda.get_device_properties(device).total_memory
+        is_split = bool(over_ranks(int(is_large), op="max"))  # in all processes or in none
+    if not is_split:
         return model.to(device)
     mesh, blocks = distributed.init_device_mesh(device.type, (world(),)), set(model._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in blocks] + [model]:
@@ -252,11 +256,11 @@ def gathered(model):
     """The whole of a split model in each process while it samples, -> True, if a GPU has room for it: then no
     process waits for another. Else False: each layer is gathered at each step, which all take together."""
     shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    size = 4 * sum(p.numel() for p in model.parameters())
     fits = True
-    if model.device.type == "cuda":
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, for tensors
-        fits = size < (torch.cuda.mem_get_info()[0] + kept) / 2
+    if model.device.type == "cuda":  # beside float32 weights, their bfloat16 copy and a quarter for sample()
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator keeps
+        fits = 6 * sum(p.numel() for p in model.parameters()) + total / 4 < free
     fits = not (shards and over_ranks(int(not fits), op="max"))  # for all or for none
     for module in shards if fits else ():
         module.set_reshard_after_forward(False, recurse=False)
@@ -272,7 +276,8 @@ def clip_gradients(model, max_norm):
     norm of at most max_norm (0: never) -> their norm before."""
     params = [p for p in model.parameters() if p.grad is not None]
     if world() > 1 and not isinstance(model, FSDPModule):
-        total = over_ranks(torch.cat([p.grad.flatten() for p in params]))
+        total = torch.cat([p.grad.flatten() for p in params])
+        distributed.all_reduce(total)
         for p, grad in zip(params, total.split([p.numel() for p in params])):
             p.grad.copy_(grad.view_as(p))
     norm = nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
@@ -352,11 +357,16 @@ def eos_ids(tokenizer, path):
 
 
 def _load_config(flag, path):
-    """Its config, dropout off: else two forwards differ, and the ratio is not 1 before the first update."""
+    """Its config, dropout and jitter off: else two forwards differ, and the ratio is not 1 before the first
+    update."""
     config = _load(AutoConfig, flag, path)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if (
+                ("drop" in name or "jitter" in name)
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+            ):
                 setattr(part, name, 0.0)
     return config
 
@@ -367,11 +377,12 @@ def load_policy(path, device, train=None):
     return _prepare(_load(AutoModelForCausalLM, "--model", path, **options), device, train)
 
 
-def load_scorer(path, device, flag, train=None, new_head=None):
+def load_scorer(path, device, flag, train=None, new_head=None, pad=None):
     """A sequence-classification model with one output, float32 weights.
 
     new_head: what a language model gets for a head: "normal" draws its weights with std 1/sqrt(H+1) (Stiennon
-    et al. 2020), "zero" makes it give 0; without it a language model is an error."""
+    et al. 2020), "zero" makes it give 0; without it a language model is an error. pad: a tokenizer and ids
+    that end a completion, to choose_pad for the model to be saved."""
     config = _load_config(flag, path)
     name = (config.architectures or ["model of unknown architecture"])[0]
     is_scorer = name.endswith("ForSequenceClassification")
@@ -389,6 +400,8 @@ def load_scorer(path, device, flag, train=None, new_head=None):
         draw = torch.randn(model.score.weight.shape, generator=generator(train.seed, "head"))
         std = 1 / math.sqrt(model.score.in_features + 1) if new_head == "normal" else 0.0
         model.score.weight.data.copy_(draw * std)
+    if pad is not None:
+        choose_pad(pad[0], model, pad[1])
     return _prepare(model, device, train)
 
 
@@ -507,11 +520,18 @@ def _check_head(model):
     """Stop if head_logits is not what the model's own forward gives: an architecture it does not know."""
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         stop(f"{type(model).__name__} has no plain language-model head; stream_logprobs needs an nn.Linear")
+    if model.base_model is model:
+        stop(f"{type(model).__name__} does not say which part of it is without the head (base_model)")
     ids = torch.arange(1, 5, device=model.device)[None]
     ours = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()
     if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
         stop(f"{type(model).__name__} changes its logits in a way that head_logits does not know: add it")
+    padded, seen = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
+    position = (seen.cumsum(1) - 1).clamp(min=0)
+    left = model(input_ids=padded, attention_mask=seen, position_ids=position, use_cache=False).logits[0, 2:]
+    if not torch.allclose(left.float().log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
+        stop(f"{type(model).__name__} counts positions in a way of its own: its prompts cannot be padded")
 
 
 def choose_pad(tokenizer, model, eos):
@@ -1000,6 +1020,19 @@ def backbone(model, input_ids, attention_mask):
     return model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
+class SharedPrompts(transformers.cache_utils.DynamicLayer):
+    """A layer's keys and values of prompts, and which of them each row continues; what comes after is not
+    kept."""
+
+    def __init__(self, layer, which):
+        super().__init__()
+        self.is_initialized, self.keys, self.values, self.which = True, layer.keys, layer.values, which
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        pairs = (self.keys, key_states), (self.values, value_states)
+        return tuple(torch.cat([x.index_select(0, self.which), new], 2) for x, new in pairs)
+
+
 def hidden_states(model, input_ids, attention_mask, mask):
     """The last layer's output at the columns of mask (b, l-1); elsewhere it may be anything. input_ids,
     attention_mask (b, l) -> (b, l, H).
@@ -1024,8 +1057,7 @@ def hidden_states(model, input_ids, attention_mask, mask):
     is_real = prompts >= 0
     inputs = dict(attention_mask=is_real.long(), past_key_values=cache, use_cache=True)
     of_prompts = model.base_model(prompts.clamp(min=0), **inputs).last_hidden_state
-    for layer in cache.layers:
-        layer.keys, layer.values = (x.index_select(0, which) for x in (layer.keys, layer.values))
+    cache.layers = [SharedPrompts(layer, which) for layer in cache.layers]
     position = (last + 1 + column[:more]).clamp(max=width - 1)  # (b, more)
     causal = (column[:more] <= column[:more, None]).expand(rows, -1, -1)
     seen = torch.cat([is_real[which][:, None].expand(-1, more, -1), causal], 2)[:, None]
@@ -1071,6 +1103,7 @@ def sample(
     was_training, results, mine = model.training, {}, order[rank() :: world()]
     model.eval()  # in train mode gradient checkpointing would drop the cache
     with gathered(model) as alone:
+        torch.set_autocast_cache_enabled(alone)  # one bfloat16 copy of the weights for all steps
         # layer by layer all processes take as many waves, those that have no rows left with one of no use
         last = len(mine) if alone else max(over_ranks(-(-len(mine) // size), op="max") * size, 1)
         for first in range(0, last, size):
@@ -1078,6 +1111,8 @@ def sample(
             rows = [i * num_generations + g for i in part for g in range(num_generations)]
             wave = [prompts[i] for i in part], temperature, stop_ids, noise[rows].to(model.device), plain
             results |= zip(rows, _sample_wave(model, *wave, alone))
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
     model.train(was_training)
     if world() > 1:
         parts = [None] * world()
@@ -1275,6 +1310,8 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
     try:
         scores = on_first_rank(lambda: function(prompts, texts, rows))
     except Exception as error:  # whatever a user's function raises
+        if rank() > 0:  # which did not call it
+            raise
         found, where = error, f"none of the first {min(64, len(rows))} rows alone"
         for e, *inputs in list(zip(examples, prompts, texts, rows))[:64]:  # alone, to find the one
             try:
@@ -1376,9 +1413,10 @@ class RewardModel:
 # ---------------------------------------------------------------- 9. runs
 def make_optimizer(models, args, eps=1e-8):
     """AdamW on float32 weights; weight decay on matrices only."""
-    params = [p for model in models for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=args.weight_decay)]
-    groups += [dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    groups = []
+    for params in ([p for p in model.parameters() if p.requires_grad] for model in models):
+        groups += [dict(params=[p for p in params if p.ndim >= 2], weight_decay=args.weight_decay)]
+        groups += [dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=args.learning_rate, eps=eps, fused=True)
 
 
@@ -1450,10 +1488,12 @@ class Run:
             self.dir.rename(old)
             print(f"{self.dir} held an earlier run; it is now {old}")
         with self.writing():
-            self.dir.mkdir(parents=True, exist_ok=True)
+            if rank() == 0:
+                self.dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.dir / "args.json", json.dumps(dataclasses.asdict(args), indent=1) + "\n")
-        if rank() > 0:
-            args.track = "none"
+        if world() > 1:
+            distributed.barrier()  # the folder is there
+            args.track = args.track if rank() == 0 else "none"
         if args.track == "wandb":
             import wandb
 
@@ -1479,22 +1519,29 @@ class Run:
         if rank() > 0:
             return
         with contextlib.suppress(BrokenPipeError):
-            os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+            then = "" if world() > 1 else "; once more stops at once"
+            os.write(2, f"\n{name}: stopping after this step{then}\n".encode())
 
-    def is_interrupted(self):
-        """True in all processes if a signal came to one of them."""
-        self.signal = over_ranks(self.signal or 0, op="max") or None
-        return self.signal is not None
+    def interruption(self):
+        """The signal that came to one of the processes, in all of them; else None."""
+        found = over_ranks(self.signal or 0, op="max")
+        self.signal = (
+            self.signal or found or None
+        )  # (one may have come meanwhile; the next step's call sees it)
+        return found or None
 
     def exit_if_interrupted(self, done):
         """End the process if a signal came, with the exit status that shells expect; `done` says how far."""
-        if self.is_interrupted():
+        self.exit_for(self.interruption(), done)
+
+    def exit_for(self, number, done):
+        if number is not None:
             self.restore_handlers()
             with contextlib.suppress(BrokenPipeError):
                 self.bar.close()
                 if rank() == 0:
                     print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + number)
 
     def restore_handlers(self):
         """Give Ctrl-C and SIGTERM back to whoever called main."""
@@ -1530,7 +1577,8 @@ class Run:
             with safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
                 for key in file.keys():
                     own[key].copy_(split_like(file.get_tensor(key), own[key]))
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        options = dict(weights_only=True, map_location="cpu", mmap=torch.cuda.is_available())
+        state = torch.load(folder / "optimizer.pt", **options)
         for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             state["state"][i] = {k: split_like(x, parameter) for k, x in state["state"].get(i, {}).items()}
         optimizer.load_state_dict(state)
@@ -1577,10 +1625,11 @@ class Run:
 
     def checkpoint_if_due(self, step, models, optimizer, is_last=False):
         """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
-        if self.is_interrupted() or is_last or due(self.args.save_every, step, self.steps):
+        number = self.interruption()
+        if number is not None or is_last or due(self.args.save_every, step, self.steps):
             self.checkpoint(step, models, optimizer)
         if step < self.steps and not is_last:
-            self.exit_if_interrupted(f"step {step} of {self.steps}")
+            self.exit_for(number, f"step {step} of {self.steps}")
 
     def log(self, step, metrics, show):
         """A line of metrics.jsonl; the metrics named in `show` go to the progress bar or, in a log, a

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from common import Run, as_forward, backbone, check_context, choose_pad, cli, clip_gradients, completion_batch
+from common import Run, as_forward, backbone, check_context, cli, clip_gradients, completion_batch
 from common import completion_text, due, eos_ids, load_examples, load_held_out, load_scorer, load_tokenizer
 from common import make_optimizer, micro_batches, over_ranks, set_learning_rate, setup, shuffled
 
@@ -155,9 +155,9 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "preference", args)
     held_out = load_held_out(tokenizer, "preference", args)
-    model = load_scorer(args.model, device, "--model", train=args, new_head="normal")
+    pad = tokenizer, stop_ids
+    model = load_scorer(args.model, device, "--model", train=args, new_head="normal", pad=pad)
     check_context(model, max(map(pair_length, examples + held_out)), "--max-length")
-    choose_pad(tokenizer, model, stop_ids)
     optimizer = make_optimizer([model], args)
     steps = -(-args.epochs * len(examples) // args.batch_size)
     steps = min(steps, args.steps or steps)

@@ -47,7 +47,7 @@ SMALL = {
     | dict(num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512),
 }
 PARTS = "weights", "gradients", "optimiser", "reference", "reward model", "gathered", "activations", "logits"
-PARTS += ("cache",)
+PARTS += ("bf16 copy", "cache")
 # cards, memory of each, models, flags: rows of the table
 CASES = [(1, 24, "0.5B", True), (1, 80, "0.5B", False), (1, 80, "1.5B", True), (1, 80, "8B", True)]
 CASES += [(cards, 80, size, True) for size in MODELS for cards in (8, 64)]
@@ -80,17 +80,19 @@ def saved_bytes(shape, layers, rows, length):
         sizes = {p.shape[::-1] for p in model.parameters()} | {p.shape for p in model.parameters()}
         weights = {id(p.untyped_storage()) for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)
+        # (transformers looks whether anything is padded, which a tensor without memory cannot say: a mask)
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16):
-            model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            model.base_model(ids, attention_mask=mask, use_cache=False)
         found = [(x, s.nbytes()) for key, (x, s) in kept.items() if key not in weights]
         copies = sum(n for x, n in found if x.shape in sizes and x.dtype == torch.bfloat16)
         return sum(n for _, n in found) - copies, copies
 
 
-def memory(shape, cards, rows, length, new, batch, checkpointing):
+def memory(shape, cards, size, rows, length, new, batch, checkpointing):
     """Bytes on each card, by part, in the sampling and in the training phase of a step of ppo.py, all models
-    split.
+    split. size: a card's memory, in bytes.
 
     rows x length: a micro-batch, whose last `new` columns are completion; batch: completions of a step."""
     rows = min(rows, -(-batch // cards))
@@ -119,11 +121,18 @@ def memory(shape, cards, rows, length, new, batch, checkpointing):
     logits = rows * new * vocab
     parts["logits"] = 4 * head + (8 * common.CHUNK if logits > common.CHUNK else 16 * logits)
     sampling = Counter({k: parts[k] for k in ("weights", "optimiser", "reference", "reward model")})
-    sampling["gathered"] = 4 * policy * (cards > 1)
+    copy = 2 * (policy - head)  # of what is no embedding, for all steps
     width = shape.get("num_key_value_heads", shape["num_attention_heads"])
     width *= hidden // shape["num_attention_heads"]
     together = min(-(-batch // cards), 512)  # rows of a wave
-    sampling["cache"] = (4 * layers * width * length + 32 * vocab) * together
+    cache = (4 * layers * width * length + 32 * vocab) * together
+    sampling["cache"] = min(cache, size / 4)  # more goes in waves
+    if (
+        cards == 1 or 6 * policy + size / 4 < size - sum(sampling.values()) + sampling["cache"]
+    ):  # common.gathered
+        sampling["gathered"], sampling["bf16 copy"] = 4 * policy * (cards > 1), copy
+    else:
+        sampling["gathered"] = 4 * root + 8 * block
     return sampling, parts
 
 
@@ -132,8 +141,8 @@ def table(tokens, length, new, batch):
         f"\nppo.py, --micro-batch-tokens {tokens}, sequences of {length} tokens, {batch} completions a step;"
     )
     print("GiB on each card, in the phase that takes more\n")
-    print("| model | cards | flags | " + " | ".join(PARTS) + " | together |")
-    print("|---" * (len(PARTS) + 4) + "|")
+    print("| model | cards | flags | phase | " + " | ".join(PARTS) + " | together |")
+    print("|---" * (len(PARTS) + 5) + "|")
     for cards, size, name, checkpointing in sorted(
         CASES, key=lambda c: (list(MODELS).index(c[2]), c[0], c[1])
     ):
@@ -141,24 +150,30 @@ def table(tokens, length, new, batch):
         if size < 40:
             budget = 4096
             flags.append(f"--micro-batch-tokens {budget}")
-        phases = memory(MODELS[name], cards, max(1, budget // length), length, new, batch, checkpointing)
-        phases[0]["cache"] = min(phases[0]["cache"], size * GIB / 4)  # more goes in waves
+        sizes = size * GIB, max(1, budget // length), length, new, batch
+        phases = memory(MODELS[name], cards, *sizes, checkpointing)
         worst = max(phases, key=lambda parts: sum(parts.values()))
-        whole = sum(worst.values()) / GIB
+        whole, phase = sum(worst.values()) / GIB, "training" if worst is phases[1] else "sampling"
+        if cards > 1 and not phases[0]["bf16 copy"]:
+            phase += ", layer by layer" if phase == "sampling" else " (sampling goes layer by layer)"
         numbers = " | ".join(f"{worst[p] / GIB:.1f}" if worst[p] else "" for p in PARTS)
         fits = "" if whole < 0.92 * size else " (does not fit)"
-        print(f"| {name} | {cards} x {size} GB | {' '.join(flags)} | {numbers} | {whole:.1f}{fits} |")
+        print(
+            f"| {name} | {cards} x {size} GB | {' '.join(flags)} | {phase} | {numbers} | {whole:.1f}{fits} |"
+        )
 
 
 def communication():
     """Where gathering parameters takes longer than computing with them, from data sheets, not measured."""
-    flops, links = 0.35 * 989e12, {"NVLink, 450 GB/s": 450e9, "400 Gb/s between machines": 50e9}
+    flops, links = 0.35 * 989e12, {"NVLink, 450 GB/s a card": 450e9, "400 Gb/s a card between machines": 50e9}
     print(
-        "\nFSDP sends 12 bytes a parameter and micro-batch (float32: gathered twice, its gradient once), and"
+        "\nAn update sends 12 bytes a parameter and micro-batch (float32: gathered twice, its gradient once)"
     )
-    print("computes 6 FLOPs a parameter and token, at 35% of an H100's bfloat16 rate:")
+    print(
+        "and computes 8 FLOPs a parameter and token (with checkpointing), at 35% of an H100's bfloat16 rate:"
+    )
     for name, rate in links.items():
-        print(f"- {name}: as long at {12 / rate * flops / 6:,.0f} tokens a micro-batch, for any model")
+        print(f"- {name}: sending takes as long as computing at {12 / rate * flops / 8:,.0f} tokens")
 
 
 # ---------------------------------------------------------------- the check
@@ -201,7 +216,16 @@ def child(name, folder, checkpointing):
             peak[0].__enter__()
 
     ppo.Run.log = after
-    ppo.sample = lambda model, prompts, n, new, *rest: ([[5] * new for _ in prompts for _ in range(n)], None)
+    sample, sampling = ppo.sample, []
+
+    def watched(*args):
+        result = sample(*args)
+        if peak:
+            sampling.append(peak[0].bytes)
+            peak[0].bytes = 0
+        return result
+
+    ppo.sample = watched
     flags = dict(
         model=f"{folder}/{name}", reward=f"{folder}/{name} reward", output_dir=f"{folder}/run {name}"
     )
@@ -214,11 +238,12 @@ def child(name, folder, checkpointing):
     flags |= dict(gradient_checkpointing=checkpointing, update_epochs=1)
     ppo.main(ppo.Args(**flags, num_generations=1))
     if common.rank() == 0:
-        print("PEAK", peak[0].bytes, file=sys.stderr)
+        print("PEAK", sampling[0], peak[0].bytes, file=sys.stderr)
 
 
 def check():
-    print("| model | processes | flags | sum, MiB | measured, MiB | ratio |\n|---|---|---|---|---|---|")
+    print("| model | processes | flags | phase | sum, MiB | measured, MiB | ratio |")
+    print("|---" * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = common.tiny_tokenizer()
         prompt = "abcdefgh" * 8
@@ -241,15 +266,16 @@ def check():
                     done = subprocess.run(command, capture_output=True, text=True)
                     if "PEAK" not in done.stderr:
                         sys.exit(done.stderr[-3000:])
-                    measured = int(done.stderr.rpartition("PEAK ")[2].split()[0])
-                    rows = 1024 // length
-                    _, parts = memory(shape, processes, rows, length, 64, 32, checkpointing)
-                    if os.environ.get("PARTS"):
-                        print({k: round(v / 2**20) for k, v in parts.items()})
-                    total = sum(parts.values())
+                    measured = map(int, done.stderr.rpartition("PEAK ")[2].split()[:2])
+                    sizes = 4 * 2**34, 1024 // length, length, 64, 32
                     flags = "--gradient-checkpointing" if checkpointing else ""
-                    numbers = f"{total / 2**20:.0f} | {measured / 2**20:.0f} | {total / measured:.2f}"
-                    print(f"| {name} | {processes} | {flags} | {numbers} |", flush=True)
+                    phases = memory(shape, processes, *sizes, checkpointing)
+                    for phase, parts, real in zip(("sampling", "training"), phases, measured):
+                        if os.environ.get("PARTS"):
+                            print({k: round(v / 2**20) for k, v in parts.items()})
+                        total = sum(parts.values())
+                        numbers = f"{total / 2**20:.0f} | {real / 2**20:.0f} | {total / real:.2f}"
+                        print(f"| {name} | {processes} | {flags} | {phase} | {numbers} |", flush=True)
 
 
 def main():

@@ -29,6 +29,7 @@ def child(folder, way):
     import grpo
 
     torch.set_num_threads(1)
+    common.SMALL_BATCH = 10**9  # no way shares prompts: split models never do
     if way == "layers":
         common.gathered = contextlib.contextmanager(lambda model: (yield False))
     flags = dict(model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", output_dir=f"{folder}/run")

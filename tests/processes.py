@@ -45,6 +45,8 @@ def flags(name, chain, folder, way):
         args |= dict(minibatches=1)
     if name == "dpo":
         args |= dict(precompute_ref=False)
+    if name == "rloo":
+        args |= dict(max_grad_norm=0.01)
     if name in ("sft", "ppo"):
         args |= dict(gradient_checkpointing=True)
     return args
@@ -63,7 +65,14 @@ def run(name, chain, folder, way, **changes):
 
 
 def layers_only():
-    """No process gathers a whole model to sample from it."""
+    """No process gathers a whole model to sample from it; and models with a scalar head are not split."""
+    split = common.shard
+
+    def shard(model, device, train):
+        common.SHARD = "none" if "Classification" in type(model).__name__ else "full"
+        return split(model, device, train)
+
+    common.shard = shard
     common.gathered = contextlib.contextmanager(lambda model: (yield False))
 
 
@@ -77,6 +86,7 @@ def record(name):
         grads = [common.whole(p.grad).flatten() for p in model.parameters()]
         found["gradients"].append(torch.cat(grads).clone())
         total = found["gradients"][-1].double().norm()
+        total = norm if 0 < max_norm < norm else total  # (and then they are recorded as clipped)
         assert common.rank() > 0 or abs(total - norm) < 1e-4 * norm, (total, norm)
         return norm
 
