@@ -48,9 +48,8 @@ transformers.utils.logging.disable_progress_bar()
 # ---------------------------------------------------------------- 1. command line
 def stop(message, status=2):
     """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
-    if (
-        rank() > 0
-    ):  # the first process fails in the same way, and torchrun then ends this one; or else it says
+    if rank() > 0:
+        # the first process fails in the same way, and torchrun then ends this one; or else this one says it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         message = f"{message} (process {rank()})"
@@ -362,11 +361,8 @@ def _load_config(flag, path):
     config = _load(AutoConfig, flag, path)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if (
-                ("drop" in name or "jitter" in name)
-                and isinstance(value, (int, float))
-                and not isinstance(value, bool)
-            ):
+            is_noise = "drop" in name or "jitter" in name
+            if is_noise and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(part, name, 0.0)
     return config
 
@@ -966,9 +962,8 @@ def micro_batches(lengths, budget, rows=None):
     def cut(order):
         cuts, real = [], 0
         for i in order:
-            tokens = (
-                lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0
-            )  # of the last list with this row
+            # tokens of the last list with this row
+            tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0
             is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
             if cuts and tokens <= budget and is_even:
                 cuts[-1].append(i)
@@ -1102,6 +1097,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     was_training, results, mine = model.training, {}, order[rank() :: world()]
     model.eval()  # in train mode gradient checkpointing would drop the cache
+    kept = torch.is_autocast_cache_enabled()
     with gathered(model) as alone:
         torch.set_autocast_cache_enabled(alone)  # one bfloat16 copy of the weights for all steps
         # layer by layer all processes take as many waves, those that have no rows left with one of no use
@@ -1112,7 +1108,7 @@ def sample(
             wave = [prompts[i] for i in part], temperature, stop_ids, noise[rows].to(model.device), plain
             results |= zip(rows, _sample_wave(model, *wave, alone))
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_cache_enabled(kept)
     model.train(was_training)
     if world() > 1:
         parts = [None] * world()

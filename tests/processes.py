@@ -200,6 +200,18 @@ def bad_file(folder, chain, way):
     sft.main(sft.Args(**args))
 
 
+def broken(prompts, completions, rows):
+    """A reward that fails; no other process may call it."""
+    Path(os.environ["CALLED"], f"{common.rank()}").touch()
+    raise ValueError("the judge is away")
+
+
+def bad_reward(folder, chain, way):
+    """A reward function that raises."""
+    os.environ["CALLED"] = folder
+    run("grpo", chain, Path(folder, "grpo"), "none", reward=f"{__file__}:broken")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     common.TASK_ROWS = {"sft": 64, "preference": 64, "prompt": 64, "held out": 13}

@@ -168,6 +168,14 @@ def test_bad_data_is_said_once(chain, tmp_path):  # noqa: F811
     assert "bad.jsonl line 1" in done.stderr
 
 
+def test_a_reward_that_raises_is_called_by_one_and_said_once(chain, tmp_path):  # noqa: F811
+    done = launch(2, "bad_reward", tmp_path, chain)
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "the judge is away" in line and "broken" in line
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["0"]
+
+
 # ---------------------------------------------------------------- without starting any
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_shares_of_micro_batches(world, monkeypatch):
