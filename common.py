@@ -524,8 +524,8 @@ def _check_head(model):
     if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
         stop(f"{type(model).__name__} changes its logits in a way that head_logits does not know: add it")
     padded, seen = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
-    position = (seen.cumsum(1) - 1).clamp(min=0)
-    left = model(input_ids=padded, attention_mask=seen, position_ids=position, use_cache=False).logits[0, 2:]
+    inputs = dict(attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0))
+    left = model(input_ids=padded, **inputs, use_cache=False).logits[0, 2:]
     if not torch.allclose(left.float().log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
         stop(f"{type(model).__name__} counts positions in a way of its own: its prompts cannot be padded")
 

@@ -240,8 +240,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "mb.attention_mask.sum(1) - 1",
-        "mb.attention_mask.sum(1) - 2",
+        "attention_mask.sum(1) - 1].float()",
+        "attention_mask.sum(1) - 2].float()",
         "a score is read at the token before the last",
         "test_rewards.py::test_score_is_read_at_the_last_token_by_length",
     ),
@@ -604,14 +604,14 @@ MUTANTS = [
     ),
     Mutant(
         "dpo.py",
-        "mb_logps = logprobs.sum(1).view(2, -1).T",
-        "mb_logps = (logprobs.sum(1) / mb_inputs[2].sum(1)).view(2, -1).T",
+        "mb_logps = torch.stack(logprobs.sum(1).chunk(2), 1)",
+        "mb_logps = torch.stack((logprobs.sum(1) / mb_inputs[2].sum(1)).chunk(2), 1)",
         "log-probs are averaged, not summed",
         "test_dpo.py::test_first_step_and_learning",
     ),
     Mutant(
         "dpo.py",
-        "mb_logps = logprobs.sum(1).view(2, -1).T",
+        "mb_logps = torch.stack(logprobs.sum(1).chunk(2), 1)",
         "mb_logps = logprobs.sum(1).view(-1, 2)",
         "neighbours in the batch are taken for pairs",
         "test_dpo.py::test_first_step_and_learning",
@@ -639,8 +639,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "optimizer.load_state_dict(torch.load(folder",
-        "bool(torch.load(folder",
+        "        optimizer.load_state_dict(state)\n",
+        "",
         "--resume forgets the optimiser's state",
         "test_resume.py::test_resume_is_exact",
     ),
@@ -653,7 +653,7 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "if is_last or self.signal is not None or due(",
+        "if number is not None or is_last or due(",
         "if is_last or due(",
         "Ctrl-C ends the run without saving",
         "test_resume.py::test_signals_finish_the_step_and_save",

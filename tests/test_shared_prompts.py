@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from conftest import CPU
+import transformers
+from conftest import CPU, SHAPE, TRAIN
 from test_resume import run
-from test_scripts import chain, metrics  # noqa: F401 (a fixture)
+from test_scripts import chain, metrics, refused  # noqa: F401 (a fixture)
 
 import common
 
@@ -128,3 +129,24 @@ def test_a_run_is_the_same_with_and_without(name, chain, tmp_path, monkeypatch):
         for key in ("loss", "grad_norm", "kl", "entropy", "accuracy", "margin", "loss/value"):
             if key in without:
                 assert with_[key] == pytest.approx(without[key], rel=1e-3, abs=1e-5), key
+
+
+def test_models_that_count_positions_their_own_way_are_refused(tmp_path, capsys):
+    """BART's decoder takes them from the width of the cache: prompts could not be padded on the left."""
+    torch.manual_seed(0)
+    shape = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=64)
+    config = transformers.BartConfig(**shape, is_decoder=True, max_position_embeddings=64, init_std=0.3)
+    transformers.BartForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        common.load_policy(str(tmp_path), CPU)
+    refused(capsys, "BartForCausalLM", "counts positions")
+
+
+def test_jitter_is_off(tmp_path):
+    """Experts that are drawn at random in training would give two forwards different log-probs."""
+    shape = dict(vocab_size=64, num_local_experts=2, num_key_value_heads=2, router_jitter_noise=0.3)
+    config = transformers.MixtralConfig(**SHAPE | shape, sliding_window=None)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, ids = common.load_policy(str(tmp_path), CPU, train=TRAIN), torch.arange(5, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
