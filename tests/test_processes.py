@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import NAMES
-from safetensors.torch import load_file
-from test_resume import assert_same_run
+from test_resume import assert_same_run, states
 from test_scripts import chain, metrics  # noqa: F401 (a fixture)
 
 import common
@@ -38,13 +37,7 @@ def launch(processes, *args, timeout=300):
 
 def assert_close(run, other):
     """Final weights and Adam's state, to rounding."""
-    for file in ("model.safetensors", "checkpoint/optimizer.pt"):
-        load = load_file if file.endswith("safetensors") else torch.load
-        a, b = load(run / file), load(other / file)
-        if file.endswith("pt"):
-            assert a["param_groups"] == b["param_groups"]
-            a, b = ({f"{i} {k}": v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
-        assert a.keys() == b.keys()
+    for a, b in states(run, other):
         assert all(a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 

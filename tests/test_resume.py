@@ -47,15 +47,22 @@ def run(name, chain, folder, **changes):  # noqa: F811
     return SCRIPTS[name].main(SCRIPTS[name].Args(**(flags | changes)))
 
 
-def assert_same_run(one, other):
-    """Weights, optimiser, metrics and samples, bit for bit; the clock apart."""
+def states(one, other):
+    """Pairs of dicts of tensors of the same names, of two runs: final weights, and Adam's state."""
     for file in ("model.safetensors", "checkpoint/optimizer.pt"):
         load = load_file if file.endswith("safetensors") else torch.load
         a, b = load(one / file), load(other / file)
         if file.endswith("pt"):
             assert a["param_groups"] == b["param_groups"]
             a, b = ({f"{i} {k}": v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert a.keys() == b.keys()
+        yield a, b
+
+
+def assert_same_run(one, other):
+    """Weights, optimiser, metrics and samples, bit for bit; the clock apart."""
+    for a, b in states(one, other):
+        assert all(torch.equal(a[key], b[key]) for key in a)
     rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(f)] for f in (one, other)]
     assert rows[0] == rows[1]
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
