@@ -366,7 +366,8 @@ def main(args):
         # log, eval, save
         metrics = sums | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics["padding"] = 1 - tokens / padded_tokens
-        metrics["tokens_per_second"] = tokens / (time.time() - began)
+        metrics["seconds/train"] = time.time() - began
+        metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate()
             metrics |= evals

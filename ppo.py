@@ -93,7 +93,8 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.05
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no reference model)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: a reference model only
+    while evaluating)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
@@ -234,13 +235,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker,
     texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
     rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
     columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
-    if reference is not None:
-        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
-        for sign, model in ((1, policy), (-1, reference)):
-            inputs = batch, args.micro_batch_tokens, autocast
-            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-            kl = kl + sign * logprobs.sum(1)
-        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+    for sign, model in ((1, policy), (-1, reference)):
+        inputs = batch, args.micro_batch_tokens, autocast
+        logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+        kl = kl + sign * logprobs.sum(1)
+    metrics["eval/kl"], columns["kl"] = kl.mean(), kl
     for name, values in columns.items():
         rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
     return metrics, rows[::generations]  # one completion of each prompt
@@ -300,7 +300,7 @@ def main(args):
     start, metrics = run.restore(models, optimizer), {}
     evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
     if start == 0 and held_out:
-        metrics, rows = evaluate_policy(policy, reference, *evaluated)
+        metrics, rows = evaluate_policy(policy, reference or load_policy(args.model, device), *evaluated)
         run.samples(0, rows)
         run.log(0, metrics, show=[])
     for step in range(start, args.steps):
@@ -419,7 +419,7 @@ def main(args):
             gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
             metrics["gold"] = gold.mean()
         if held_out and due(args.eval_every, step + 1, args.steps):
-            evals, rows = evaluate_policy(policy, reference, *evaluated)
+            evals, rows = evaluate_policy(policy, reference or load_policy(args.model, device), *evaluated)
             metrics |= evals
             run.samples(step + 1, rows)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])

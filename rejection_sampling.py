@@ -199,13 +199,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker,
     texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
     rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
     columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
-    if reference is not None:
-        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
-        for sign, model in ((1, policy), (-1, reference)):
-            inputs = batch, args.micro_batch_tokens, autocast
-            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-            kl = kl + sign * logprobs.sum(1)
-        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
+    batch, kl = completion_batch(prompts, completions, policy.device), 0.0
+    for sign, model in ((1, policy), (-1, reference)):
+        inputs = batch, args.micro_batch_tokens, autocast
+        logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+        kl = kl + sign * logprobs.sum(1)
+    metrics["eval/kl"], columns["kl"] = kl.mean(), kl
     for name, values in columns.items():
         rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
     return metrics, rows[::generations]  # one completion of each prompt
@@ -375,7 +374,8 @@ def main(args):
             metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics["iteration"] = iteration + 1
             metrics["padding"] = 1 - sum(batch.lengths) / padded_tokens
-            metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
+            metrics["seconds/train"] = time.time() - began
+            metrics["tokens_per_second"] = sum(batch.lengths) / metrics["seconds/train"]
             metrics |= selection if step == before + 1 else {}
             if held_out and (is_last or due(args.eval_every, step, 0)):
                 evals, rows = evaluate_policy(policy, load_policy(args.model, device), *evaluated)

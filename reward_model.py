@@ -202,7 +202,8 @@ def main(args):
         # log, eval, save
         metrics = {"loss": loss_sum, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm}
         metrics |= {"learning_rate": learning_rate, "padding": 1 - tokens / padded_tokens}
-        metrics["tokens_per_second"] = tokens / (time.time() - began)
+        metrics["seconds/train"] = time.time() - began
+        metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
             metrics |= evals

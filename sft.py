@@ -201,7 +201,8 @@ def main(args):
         # log, eval, save
         metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics["padding"] = 1 - sum(batch.lengths) / padded_tokens
-        metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
+        metrics["seconds/train"] = time.time() - began
+        metrics["tokens_per_second"] = sum(batch.lengths) / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
             evals, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
             metrics |= evals

@@ -206,7 +206,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, where):  # noqa: F811
     assert file.read_text() == (tmp_path / "whole/rollouts.jsonl").read_text()
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert all(torch.equal(one[key], other[key]) for key in one)
-    clock = ("tokens_per_second", "seconds/sample")
+    clock = ("tokens_per_second", "seconds/sample", "seconds/train")
     rows = [
         [{k: v for k, v in row.items() if k not in clock} for row in metrics(tmp_path / name)]
         for name in ("whole", "halves")
