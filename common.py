@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import numbers
@@ -20,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -57,16 +59,40 @@ def stop(message, status=2):
     raise SystemExit(status)
 
 
+HELP_GROUPS = {"--model": "model and data", "--output-dir": "the run", "--learning-rate": "optimiser"}
+HELP_GROUPS |= {"--micro-batch-tokens": "memory and precision", "--eval-every": "evaluating, saving, logging"}
+HELP_GROUPS |= {"--shard": "several processes", "--batch-size": "the method", "--reward": "the method"}
+
+
+def show_help(Args, laptop):
+    """--help: the script's docstring, then its flags in groups, each of which begins with a flag above."""
+    width = min(110, shutil.get_terminal_size().columns)
+    os.environ["COLUMNS"] = str(width)
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in laptop.items())
+    parts = sys.modules[Args.__module__].__doc__.split("\n\n")
+    parts += [f"Defaults below are those with --model. Without it, the laptop run: {flags}"]
+    fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
+    print("\n\n".join(part if part.startswith(" ") else fill(part) for part in parts))
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        tyro.cli(Args, args=["--help"], description=" ")
+    groups = dict(HELP_GROUPS)
+    for line in text.getvalue().splitlines():
+        if name := groups.pop((line.split() or [""])[0], None) if line.startswith("  --") else None:
+            groups = {flag: other for flag, other in groups.items() if other != name}
+            print(f"\n{name}")
+        if line.startswith("   ") or line.startswith("  --"):
+            print(line.rstrip())
+    raise SystemExit(0)
+
+
 def cli(Args, laptop):
     """Command line -> Args. Without --model it is the laptop run: `laptop` replaces defaults, flags still
     win."""
     argv = sys.argv[1:]
+    if {"-h", "--help"} & set(argv):
+        show_help(Args, laptop)
     real = any(flag == "--model" or flag.startswith("--model=") for flag in argv)
-    about = f"{sys.modules[Args.__module__].__doc__}\nDefaults are those with --model; without it: {laptop}"
-    defaults = Args() if real or {"-h", "--help"} & set(argv) else Args(**laptop)
-    args = tyro.cli(Args, default=defaults, description=about)
-    if not real and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
-        stop("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
+    args = tyro.cli(Args, default=Args() if real else Args(**laptop))
     for flag, script in {"model": "sft.py", "reward": "reward_model.py"}.items():
         path = getattr(args, flag, None)
         made = path == laptop.get(flag, TASK) != TASK  # by an earlier stage of the laptop run
@@ -101,6 +127,9 @@ def setup(args):
             stop(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
     if not getattr(args, "temperature", 1.0) > 0:
         stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
+    if "minibatches" in vars(args) and args.minibatches > args.prompts_per_step * args.num_generations:
+        number = args.prompts_per_step * args.num_generations
+        stop(f"--minibatches is {args.minibatches}, more than the {number} completions of a step")
     if max(getattr(args, "gamma", 0), getattr(args, "lam", 0)) > 1:
         stop(f"--gamma is {args.gamma} and --lam {args.lam}; neither may be above 1")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
@@ -603,13 +632,13 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, model_max_length=64, **special)
 
 
-def tiny_policy(tokenizer, device, args):
+def tiny_policy(tokenizer, device, train):
     """A Llama of 0.8M parameters, random weights, for the laptop run."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(train.seed)
     shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
     ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape, **ids)
-    return _prepare(transformers.LlamaForCausalLM(config), device, args)
+    return _prepare(transformers.LlamaForCausalLM(config), device, train)
 
 
 # ---------------------------------------------------------------- 5. data
@@ -1406,6 +1435,58 @@ class RewardModel:
         return ids
 
 
+def load_reward(args, tokenizer, examples, stop_ids, device, autocast):
+    """--reward, and the data set's own exact checker -> score, gold: functions of examples and completions
+    (lists of ids) that give (B,) float32, NaN where a checker cannot judge. gold is None if there is none."""
+    checker, gold = find_checker(args.reward, examples), find_gold(examples, args.reward)
+    longest = max(len(e["prompt_ids"]) for e in examples) + args.max_completion_length
+    model_inputs = args, tokenizer, device, autocast, stop_ids, longest
+    score = judge(checker, tokenizer, stop_ids) if checker else RewardModel(*model_inputs)
+    return score, judge(gold, tokenizer, stop_ids)
+
+
+def judge(checker, tokenizer, stop_ids):
+    """A checker as a function of examples and completions (lists of ids) -> (B,) float32; None if None."""
+    if checker is None:
+        return None
+    return lambda examples, ids: call_checker(checker, tokenizer, examples, ids, stop_ids)[0]
+
+
+@torch.no_grad()
+def evaluate_samples(policy, examples, tokenizer, stop_ids, seed, autocast, sampling, judges, kl_from=None):
+    """Held-out prompts, one greedy completion and G sampled ones each -> metrics, and a sampled completion of
+    each prompt with its numbers.
+
+    sampling: G, tokens at most, temperature. judges: score and gold, as load_reward gives them; without any
+    nothing is greedy. kl_from: function(model, batch) -> log-probs and entropy, and a reference. Metrics:
+    score and gold (means), pass@G, the share that ends in EOS, tokens, and the KL in nats per sequence."""
+    judges = {name: judge for name, judge in judges.items() if judge is not None}
+    prompts, metrics = [e["prompt_ids"] for e in examples], {}
+    passes = [("_greedy", 1, 0.0)] if judges else []
+    for suffix, number, temperature in [*passes, ("", sampling[0], sampling[2])]:
+        options = number, sampling[1], temperature, stop_ids, generator(seed, "evaluate")
+        with autocast():
+            completions, _ = sample(policy, prompts, *options)
+        picked = [e for e in examples for _ in range(number)]
+        columns = {name: judge(picked, completions) for name, judge in judges.items()}
+        metrics |= {f"eval/{name}{suffix}": values.nanmean() for name, values in columns.items()}
+    if "gold" in judges and number > 1:
+        metrics[f"eval/pass@{number}"] = columns["gold"].view(-1, number).amax(1).mean()
+    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+    if kl_from is not None:
+        logprobs_of, reference = kl_from
+        batch = completion_batch([e["prompt_ids"] for e in picked], completions, policy.device)
+        columns["kl"], ref_logps = (logprobs_of(model, batch)[0].sum(1) for model in (policy, reference))
+        columns["kl"] -= ref_logps
+        metrics["eval/kl"] = columns["kl"].mean()
+    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions[::number])]
+    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values[::number].tolist())]
+    return metrics, rows
+
+
 # ---------------------------------------------------------------- 9. runs
 def make_optimizer(models, args, eps=1e-8):
     """AdamW on float32 weights; weight decay on matrices only."""
@@ -1648,7 +1729,9 @@ class Run:
             if self.bar.disable and numbers and due(self.args.log_every, step, self.steps):
                 print(f"step {step}/{self.steps}  {numbers}  {time.time() - self.started:.0f} s", flush=True)
             if held_out:
-                tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
+                line = f"step {step}/{self.steps}  held out: {'  '.join(held_out)}"
+                width = 10**6 if self.bar.disable else shutil.get_terminal_size().columns
+                tqdm.write(textwrap.fill(line, width, subsequent_indent="    "))
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
@@ -1658,13 +1741,17 @@ class Run:
         ]
         with self.writing():
             append_lines(self.dir / "samples.jsonl", [{"step": step} | line for line in lines])
-        width = max(40, shutil.get_terminal_size().columns - 24)
-        for row in rows[:3]:
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            numbers = "".join(f" {name} {v:.2f}" for name, v in row.items() if isinstance(v, float))
-            text = f"  {one_line(prompt, width // 3)} | {one_line(row['completion'], width * 2 // 3)}"
+        prompts = [
+            r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1]["content"] for r in rows[:3]
+        ]
+        numbers = ["".join(f" {k} {v:.2f}" for k, v in r.items() if isinstance(v, float)) for r in rows[:3]]
+        width = max(40, shutil.get_terminal_size().columns - 9 - max(map(len, numbers), default=0))
+        prompts = [one_line(prompt, width // 3) for prompt in prompts]
+        texts = [one_line(row["completion"], width * 2 // 3) for row in rows[:3]]
+        wide, long = (max(map(len, column), default=0) for column in (prompts, texts))
+        for prompt, text, found in zip(prompts, texts, numbers):
             with contextlib.suppress(BrokenPipeError):
-                tqdm.write(f"{text} |{numbers}")
+                tqdm.write(f"  {prompt:<{wide}} | {text:<{long}} |{found}")
 
     def stop_unless_finite(self, step, rows, **quantities):
         """Stop, before the update is applied, if a loss, log-prob or gradient is not finite; the rows of the

@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from common import Run, as_forward, call_checker, check_context, cli, clip_gradients, completion_batch
-from common import completion_text, context_of, due, eos_ids, find_gold, generator, head_logits, head_rows
-from common import hidden_states, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
-from common import micro_batches, on_first_rank, over_micro_batches, over_ranks, rank, sample
-from common import set_learning_rate, setup, shuffled, stop, stream_logprobs, whole_weights
+from common import Run, as_forward, check_context, cli, clip_gradients, completion_batch, context_of, due
+from common import eos_ids, evaluate_samples, find_gold, head_logits, head_rows, hidden_states, judge
+from common import load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
+from common import on_first_rank, over_micro_batches, over_ranks, rank, set_learning_rate, setup, shuffled
+from common import stop, stream_logprobs, whole_weights
 
 
 @dataclass
@@ -60,8 +60,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
-    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
+    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -75,8 +74,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
-    large"""
+    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -161,11 +159,9 @@ def preference_loss(
     if loss_type == "ipo":
         losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
     elif loss_type == "orpo":
-        log_odds = (
-            logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
-            for logps in (chosen_logps, rejected_logps)
-        )
-        losses = -chosen_logps - beta * F.logsigmoid(next(log_odds) - next(log_odds))
+        pair = chosen_logps, rejected_logps
+        chosen_odds, rejected_odds = (x - torch.log(-torch.expm1(x.clamp(max=-1e-6))) for x in pair)  # log
+        losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
     elif loss_type in ("sigmoid", "simpo"):
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     else:
@@ -247,9 +243,7 @@ def pair_losses(logps, ref_logps, examples, args):
 
 
 @torch.no_grad()
-def evaluate_preferences(
-    policy, reference, tokenizer, examples, ref_logps, checker, stop_ids, args, autocast
-):
+def evaluate_preferences(policy, reference, tokenizer, examples, ref_logps, gold, stop_ids, args, autocast):
     """Of held-out pairs what training logs, with the accuracy's binomial standard error; of greedy and
     sampled answers to their prompts how many stop and are right; the sampled ones' KL from the reference, in
     nats."""
@@ -259,31 +253,16 @@ def evaluate_preferences(
     accuracy = metrics["eval/accuracy"]
     metrics["eval/accuracy_stderr"] = (accuracy * (1 - accuracy) / len(examples)) ** 0.5
     examples = examples[:500]
-    prompts = [e["prompt_ids"] for e in examples]
     longest = max(pair_length(e) - len(e["prompt_ids"]) for e in examples)
-    limit = min(longest, context_of(policy.config) - max(map(len, prompts)))
-    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)) if checker else (("", 1.0),):
-        with autocast():
-            draw = generator(args.seed, "evaluate")
-            completions, _ = sample(policy, prompts, 1, limit, temperature, stop_ids, draw)
-        if checker is not None:
-            gold, _ = call_checker(checker, tokenizer, examples, completions, stop_ids)
-            metrics[f"eval/gold{suffix}"] = gold.mean()
-    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
-    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
-    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
-    columns = {} if checker is None else {"gold": gold}
-    if reference is not None:
-        batch, kl = completion_batch(prompts, completions, policy.device), 0.0
-        for sign, model in ((1, policy), (-1, reference)):
-            inputs = batch, args.micro_batch_tokens, autocast
-            logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x), *inputs)
-            kl = kl + sign * logprobs.sum(1)
-        metrics["eval/kl"], columns["kl"] = kl.mean(), kl
-    for name, values in columns.items():
-        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
-    return metrics, rows
+    limit = min(longest, context_of(policy.config) - max(len(e["prompt_ids"]) for e in examples))
+
+    def logprobs_of(model, batch):
+        inputs = batch, args.micro_batch_tokens, autocast
+        return over_micro_batches(lambda *x: token_logprobs(model, *x), *inputs)
+
+    inputs = policy, examples, tokenizer, stop_ids, args.seed, autocast, (1, limit, 1.0), dict(gold=gold)
+    more, rows = evaluate_samples(*inputs, kl_from=(logprobs_of, reference))
+    return metrics | more, rows
 
 
 def main(args):
@@ -300,7 +279,7 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "preference", args)
     held_out = load_held_out(tokenizer, "preference", args)
-    checker = find_gold(examples + held_out)
+    gold = judge(find_gold(examples + held_out), tokenizer, stop_ids)
     policy = load_policy(args.model, device, train=args)
     check_context(policy, max(map(pair_length, examples + held_out)), "--max-length")
     optimizer = make_optimizer([policy], args)
@@ -317,17 +296,15 @@ def main(args):
         reference, examples = None, [e | {"ref_logps": x} for e, x in zip(examples, ref_logps.tolist())]
     start, metrics = run.restore({"policy": policy}, optimizer), {}
 
-    def evaluate():
-        model = reference  # whose KL from samples needs it again, for a moment
-        if model is None and args.loss_type not in REFERENCE_FREE:
-            model = load_policy(args.model, device)
-        inputs = (tokenizer, held_out, ref_logps[-len(held_out) :], checker, stop_ids, args, autocast)
-        return evaluate_preferences(policy, model, *inputs)
+    def evaluate(step):
+        start_model = reference or load_policy(args.model, device)  # for a moment, to measure the KL
+        inputs = tokenizer, held_out, ref_logps[-len(held_out) :], gold, stop_ids, args, autocast
+        metrics, rows = evaluate_preferences(policy, start_model, *inputs)
+        run.samples(step, rows)
+        return metrics
 
     if start == 0 and held_out:
-        metrics, rows = evaluate()
-        run.samples(0, rows)
-        run.log(0, metrics, show=[])
+        run.log(0, evaluate(0), show=[])
     for step in range(start, steps):
         # data: the next pairs, in an order of its own for every epoch
         began = time.time()
@@ -369,9 +346,7 @@ def main(args):
         metrics["seconds/train"] = time.time() - began
         metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
-            evals, rows = evaluate()
-            metrics |= evals
-            run.samples(step + 1, rows)
+            metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"])
         run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")

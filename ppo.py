@@ -24,12 +24,11 @@ from typing import Literal
 
 import torch
 
-from common import RewardModel, Run, as_forward, call_checker, cli, clip_gradients, completion_batch
-from common import completion_text, due, eos_ids, find_checker, find_gold, generator, head_logits, head_rows
-from common import hidden_states, load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer
-from common import micro_batches, over_micro_batches, over_ranks, sample, set_learning_rate, setup, shuffled
-from common import stop, stream_logprobs
-from common import check_context, load_scorer, same_ids
+from common import Run, as_forward, cli, clip_gradients, completion_batch, due, eos_ids, evaluate_samples
+from common import generator, head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
+from common import load_reward, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, over_ranks
+from common import sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
+from common import RewardModel, check_context, load_scorer, same_ids
 
 
 @dataclass
@@ -63,8 +62,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
-    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
+    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -78,8 +76,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
-    large"""
+    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     reward: str | None = None
     """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
     prompts_per_step: int = 512
@@ -93,8 +90,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.05
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: a reference model only
-    while evaluating)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: only in evaluations)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
@@ -211,73 +207,28 @@ def value_loss(values, old_values, returns, weights, value_clip):
     return 0.5 * (weights * torch.max(vf_loss1, vf_loss2)).sum(), (vf_loss2 > vf_loss1) & (weights > 0)
 
 
-@torch.no_grad()
-def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
-    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
-    ones, and their KL from the reference in nats per sequence."""
-    prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
-    for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
-        lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
-        with autocast():
-            completions, _ = sample(policy, prompts, *lengths, temperature, stop_ids, draw)
-        picked = [e for e in examples for _ in range(number)]
-        scores = score(picked, completions)
-        metrics[f"eval/score{suffix}"] = scores.nanmean()
-        if gold_checker is not None:
-            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
-            metrics[f"eval/gold{suffix}"] = gold.mean()
-    if gold_checker is not None:
-        metrics[f"eval/pass@{generations}"] = gold.view(-1, generations).amax(1).mean()
-    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
-    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
-    prompts = [e["prompt_ids"] for e in picked]
-    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
-    columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
-    batch, kl = completion_batch(prompts, completions, policy.device), 0.0
-    for sign, model in ((1, policy), (-1, reference)):
-        inputs = batch, args.micro_batch_tokens, autocast
-        logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-        kl = kl + sign * logprobs.sum(1)
-    metrics["eval/kl"], columns["kl"] = kl.mean(), kl
-    for name, values in columns.items():
-        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
-    return metrics, rows[::generations]  # one completion of each prompt
-
-
 def main(args):
     device, autocast = setup(args)
     batch_size = args.prompts_per_step * args.num_generations
-    if args.minibatches > batch_size:
-        stop(f"--minibatches is {args.minibatches}, more than the {batch_size} completions of a step")
 
     # load: data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker = find_checker(args.reward, examples + held_out)
-    gold_checker = find_gold(examples + held_out, args.reward)
-    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
-    reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
-    reward_model = None if checker else RewardModel(*reward_inputs)
+    score, gold = load_reward(args, tokenizer, examples + held_out, stop_ids, device, autocast)
     policy = load_policy(args.model, device, train=args)
     reference = load_policy(args.model, device) if args.kl_coef else None
     # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
-    from_reward = reward_model is not None and reward_model.same_ids and reward_model.has_score_head
+    from_reward = isinstance(score, RewardModel) and score.same_ids and score.has_score_head
     values_from = args.value_model or (args.reward if from_reward else args.model)
     if not same_ids(tokenizer, load_tokenizer(values_from, "--value-model")):
         stop(f"--value-model {values_from}: its tokens are not the policy's, so it cannot value them")
     value_model = load_scorer(values_from, device, "--value-model", train=args, new_head="zero")
+    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
     check_context(value_model, longest, "--max-prompt-length or --max-completion-length")
     models = {"policy": policy, "value_model": value_model}
     optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
-
-    def score(examples, completions):
-        if reward_model is not None:
-            return reward_model(examples, completions)
-        return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
 
     def rollout(picked, draw):
         """P prompts, G completions each, side by side -> B examples, completions, scores, penalised scores"""
@@ -293,16 +244,24 @@ def main(args):
         unfinished = torch.tensor([c[-1] not in stop_ids for c in completions], device=device)
         return picked, completions, scores, scores - args.missing_eos_penalty * unfinished
 
-    def over_batch(function):
-        return over_micro_batches(function, batch, args.micro_batch_tokens, autocast)
+    def logprobs_of(model, batch):
+        """token_logprobs of a whole batch, without gradient"""
+        inputs = batch, args.micro_batch_tokens, autocast
+        return over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
+
+    def evaluate(step):
+        sampling = args.num_generations, args.max_completion_length, args.temperature
+        kl_from = logprobs_of, reference or load_policy(args.model, device)
+        judges = dict(score=score, gold=gold)
+        inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
+        metrics, rows = evaluate_samples(*inputs)
+        run.samples(step, rows)
+        return metrics
 
     run = Run(args, args.steps)
     start, metrics = run.restore(models, optimizer), {}
-    evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
     if start == 0 and held_out:
-        metrics, rows = evaluate_policy(policy, reference or load_policy(args.model, device), *evaluated)
-        run.samples(0, rows)
-        run.log(0, metrics, show=[])
+        run.log(0, evaluate(0), show=[])
     for step in range(start, args.steps):
         # prompts: the next rows, in an order of its own for every epoch
         began, first = time.time(), step * args.prompts_per_step
@@ -317,18 +276,15 @@ def main(args):
 
         # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
         # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
-        # where a single update is all that needs them, it fills them in by its own forward
-        needs_old = args.kl_coef or args.update_epochs * args.minibatches > 1
-        old_logprobs, entropy = torch.zeros(2, *mask.shape, device=device)  # (B, L-1)
-        if needs_old:
-            old_logprobs, entropy = over_batch(lambda *x: token_logprobs(policy, *x, args.temperature))
+        old_logprobs, entropy = logprobs_of(policy, batch)  # (B, L-1)
         ref_logprobs = old_logprobs  # without KL
         if reference is not None:
-            ref_logprobs, _ = over_batch(lambda *x: token_logprobs(reference, *x, args.temperature))
+            ref_logprobs, _ = logprobs_of(reference, batch)
         rolled = [e | {"completion_ids": c} for e, c in zip(picked, completions)]
         sums = dict(logprobs=old_logprobs.sum(), ref_logprobs=ref_logprobs.sum())
         run.stop_unless_finite(step + 1, rolled, **sums)
-        old_values = over_batch(lambda *x: token_values(value_model, *x)) * train_mask
+        inputs = batch, args.micro_batch_tokens, autocast
+        old_values = over_micro_batches(lambda *x: token_values(value_model, *x), *inputs) * train_mask
 
         # advantages
         # 5. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
@@ -354,13 +310,11 @@ def main(args):
                     mb = batch.rows(rows)
                     padded_tokens += mb.input_ids.numel()
                     part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_mask = train_mask[part] if needs_old else mask[part]
+                    mb_mask = train_mask[part]
                     mb_inputs = mb.input_ids, mb.attention_mask, mb_mask
                     mb_advantages, mb_weights = advantages[part], weights[part]
                     with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs(policy, *mb_inputs, args.temperature)
-                    if not needs_old:
-                        old_logprobs[part], entropy[part] = mb_logprobs.detach(), mb_entropy
+                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
                     mb_old_logprobs = old_logprobs[part] * mb_mask
                     clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
                     pg_loss, clipped = policy_loss(mb_logprobs, mb_old_logprobs, *clip)
@@ -388,40 +342,28 @@ def main(args):
         # log, eval, save
         clipped_tokens, padded_tokens = over_ranks(clipped_tokens, padded_tokens)
         ratio_max_dev = over_ranks(ratio_max_dev, op="max")
-        if not needs_old:
-            old_logprobs, entropy = over_ranks(old_logprobs, entropy)
         losses, errors = torch.tensor(losses), returns - old_values
         unexplained = masked_mean((errors - masked_mean(errors, train_mask)) ** 2, train_mask)
         variance = masked_mean((returns - masked_mean(returns, train_mask)) ** 2, train_mask)
-        metrics = {
-            "loss": losses[:, 0].mean() + args.value_coef * losses[:, 2].mean(),
-            "loss/policy": losses[:, 0].mean(),
-            "loss/value": losses[:, 2].mean(),
-            "reward": reward,
-            "score": scores.nanmean(),
-            "entropy": masked_mean(entropy, mask),
-            "ratio_max_dev": ratio_max_dev,
-            "clip_fraction": clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs),
-            "explained_variance": 1 - unexplained / variance if variance > 1e-8 else float("nan"),
-            "completion_length": mask.sum(1).float().mean(),
-            "eos_rate": sum(c[-1] in stop_ids for c in completions) / batch_size,
-            "grad_norm": losses[:, 1].mean(),
-            "value_grad_norm": losses[:, 3].mean(),
-            "learning_rate": learning_rate,
-            "padding": 1 - args.update_epochs * sum(batch.lengths) / padded_tokens,
-            "tokens_per_second": sum(batch.lengths) / (time.time() - began),
-            "seconds/sample": sampled - began,
-            "seconds/train": time.time() - sampled,
-        }
+        metrics = {"loss": losses[:, 0].mean() + args.value_coef * losses[:, 2].mean()}
+        metrics |= {"loss/policy": losses[:, 0].mean(), "loss/value": losses[:, 2].mean(), "reward": reward}
+        metrics |= {"score": scores.nanmean(), "entropy": masked_mean(entropy, mask)}
+        metrics["ratio_max_dev"] = ratio_max_dev
+        metrics["clip_fraction"] = clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs)
+        metrics["explained_variance"] = 1 - unexplained / variance if variance > 1e-8 else float("nan")
+        metrics["completion_length"] = mask.sum(1).float().mean()
+        metrics["eos_rate"] = sum(c[-1] in stop_ids for c in completions) / batch_size
+        metrics |= {"grad_norm": losses[:, 1].mean(), "value_grad_norm": losses[:, 3].mean()}
+        metrics["learning_rate"] = learning_rate
+        metrics["padding"] = 1 - args.update_epochs * sum(batch.lengths) / padded_tokens
+        metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
+        metrics |= {"seconds/sample": sampled - began, "seconds/train": time.time() - sampled}
         if reference is not None:
             metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
-        if gold_checker is not None:
-            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
-            metrics["gold"] = gold.mean()
+        if gold is not None:
+            metrics["gold"] = gold(picked, completions).mean()
         if held_out and due(args.eval_every, step + 1, args.steps):
-            evals, rows = evaluate_policy(policy, reference or load_policy(args.model, device), *evaluated)
-            metrics |= evals
-            run.samples(step + 1, rows)
+            metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])
         run.checkpoint_if_due(step + 1, models, optimizer)
     run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
@@ -431,8 +373,6 @@ def main(args):
 if __name__ == "__main__":
     # the reward model never saw text without EOS, and PPO finds that out unless such text costs something
     laptop = dict(model="runs/sft", reward="runs/reward_model", steps=80, prompts_per_step=512, minibatches=4)
-    laptop |= dict(
-        max_completion_length=10, update_epochs=1, learning_rate=1.5e-4, warmup_steps=5, kl_coef=0.03
-    )
-    laptop |= dict(missing_eos_penalty=5.0, value_clip=2.0, eval_every=20, overwrite=True)
+    laptop |= dict(max_completion_length=10, update_epochs=1, learning_rate=1.5e-4, warmup_steps=5)
+    laptop |= dict(kl_coef=0.03, missing_eos_penalty=5.0, value_clip=2.0, eval_every=20, overwrite=True)
     main(cli(Args, laptop=laptop))

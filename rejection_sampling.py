@@ -23,11 +23,11 @@ from typing import Literal
 
 import torch
 
-from common import RewardModel, Run, append_lines, as_forward, call_checker, cli, clip_gradients
-from common import completion_batch, completion_text, due, eos_ids, find_checker, find_gold, generator
-from common import head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
-from common import load_tokenizer, make_optimizer, micro_batches, on_first_rank, over_micro_batches
-from common import over_ranks, replace_text, sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
+from common import Run, append_lines, as_forward, cli, clip_gradients, completion_batch, completion_text, due
+from common import eos_ids, evaluate_samples, generator, head_logits, head_rows, hidden_states, load_examples
+from common import load_held_out, load_policy, load_reward, load_tokenizer, make_optimizer, micro_batches
+from common import on_first_rank, over_micro_batches, over_ranks, replace_text, sample, set_learning_rate
+from common import setup, shuffled, stop, stream_logprobs
 
 
 @dataclass
@@ -61,8 +61,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
-    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
+    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -76,8 +75,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
-    large"""
+    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -166,48 +164,12 @@ def best_of_n_metrics(scores, gold):
     log N - (N-1)/N on the KL of best-of-N from the policy that was sampled (Beirami et al. 2024)."""
     known, metrics = ~scores.isnan().any(1), {}
     for name, values in {"score": scores, "gold": gold}.items():
-        curves = (
-            [best_of_n(*pair) for pair in zip(scores[known], values[known])] if values is not None else []
-        )
+        pairs = [] if values is None else zip(scores[known], values[known])
+        curves = [best_of_n(*pair) for pair in pairs]
         for N in curves[0] if curves else ():
             metrics[f"best_of_{N}/{name}"] = sum(curve[N] for curve in curves) / len(curves)
             metrics[f"best_of_{N}/kl_bound"] = math.log(N) - (N - 1) / N
     return metrics
-
-
-@torch.no_grad()
-def evaluate_policy(policy, reference, tokenizer, examples, score, gold_checker, stop_ids, args, autocast):
-    """Held-out prompts, one greedy completion and G sampled ones each: score (of the reward model or the
-    checker), gold (of the data set's own exact checker, if it has one: pass@1) and pass@G of the sampled
-    ones, and their KL from the reference in nats per sequence."""
-    prompts, generations, metrics = [e["prompt_ids"] for e in examples], args.num_generations, {}
-    for suffix, number, temperature in (("_greedy", 1, 0.0), ("", generations, args.temperature)):
-        lengths, draw = (number, args.max_completion_length), generator(args.seed, "evaluate")
-        with autocast():
-            completions, _ = sample(policy, prompts, *lengths, temperature, stop_ids, draw)
-        picked = [e for e in examples for _ in range(number)]
-        scores = score(picked, completions)
-        metrics[f"eval/score{suffix}"] = scores.nanmean()
-        if gold_checker is not None:
-            gold, _ = call_checker(gold_checker, tokenizer, picked, completions, stop_ids)
-            metrics[f"eval/gold{suffix}"] = gold.mean()
-    if gold_checker is not None:
-        metrics[f"eval/pass@{generations}"] = gold.view(-1, generations).amax(1).mean()
-    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
-    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
-    prompts = [e["prompt_ids"] for e in picked]
-    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(picked, texts)]
-    columns = {"score": scores} | ({} if gold_checker is None else {"gold": gold})
-    batch, kl = completion_batch(prompts, completions, policy.device), 0.0
-    for sign, model in ((1, policy), (-1, reference)):
-        inputs = batch, args.micro_batch_tokens, autocast
-        logprobs, _ = over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-        kl = kl + sign * logprobs.sum(1)
-    metrics["eval/kl"], columns["kl"] = kl.mean(), kl
-    for name, values in columns.items():
-        rows = [row | {name: value} for row, value in zip(rows, values.tolist())]
-    return metrics, rows[::generations]  # one completion of each prompt
 
 
 def main(args):
@@ -220,11 +182,7 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "prompt", args)
     held_out = load_held_out(tokenizer, "prompt", args)
-    checker = find_checker(args.reward, examples + held_out)
-    gold_checker = find_gold(examples + held_out, args.reward)
-    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
-    reward_inputs = args, tokenizer, device, autocast, stop_ids, longest
-    reward_model = None if checker else RewardModel(*reward_inputs)
+    score, gold = load_reward(args, tokenizer, examples + held_out, stop_ids, device, autocast)
     policy = load_policy(args.model, device, train=args)
     optimizer = make_optimizer([policy], args)
     M, N = args.prompts or len(examples), args.num_generations
@@ -240,23 +198,27 @@ def main(args):
             pairs.setdefault((i, tuple(rolled[i]["ids"][j])), (i, j))
         return list(pairs.values())
 
-    def score(examples, completions):
-        if reward_model is not None:
-            return reward_model(examples, completions)
-        return call_checker(checker, tokenizer, examples, completions, stop_ids)[0]
+    def logprobs_of(model, batch):
+        """token_logprobs of a whole batch, without gradient"""
+        inputs = batch, args.micro_batch_tokens, autocast
+        return over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
 
-    evaluated = tokenizer, held_out, score, gold_checker, stop_ids, args, autocast
+    def evaluate(step):
+        sampling = args.num_generations, args.max_completion_length, args.temperature
+        kl_from, judges = (logprobs_of, load_policy(args.model, device)), dict(score=score, gold=gold)
+        inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
+        metrics, rows = evaluate_samples(*inputs)
+        run.samples(step, rows)
+        return metrics
+
     start, step, metrics = run.restore({"policy": policy}, optimizer), 0, {}
     if not args.resume:
         if held_out:
-            metrics, rows = evaluate_policy(policy, load_policy(args.model, device), *evaluated)
-            run.samples(0, rows)
-            run.log(0, metrics, show=[])
+            run.log(0, evaluate(0), show=[])
         run.checkpoint(0, {"policy": policy}, optimizer)  # so that --resume can go on with the rollouts
     file = run.dir / "rollouts.jsonl"
     text = on_first_rank(lambda: file.read_text() if file.exists() else "")
-    lines = text.splitlines(keepends=True)
-    rollouts = [json.loads(line) for line in lines if line.endswith("\n")]
+    rollouts = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     for iteration in range(args.iterations):
         # prompts: the next M rows, in an order of its own for every epoch
         began = time.time()
@@ -265,11 +227,8 @@ def main(args):
         # rollout and scores, 64 prompts at a time; a run that is resumed reads what is in rollouts.jsonl
         rolled = [r for r in rollouts if r["iteration"] == iteration]
         pairs = [(r["row"], json.loads(json.dumps(e["row"], default=str))) for r, e in zip(rolled, picked)]
-        if (
-            any(str(a) != str(b) for a, b in pairs)
-            or any(len(r["ids"]) != N for r in rolled)
-            or len(rolled) > M
-        ):
+        differs = any(str(a) != str(b) for a, b in pairs) or any(len(r["ids"]) != N for r in rolled)
+        if differs or len(rolled) > M:
             stop(f"--resume: {file} was not sampled with this data and these flags", 1)
         if len(rolled) < M and step < start:
             stop(f"--resume: {file} lacks rollouts that the checkpoint was trained on", 1)
@@ -286,16 +245,14 @@ def main(args):
             repeated = [e for e in part for _ in range(N)]
             scores = score(repeated, completions).tolist()  # sorted by length in there, for little padding
             scores = [None if math.isnan(x) else x for x in scores]
-            gold = [None] * len(scores)
-            if gold_checker is not None:
-                gold = call_checker(gold_checker, tokenizer, repeated, completions, stop_ids)[0].tolist()
+            golds = [None] * len(scores) if gold is None else gold(repeated, completions).tolist()
             with run.writing():
                 for i, e in enumerate(part):
                     mine = slice(i * N, (i + 1) * N)
-                    known = [g for g in gold[mine] if g is not None]
+                    known = [g for g in golds[mine] if g is not None]
                     texts = [completion_text(tokenizer, e["prompt_ids"], c) for c in completions[mine]]
                     record = {"iteration": iteration, "row": e["row"], "completions": texts}
-                    record |= {"scores": scores[mine], "gold": gold[mine], "ids": completions[mine]}
+                    record |= {"scores": scores[mine], "gold": golds[mine], "ids": completions[mine]}
                     record["solve_rate"] = sum(known) / N if known else None
                     rolled.append(record)
                     rollouts.append(record)
@@ -304,8 +261,8 @@ def main(args):
             run.exit_if_interrupted(f"{len(rolled)} of {M} prompts of iteration {iteration + 1}")
         rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]
         rewards = torch.tensor(rewards)  # (M, N)
-        gold = None if gold_checker is None else torch.tensor([r["gold"] for r in rolled])
-        selection = {"score": rewards.nanmean()} | best_of_n_metrics(rewards, gold)
+        golds = None if gold is None else torch.tensor([r["gold"] for r in rolled])
+        selection = {"score": rewards.nanmean()} | best_of_n_metrics(rewards, golds)
 
         # select: the controls select by random numbers instead of scores, and are the same otherwise
         if args.min_score is not None:
@@ -335,7 +292,7 @@ def main(args):
         where = tuple(torch.tensor(chosen).T)
         selection["selected_score"] = rewards[where].mean()
         if gold is not None:
-            selection |= {"gold": gold.mean(), "selected_gold": gold[where].mean()}
+            selection |= {"gold": golds.mean(), "selected_gold": golds[where].mean()}
         selection["seconds/sample"] = time.time() - began
 
         # update: sft.py on what was selected, with a learning rate schedule of its own
@@ -378,9 +335,7 @@ def main(args):
             metrics["tokens_per_second"] = sum(batch.lengths) / metrics["seconds/train"]
             metrics |= selection if step == before + 1 else {}
             if held_out and (is_last or due(args.eval_every, step, 0)):
-                evals, rows = evaluate_policy(policy, load_policy(args.model, device), *evaluated)
-                metrics |= evals
-                run.samples(step, rows)
+                metrics |= evaluate(step)
             run.log(step, metrics, show=["iteration", "loss", "grad_norm", "tokens_per_second"])
             run.checkpoint_if_due(step, {"policy": policy}, optimizer, is_last)
         if step == args.steps:

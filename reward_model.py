@@ -57,8 +57,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
-    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
+    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -72,8 +71,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
-    large"""
+    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -163,10 +161,14 @@ def main(args):
     steps = min(steps, args.steps or steps)
     run = Run(args, steps)
     start, metrics = run.restore({"model": model}, optimizer), {}
-    if start == 0 and held_out:
+
+    def evaluate(step):
         metrics, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
-        run.samples(0, rows)
-        run.log(0, metrics, show=[])
+        run.samples(step, rows)
+        return metrics
+
+    if start == 0 and held_out:
+        run.log(0, evaluate(0), show=[])
     for step in range(start, steps):
         # data: the next pairs, in an order of its own for every epoch
         began = time.time()
@@ -205,12 +207,11 @@ def main(args):
         metrics["seconds/train"] = time.time() - began
         metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
-            evals, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
-            metrics |= evals
-            run.samples(step + 1, rows)
+            metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
         run.checkpoint_if_due(step + 1, {"model": model}, optimizer)
-    run.finish(model, tokenizer, stop_ids, f"python ppo.py --model ... --reward {args.output_dir}")
+    then = "" if args.dataset == "sort" else f" --model ... --reward {args.output_dir} --dataset ..."
+    run.finish(model, tokenizer, stop_ids, f"python ppo.py{then}")
     return metrics
 
 

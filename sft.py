@@ -21,11 +21,10 @@ from typing import Literal
 
 import torch
 
-from common import Run, as_forward, call_checker, check_context, cli, clip_gradients, completion_text
-from common import context_of, due, eos_ids, find_gold, generator, head_logits, head_rows, hidden_states
-from common import load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
-from common import over_ranks, pad_batch, sample, set_learning_rate, setup, shuffled, stream_logprobs
-from common import tiny_policy, tiny_tokenizer
+from common import Run, as_forward, check_context, cli, clip_gradients, context_of, due, eos_ids
+from common import evaluate_samples, find_gold, head_logits, head_rows, hidden_states, judge, load_examples
+from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches, over_ranks
+from common import pad_batch, set_learning_rate, setup, shuffled, stream_logprobs, tiny_policy, tiny_tokenizer
 
 
 @dataclass
@@ -59,8 +58,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, padding included, of one forward and backward; results do not depend on it, memory does
-    (default: 16,384 on a GPU, 4,096 on a CPU, where larger tensors are slower)"""
+    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
     gradient_checkpointing: bool = False
@@ -74,8 +72,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or hold them whole in each; auto: split what is
-    large"""
+    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -117,7 +114,7 @@ def sft_loss(logprobs, weights):
 
 
 @torch.no_grad()
-def evaluate_answers(policy, tokenizer, examples, checker, stop_ids, args, autocast):
+def evaluate_answers(policy, tokenizer, examples, gold, stop_ids, args, autocast):
     """Held-out loss (nats per token); of greedy and sampled completions: how many stop, and are right."""
     total, tokens = 0.0, 0
     for rows in micro_batches([len(e["ids"]) for e in examples], args.micro_batch_tokens):
@@ -129,24 +126,12 @@ def evaluate_answers(policy, tokenizer, examples, checker, stop_ids, args, autoc
             logprobs, _ = token_logprobs(policy, batch.input_ids, batch.attention_mask, mask)
         total, tokens = total - logprobs.sum().item(), tokens + mask.sum().item()
     total, tokens = over_ranks(total, tokens)
-    metrics = {"eval/loss": total / tokens}
-    prompts, examples = [e["prompt_ids"] for e in examples[:500]], examples[:500]
+    examples = examples[:500]
     longest = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
-    limit = min(longest, context_of(policy.config) - max(map(len, prompts)))
-    for suffix, temperature in (("_greedy", 0.0), ("", 1.0)) if checker else (("", 1.0),):
-        with autocast():
-            draw = generator(args.seed, "evaluate")
-            completions, _ = sample(policy, prompts, 1, limit, temperature, stop_ids, draw)
-        if checker is not None:
-            gold, _ = call_checker(checker, tokenizer, examples, completions, stop_ids)
-            metrics[f"eval/gold{suffix}"] = gold.mean()
-    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
-    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
-    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
-    if checker is not None:
-        rows = [row | {"gold": score} for row, score in zip(rows, gold.tolist())]
-    return metrics, rows
+    limit = min(longest, context_of(policy.config) - max(len(e["prompt_ids"]) for e in examples))
+    inputs = policy, examples, tokenizer, stop_ids, args.seed, autocast, (1, limit, 1.0), dict(gold=gold)
+    metrics, rows = evaluate_samples(*inputs)
+    return {"eval/loss": total / tokens} | metrics, rows
 
 
 def main(args):
@@ -157,20 +142,23 @@ def main(args):
     stop_ids = eos_ids(tokenizer, args.model)
     examples = load_examples(tokenizer, args.dataset, "sft", args)
     held_out = load_held_out(tokenizer, "sft", args)
-    checker = find_gold(examples + held_out)
-    policy = (
-        load_policy(args.model, device, train=args) if args.model else tiny_policy(tokenizer, device, args)
-    )
+    gold = judge(find_gold(examples + held_out), tokenizer, stop_ids)
+    options = dict(device=device, train=args)
+    policy = load_policy(args.model, **options) if args.model else tiny_policy(tokenizer, **options)
     check_context(policy, max(len(e["ids"]) for e in examples + held_out), "--max-length")
     optimizer = make_optimizer([policy], args)
     steps = -(-args.epochs * len(examples) // args.batch_size)
     steps = min(steps, args.steps or steps)
     run = Run(args, steps)
     start, metrics = run.restore({"policy": policy}, optimizer), {}
+
+    def evaluate(step):
+        metrics, rows = evaluate_answers(policy, tokenizer, held_out, gold, stop_ids, args, autocast)
+        run.samples(step, rows)
+        return metrics
+
     if start == 0 and held_out:
-        metrics, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
-        run.samples(0, rows)
-        run.log(0, metrics, show=[])
+        run.log(0, evaluate(0), show=[])
     for step in range(start, steps):
         # data: the next rows, in an order of its own for every epoch
         began = time.time()
@@ -204,12 +192,11 @@ def main(args):
         metrics["seconds/train"] = time.time() - began
         metrics["tokens_per_second"] = sum(batch.lengths) / metrics["seconds/train"]
         if held_out and due(args.eval_every, step + 1, steps):
-            evals, rows = evaluate_answers(policy, tokenizer, held_out, checker, stop_ids, args, autocast)
-            metrics |= evals
-            run.samples(step + 1, rows)
+            metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
         run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
-    run.finish(policy, tokenizer, stop_ids, f"python reward_model.py --model {args.output_dir} --dataset ...")
+    then = f" --model {args.output_dir} --dataset ..." if args.model else ""
+    run.finish(policy, tokenizer, stop_ids, f"python reward_model.py{then}")
     return metrics
 
 

@@ -317,13 +317,14 @@ def test_advantages_belong_to_their_own_prompts(chain, tmp_path, name):  # noqa:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_without_kl_no_reference_is_loaded(chain, tmp_path, monkeypatch, name):  # noqa: F811
+def test_without_kl_a_reference_is_there_for_evaluations_only(chain, tmp_path, monkeypatch, name):  # noqa: F811
     script, loaded = SCRIPTS[name], []
     load = script.load_policy
     monkeypatch.setattr(script, "load_policy", lambda *a, **k: loaded.append(a) or load(*a, **k))
     script.main(run_args(script, chain, tmp_path / "run", kl_coef=0.0))
-    assert len(loaded) == 1
-    assert not any(key.endswith("kl") for row in metrics(tmp_path / "run") for key in row)
+    rows = metrics(tmp_path / "run")
+    assert len(loaded) == 1 + sum("eval/kl" in row for row in rows)
+    assert rows[0]["eval/kl"] == 0 < rows[-1]["eval/kl"] and not any("kl" in row for row in rows)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -629,16 +630,16 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
     def fake(model, prompts, number, *args):
         return [tokenizer(text).input_ids for text in answers[number]], None
 
-    monkeypatch.setattr(grpo, "sample", fake)
-    gold = common.task_checker
-
-    def score(examples, completions):
-        return common.call_checker(gold, tokenizer, examples, completions, stop_ids)[0]
-
+    monkeypatch.setattr(common, "sample", fake)
     _, autocast = common.setup(args)
-    found, shown = grpo.evaluate_policy(
-        policy, policy, tokenizer, examples, score, gold, stop_ids, args, autocast
-    )
+    score, gold = common.load_reward(args, tokenizer, examples, stop_ids, policy.device, autocast)
+
+    def logprobs_of(model, batch):
+        inputs = batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:]
+        return grpo.token_logprobs(model, *inputs)
+
+    inputs = policy, examples, tokenizer, stop_ids, 1, autocast, (2, 8, 1.0), dict(score=score, gold=gold)
+    found, shown = common.evaluate_samples(*inputs, kl_from=(logprobs_of, policy))
     assert found["eval/gold_greedy"] == 1.0 and found["eval/gold"] == 0.25 and found["eval/pass@2"] == 0.5
     assert found["eval/kl"] == 0 and found["eval/eos_rate"] == 0.75
     assert [row["completion"] for row in shown] == ["ba", "cd"] and shown[0]["gold"] == 0

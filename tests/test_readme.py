@@ -1,12 +1,20 @@
-"""README's table of flags is made from Args: `python tests/test_readme.py` writes it."""
+"""README's flags are made from Args, its line counts from the files (`python tests/test_readme.py`
+writes them), and its Python runs on what each script saves."""
 
 import dataclasses
 import importlib
+import re
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from test_family import ROOT, SCRIPTS, field_docs  # noqa: E402
+from test_metrics import runs  # noqa: E402, F401
+from test_scripts import chain  # noqa: E402, F401
+
+import sft  # noqa: E402
 
 BEGIN, END = "<!-- flags, written by tests/test_readme.py -->", "<!-- end of flags -->"
 
@@ -31,14 +39,56 @@ def table():
     return "\n".join(rows)
 
 
-def test_flags_in_readme():
+def written(text):
+    """README with flags and numbers of lines as they are."""
+    head, _, rest = text.partition(BEGIN)
+
+    def count(match):
+        return f"{match[1]}{len((ROOT / match[2]).read_text().splitlines())} |"
+
+    head = re.sub(r"^(\| `(\w+\.py)` \|.*\| )\d+ \|$", count, head, flags=re.MULTILINE)
+    return f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+
+
+def snippet(words):
+    """The block of Python in README that has these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if words in block]
+    return found
+
+
+def test_flags_and_lines_in_readme():
     text = (ROOT / "README.md").read_text()
-    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip() == table()
+    assert text == written(text)
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "reward_model"])
+def test_plain_transformers_opens_it(runs, name, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/ppo").symlink_to(runs[name])
+    code = snippet("AutoModelForCausalLM")
+    assert len([line for line in code.splitlines() if line]) <= 5
+    exec(code, {})
+    assert capsys.readouterr().out.strip().startswith("dbca>")
+
+
+def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chain / "sft")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{{ '>' if m['role'] == 'user' else '[EOS]' }}{% endfor %}"
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(chain / "sft").save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    sft.main(sft.Args(model="start", steps=1, max_length=60, output_dir="runs/ppo"))
+    capsys.readouterr()
+    exec(snippet("pipeline").replace("max_new_tokens=50", "max_new_tokens=5"), {})
+    assert isinstance(capsys.readouterr().out, str)
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    readme.write_text(
-        text[: text.index(BEGIN) + len(BEGIN)] + "\n" + table() + "\n" + text[text.index(END) :]
-    )
+    readme.write_text(written(readme.read_text()))

@@ -1,0 +1,63 @@
+"""docs/metrics.md names the metrics that the scripts write, all of them and no others, script by script."""
+
+import re
+
+import pytest
+import torch
+from test_family import ROOT, SCRIPTS
+from test_scripts import chain, metrics  # noqa: F401
+
+import dpo
+import grpo
+import ppo
+import rejection_sampling
+import rloo
+
+
+def documented():
+    """script -> names in the two tables whose second column names scripts."""
+    found = {name: set() for name in SCRIPTS}
+    text = (ROOT / "docs/metrics.md").read_text()
+    for line in text[text.index("## Metrics of a step") :].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| `"):
+            assert len(cells) == 5, line
+            for script in SCRIPTS if cells[1] == "all" else cells[1].split(", "):
+                found[script] |= set(re.findall(r"`([^`]+)`", cells[0]))
+    return found
+
+
+def written(folder):
+    """Names in a run's metrics.jsonl, with N and G for numbers."""
+    names = {name for row in metrics(folder) for name in row} - {"step"}
+    return {re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@G", name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def runs(chain, tmp_path_factory):  # noqa: F811
+    """script -> its folder, a step or two of each."""
+    folder = tmp_path_factory.mktemp("metrics")
+    both = dict(model=str(chain / "sft"), warmup_steps=0)
+    online = both | dict(reward=str(chain / "reward_model"), prompts_per_step=3, max_completion_length=6)
+    online |= dict(steps=1)
+    ppo.main(ppo.Args(**online, output_dir=str(folder / "ppo")))
+    rloo.main(rloo.Args(**online, num_generations=2, output_dir=str(folder / "rloo")))
+    grpo.main(grpo.Args(**online, num_generations=2, dynamic_sampling=True, output_dir=str(folder / "grpo")))
+    dpo.main(dpo.Args(**both, steps=1, batch_size=8, output_dir=str(folder / "dpo")))
+    args = dict(num_generations=2, prompts=4, max_completion_length=6, reward=str(chain / "reward_model"))
+    out = str(folder / "rejection_sampling")
+    rejection_sampling.main(rejection_sampling.Args(**both, **args, output_dir=out))
+    return {name: (chain if name in ("sft", "reward_model") else folder) / name for name in SCRIPTS}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_page_names_what_is_written(runs, name):
+    known = documented()[name] - (set() if torch.cuda.is_available() else {"peak_memory_gib"})
+    assert known == written(runs[name])
+
+
+def test_flags_that_the_page_turns_exist():
+    from test_family import field_docs
+
+    flags = {f"--{flag.replace('_', '-')}" for script in SCRIPTS for flag in field_docs(script)}
+    assert set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/metrics.md").read_text())) <= flags
