@@ -69,6 +69,7 @@ def show_help(Args, laptop):
     width = min(110, shutil.get_terminal_size().columns)
     os.environ["COLUMNS"] = str(width)
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in laptop.items())
+    flags = flags.replace(" True", "")
     parts = sys.modules[Args.__module__].__doc__.split("\n\n")
     parts += [f"Defaults below are those with --model. Without it, the laptop run: {flags}"]
     fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
@@ -93,6 +94,8 @@ def cli(Args, laptop):
         show_help(Args, laptop)
     real = any(flag == "--model" or flag.startswith("--model=") for flag in argv)
     args = tyro.cli(Args, default=Args() if real else Args(**laptop))
+    if not real and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
+        stop("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
     for flag, script in {"model": "sft.py", "reward": "reward_model.py"}.items():
         path = getattr(args, flag, None)
         made = path == laptop.get(flag, TASK) != TASK  # by an earlier stage of the laptop run
@@ -1458,8 +1461,8 @@ def evaluate_samples(policy, examples, tokenizer, stop_ids, seed, autocast, samp
     each prompt with its numbers.
 
     sampling: G, tokens at most, temperature. judges: score and gold, as load_reward gives them; without any
-    nothing is greedy. kl_from: function(model, batch) -> log-probs and entropy, and a reference. Metrics:
-    score and gold (means), pass@G, the share that ends in EOS, tokens, and the KL in nats per sequence."""
+    nothing is greedy. kl_from: function(model, batch) -> log-probs and entropy, and one that gives the
+    reference. Metrics: score, gold, pass@G, the share that ends in EOS, tokens, KL in nats per sequence."""
     judges = {name: judge for name, judge in judges.items() if judge is not None}
     prompts, metrics = [e["prompt_ids"] for e in examples], {}
     passes = [("_greedy", 1, 0.0)] if judges else []
@@ -1477,7 +1480,7 @@ def evaluate_samples(policy, examples, tokenizer, stop_ids, seed, autocast, samp
     if kl_from is not None:
         logprobs_of, reference = kl_from
         batch = completion_batch([e["prompt_ids"] for e in picked], completions, policy.device)
-        columns["kl"], ref_logps = (logprobs_of(model, batch)[0].sum(1) for model in (policy, reference))
+        columns["kl"], ref_logps = (logprobs_of(model, batch)[0].sum(1) for model in (policy, reference()))
         columns["kl"] -= ref_logps
         metrics["eval/kl"] = columns["kl"].mean()
     texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions[::number])]

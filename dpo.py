@@ -243,7 +243,7 @@ def pair_losses(logps, ref_logps, examples, args):
 
 
 @torch.no_grad()
-def evaluate_preferences(policy, reference, tokenizer, examples, ref_logps, gold, stop_ids, args, autocast):
+def evaluate_preferences(policy, kl_from, tokenizer, examples, ref_logps, gold, stop_ids, args, autocast):
     """Of held-out pairs what training logs, with the accuracy's binomial standard error; of greedy and
     sampled answers to their prompts how many stop and are right; the sampled ones' KL from the reference, in
     nats."""
@@ -261,7 +261,7 @@ def evaluate_preferences(policy, reference, tokenizer, examples, ref_logps, gold
         return over_micro_batches(lambda *x: token_logprobs(model, *x), *inputs)
 
     inputs = policy, examples, tokenizer, stop_ids, args.seed, autocast, (1, limit, 1.0), dict(gold=gold)
-    more, rows = evaluate_samples(*inputs, kl_from=(logprobs_of, reference))
+    more, rows = evaluate_samples(*inputs, (logprobs_of, kl_from))
     return metrics | more, rows
 
 
@@ -297,9 +297,9 @@ def main(args):
     start, metrics = run.restore({"policy": policy}, optimizer), {}
 
     def evaluate(step):
-        start_model = reference or load_policy(args.model, device)  # for a moment, to measure the KL
         inputs = tokenizer, held_out, ref_logps[-len(held_out) :], gold, stop_ids, args, autocast
-        metrics, rows = evaluate_preferences(policy, start_model, *inputs)
+        models = policy, lambda: reference or load_policy(args.model, device)
+        metrics, rows = evaluate_preferences(*models, *inputs)
         run.samples(step, rows)
         return metrics
 

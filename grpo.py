@@ -7,7 +7,8 @@ mean of its group and divided by the group's standard deviation, is that of all 
 surrogate is averaged over the tokens of each completion, then over completions; the KL is a second loss, the
 k3 estimate (its gradient is not quite that of the objective: see kl_penalty). Later work is one flag each.
 Dr. GRPO (Liu et al. 2025): --scale-rewards none --loss-aggregation constant --kl-coef 0. DAPO (Yu et al.
-2025): --loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling, and --mask-truncated.
+2025): --loss-aggregation token --epsilon-high 0.28 --minibatches 16 --kl-coef 0 --dynamic-sampling, and
+--mask-truncated (with one update per rollout, the default, no ratio leaves 1 and no clip is at work).
 Left out: a value model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
 
     python grpo.py                    laptop run, after sft.py: two minutes, two cores
@@ -244,7 +245,7 @@ def main(args):
 
     def evaluate(step):
         sampling = args.num_generations, args.max_completion_length, args.temperature
-        kl_from = logprobs_of, reference or load_policy(args.model, device)
+        kl_from = logprobs_of, lambda: reference or load_policy(args.model, device)
         judges = dict(score=score, gold=gold)
         inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
         metrics, rows = evaluate_samples(*inputs)

@@ -205,7 +205,8 @@ def main(args):
 
     def evaluate(step):
         sampling = args.num_generations, args.max_completion_length, args.temperature
-        kl_from, judges = (logprobs_of, load_policy(args.model, device)), dict(score=score, gold=gold)
+        kl_from = logprobs_of, lambda: load_policy(args.model, device)
+        judges = dict(score=score, gold=gold)
         inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
         metrics, rows = evaluate_samples(*inputs)
         run.samples(step, rows)

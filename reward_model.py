@@ -210,7 +210,8 @@ def main(args):
             metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
         run.checkpoint_if_due(step + 1, {"model": model}, optimizer)
-    then = "" if args.dataset == "sort" else f" --model ... --reward {args.output_dir} --dataset ..."
+    is_laptop = args.model == "runs/sft" and args.output_dir == "runs/reward_model" and args.dataset == "sort"
+    then = "" if is_laptop else f" --model {args.model} --reward {args.output_dir} --dataset ..."
     run.finish(model, tokenizer, stop_ids, f"python ppo.py{then}")
     return metrics
 

@@ -200,7 +200,7 @@ def main(args):
 
     def evaluate(step):
         sampling = args.num_generations, args.max_completion_length, args.temperature
-        kl_from = logprobs_of, reference or load_policy(args.model, device)
+        kl_from = logprobs_of, lambda: reference or load_policy(args.model, device)
         judges = dict(score=score, gold=gold)
         inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
         metrics, rows = evaluate_samples(*inputs)

@@ -639,7 +639,7 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
         return grpo.token_logprobs(model, *inputs)
 
     inputs = policy, examples, tokenizer, stop_ids, 1, autocast, (2, 8, 1.0), dict(score=score, gold=gold)
-    found, shown = common.evaluate_samples(*inputs, kl_from=(logprobs_of, policy))
+    found, shown = common.evaluate_samples(*inputs, kl_from=(logprobs_of, lambda: policy))
     assert found["eval/gold_greedy"] == 1.0 and found["eval/gold"] == 0.25 and found["eval/pass@2"] == 0.5
     assert found["eval/kl"] == 0 and found["eval/eos_rate"] == 0.75
     assert [row["completion"] for row in shown] == ["ba", "cd"] and shown[0]["gold"] == 0
