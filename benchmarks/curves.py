@@ -22,8 +22,8 @@ ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 POINTS = HERE / "curves.jsonl"
 
-# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs, and DAPO, which
-# throws two thirds away, samples about as many in 13 steps (with four updates each: with one nothing is clipped)
+# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs. DAPO throws two
+# thirds away, so samples as many in 13 steps; of four updates each, since with one nothing would be clipped
 EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
@@ -46,7 +46,10 @@ STUDIES = {  # study -> method -> script, flags
         "REINFORCE, no baseline": ("rloo", f"{GROUPS} --baseline none"),
         "GRPO": ("grpo", GROUPS),
         "Dr. GRPO": ("grpo", f"{GROUPS} {DR_GRPO}"),
-        "DAPO": ("grpo", f"{EXACT} {DAPO} --prompts-per-step 128 --minibatches 4 --steps 13 --eval-every 1"),
+        "DAPO": (
+            "grpo",
+            f"{EXACT} {DAPO} --prompts-per-step 128 --minibatches 4 --steps 13 --warmup-steps 1 --eval-every 1",
+        ),
         "rejection sampling": (
             "rejection_sampling",
             "--reward sort --min-score 1 --temperature 1 --prompts 640 --iterations 4 --epochs 4",
@@ -72,7 +75,10 @@ STUDIES = {  # study -> method -> script, flags
         "REINFORCE, no baseline": ("rloo", f"{MOODS} --kl-coef 0.2 --baseline none"),
         "GRPO": ("grpo", f"{MOODS} --kl-coef 0.2"),
         "Dr. GRPO": ("grpo", f"{MOODS} {DR_GRPO}"),
-        "DAPO": ("grpo", f"{MOOD} {DAPO} --prompts-per-step 24 --minibatches 3 --steps 10 --eval-every 2"),
+        "DAPO": (
+            "grpo",
+            f"{MOOD} {DAPO} --prompts-per-step 24 --minibatches 3 --steps 10 --warmup-steps 3 --eval-every 2",
+        ),
         "rejection sampling": (
             "rejection_sampling",
             f"{MOOD} --temperature 1 --num-generations 8 --prompts 60 --iterations 4 --epochs 3 "
