@@ -22,8 +22,8 @@ ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 POINTS = HERE / "curves.jsonl"
 
-# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs. DAPO throws two
-# thirds away, so samples as many in 13 steps; of four updates each, since with one nothing would be clipped
+# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs; DAPO throws
+# two thirds away and so samples as many in 13 steps, of four updates each, since with one nothing is clipped
 EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
@@ -48,7 +48,8 @@ STUDIES = {  # study -> method -> script, flags
         "Dr. GRPO": ("grpo", f"{GROUPS} {DR_GRPO}"),
         "DAPO": (
             "grpo",
-            f"{EXACT} {DAPO} --prompts-per-step 128 --minibatches 4 --steps 13 --warmup-steps 1 --eval-every 1",
+            f"{EXACT} {DAPO} --prompts-per-step 128 --minibatches 4 --steps 13 "
+            "--warmup-steps 1 --eval-every 1",
         ),
         "rejection sampling": (
             "rejection_sampling",
