@@ -19,7 +19,7 @@ def documented():
     found = {name: set() for name in SCRIPTS}
     text = (ROOT / "docs/metrics.md").read_text()
     for line in text[text.index("## Metrics of a step") :].splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
         if line.startswith("| `"):
             assert len(cells) == 5, line
             for script in SCRIPTS if cells[1] == "all" else cells[1].split(", "):
