@@ -1582,7 +1582,9 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tracker = SummaryWriter(self.dir)
-        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+        form = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        is_log = rank() > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, disable=is_log, dynamic_ncols=True, bar_format=form)
         self.started, self.signal, self.handlers, self.pid = time.time(), None, {}, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1724,8 +1726,11 @@ class Run:
             self.tracker.add_scalar(name, value, step)
         if self.args.track == "wandb":
             self.tracker.log(metrics, step=step)
-        numbers = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
-        held_out = [f"{name[5:]} {v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]
+        shown = [f"{name} {metrics[name]:.3g}" for name in show if name in metrics]
+        while not self.bar.disable and len("  ".join(shown)) > shutil.get_terminal_size().columns - 40:
+            shown.pop()  # the last ones, where a terminal is narrow
+        numbers = "  ".join(shown)
+        held_out = [f"{name[5:]}\xa0{v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]
         with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends `| tee` first; the step must still be saved
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(numbers)
@@ -1734,7 +1739,7 @@ class Run:
             if held_out:
                 line = f"step {step}/{self.steps}  held out: {'  '.join(held_out)}"
                 width = 10**6 if self.bar.disable else shutil.get_terminal_size().columns
-                tqdm.write(textwrap.fill(line, width, subsequent_indent="    "))
+                tqdm.write(textwrap.fill(line, width, subsequent_indent="    ").replace("\xa0", " "))
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""

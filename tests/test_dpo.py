@@ -153,11 +153,12 @@ def test_first_step_and_learning(chain, tmp_path, kind, precompute):  # noqa: F8
     start, first, *_, last = metrics(tmp_path / "run")
     if kind in ("sigmoid", "ipo"):
         assert first["margin"] == pytest.approx(0, abs=1e-5) == first["chosen_logratio"]
-        assert start["eval/margin"] == pytest.approx(0, abs=1e-5) and start["eval/kl"] == 0 < last["eval/kl"]
+        assert start["eval/margin"] == pytest.approx(0, abs=1e-5)
         assert start["eval/loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4)
         assert first["loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4)
     else:
-        assert not any("logratio" in key or key.endswith("kl") for key in first.keys() | last.keys())
+        assert not any("logratio" in key for key in first.keys() | last.keys())
+    assert start["eval/kl"] == 0 < last["eval/kl"]
     assert last["margin"] > first["margin"] + 0.01 and last["loss"] < first["loss"]
     assert {"eval/accuracy", "eval/accuracy_stderr", "eval/gold", "chosen_reward", "rejected_reward"} <= {
         *start,
@@ -249,7 +250,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch):  # noqa: F811
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert all(torch.equal(one[key], other[key]) for key in one)
     rows = [
-        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(tmp_path / name)]
+        [{k: v for k, v in row.items() if "second" not in k} for row in metrics(tmp_path / name)]
         for name in ("whole", "halves")
     ]
     assert rows[0] == rows[1]

@@ -618,7 +618,7 @@ def test_dynamic_sampling_gives_up_in_the_end(chain, tmp_path):  # noqa: F811
 # ---------------------------------------------------------------- evaluation, and what is refused
 def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
     """Of two held-out prompts the first is solved by one of two samples, the second by none."""
-    args = run_args(grpo, chain, tmp_path / "run", num_generations=2)
+    args = run_args(grpo, chain, tmp_path / "run", num_generations=2, reward="sort")
     tokenizer, policy = common.load_tokenizer(args.model), common.load_policy(args.model, torch.device("cpu"))
     stop_ids = common.eos_ids(tokenizer, args.model)
     rows = [{"prompt": "ba>", "answer": "ab"}, {"prompt": "dc>", "answer": "cd"}]
