@@ -240,7 +240,7 @@ def tables(studies):
             print(f"| {method} | " + " | ".join(cells) + " |")
 
 
-COLOURS = dict(zip(STUDIES["sort"], ("#888888", "C0", "C2", "C7", "C1", "C3", "C4", "C5", "C9")))
+COLOURS = dict(zip(STUDIES["sort"], ("#222222", "C0", "C2", "C6", "C1", "C3", "C4", "C5", "C9")))
 DASHED = ("REINFORCE, no baseline", "PPO, learned reward", "DPO", "rejection sampling")
 
 
