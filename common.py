@@ -14,7 +14,6 @@ import io
 import json
 import math
 import numbers
-import operator
 import os
 import random
 import re
@@ -22,10 +21,8 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
-import types
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -50,8 +47,7 @@ transformers.utils.logging.disable_progress_bar()
 # ---------------------------------------------------------------- 1. command line
 def stop(message, status=2):
     """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
-    if rank() > 0:
-        # the first process fails in the same way, and torchrun then ends this one; or else this one says it
+    if rank() > 0:  # the first one fails likewise, and torchrun then ends this one; else this one says it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         message = f"{message} (process {rank()})"
@@ -87,8 +83,7 @@ def show_help(Args, laptop):
 
 
 def cli(Args, laptop):
-    """Command line -> Args. Without --model it is the laptop run: `laptop` replaces defaults, flags still
-    win."""
+    """Command line -> Args. Without --model it is the laptop run: `laptop` replaces defaults, flags win."""
     argv = sys.argv[1:]
     if {"-h", "--help"} & set(argv):
         show_help(Args, laptop)
@@ -104,32 +99,25 @@ def cli(Args, laptop):
     return args
 
 
-AT_LEAST = dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"], 0)
-AT_LEAST |= dict.fromkeys(["save_every", "kl_coef", "missing_eos_penalty", "value_coef", "epsilon"], 0)
-AT_LEAST |= dict.fromkeys(["value_clip", "gamma", "lam", "epsilon_high", "center_coef"], 0)
-AT_LEAST |= dict.fromkeys(["steps", "epochs", "batch_size", "micro_batch_tokens", "log_every"], 1)
-AT_LEAST |= dict.fromkeys(["prompts_per_step", "num_generations", "update_epochs", "minibatches"], 1)
-AT_LEAST |= dict.fromkeys(["max_length", "max_prompt_length", "max_completion_length"], 1)
-AT_LEAST |= dict.fromkeys(["select_k", "prompts", "iterations"], 1)
-AT_LEAST |= dict.fromkeys(["label_smoothing", "sft_coef", "beta"], 0)
-
-
+# a flag that is a whole number is at least 1, any other number at least 0, apart from these
+MAY_BE_0, ANY_NUMBER = {"warmup_steps", "eval_every", "save_every"}, {"seed", "min_score", "simpo_margin"}
 # what --resume may change: how far the run goes, how it reports, what does not change results, and the size
 # of updates from here on, as the way out of a loss that is not finite
-MAY_CHANGE = {"resume", "overwrite", "output_dir", "steps", "epochs", "iterations", "learning_rate"}
-MAY_CHANGE |= {"max_grad_norm", "eval_every", "save_every", "log_every", "track"}
-MAY_CHANGE |= {"micro_batch_tokens", "gradient_checkpointing", "shard"}
+MAY_CHANGE = """resume overwrite output_dir steps epochs iterations eval_every save_every log_every track
+    shard micro_batch_tokens gradient_checkpointing learning_rate max_grad_norm""".split()
 
 
 def setup(args):
     """Check flags and folder before anything loads, choose the device -> (device, autocast)."""
-    device = start_processes(args.shard)
-    for name, low in AT_LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= low:
-            stop(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    device, folder = start_processes(args.shard), Path(args.output_dir)
+    flags = {name: "--" + name.replace("_", "-") for name in vars(args)}
     if not getattr(args, "temperature", 1.0) > 0:
         stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        low = int(field.type in (int, int | None) and name not in MAY_BE_0)
+        if isinstance(value, (int, float)) and name not in ANY_NUMBER and not value >= low:
+            stop(f"{flags[name]} is {value}; it must be at least {low}")
     if "minibatches" in vars(args) and args.minibatches > args.prompts_per_step * args.num_generations:
         number = args.prompts_per_step * args.num_generations
         stop(f"--minibatches is {args.minibatches}, more than the {number} completions of a step")
@@ -137,32 +125,27 @@ def setup(args):
         stop(f"--gamma is {args.gamma} and --lam {args.lam}; neither may be above 1")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
-    saved = find_checkpoint(args.output_dir) is not None and Path(args.output_dir, "args.json").is_file()
-    if args.resume and not saved:
-        stop(f"--resume: there is no checkpoint in {args.output_dir}; start without --resume")
-    if args.resume:
-        began, now = json.loads(Path(args.output_dir, "args.json").read_text()), dataclasses.asdict(args)
-        if began.keys() != now.keys():
-            stop(f"--resume: {args.output_dir} holds a run of another script, or of another version of it")
-        # (rejection_sampling.py counts its iterations' steps by --epochs)
-        fixed = now.keys() - MAY_CHANGE | ({"epochs"} if "iterations" in now else set())
-        for name, value in now.items():
-            if name in fixed and began[name] != value:
-                flag = f"--{name.replace('_', '-')}"
-                stop(
-                    f"--resume: {flag} was {began[name]} when this run began, now {value}; give it as it was"
-                )
     for name in ("model", "reward", "value_model"):
         path = getattr(args, name, None)
-        if path and Path(path).resolve() == Path(args.output_dir).resolve():
-            stop(f"--output-dir is --{name.replace('_', '-')}, {path}: it would be overwritten; name another")
-    if not args.resume and not args.overwrite and Path(args.output_dir, "args.json").exists():
-        stop(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
-    sys.excepthook = explain
-    if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = 16_384 if device.type == "cuda" else 4096
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        if path and Path(path).resolve() == folder.resolve():
+            stop(f"--output-dir is {flags[name]}, {path}: it would be overwritten; name another")
+    began = folder / "args.json"
+    if args.resume:
+        if find_checkpoint(folder) is None or not began.is_file():
+            stop(f"--resume: there is no checkpoint in {folder}; start without --resume")
+        before, now = json.loads(began.read_text()), dataclasses.asdict(args)
+        if before.keys() != now.keys():
+            stop(f"--resume: {folder} holds a run of another script, or of another version of it")
+        for name, value in now.items():  # (rejection_sampling.py counts its iterations' steps by --epochs)
+            is_fixed = name not in MAY_CHANGE or name == "epochs" and "iterations" in now
+            if is_fixed and before[name] != value:
+                stop(f"--resume: {flags[name]} was {before[name]} at first, now {value}; give it as it was")
+    elif began.exists() and not args.overwrite:
+        stop(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
+    sys.excepthook, is_cuda = explain, device.type == "cuda"
+    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if is_cuda else 4096)
+    dtype = {"auto": "bfloat16" if is_cuda else "float32"}.get(args.dtype, args.dtype)
+    name = torch.cuda.get_device_name() if is_cuda else f"{torch.get_num_threads()} CPU threads"
     if world() > 1:
         name = f"{world()} processes, each {name}"
         distributed.barrier()  # none of them has written yet what another one looks for
@@ -179,16 +162,16 @@ def explain(kind, error, trace):
         time.sleep(5)  # whoever failed says why first
         found = f"process {rank()} lost the others, and if one of them has failed that stands above"
         print(f"{found} ({one_line(str(error), 400)})", file=sys.stderr)
-        return
-    if not isinstance(error, torch.OutOfMemoryError):
-        return sys.__excepthook__(kind, error, trace)
-    names = {frame.name for frame in traceback.extract_tb(trace)}
-    phase, advice = "training", "--resume with a lower --micro-batch-tokens, or --gradient-checkpointing"
-    if "score" in names:
-        phase, advice = "scoring", "--resume with a lower --micro-batch-tokens"
-    elif {"_sample_wave", "gathered"} & names:
-        phase, advice = "sampling", "start again with a lower --max-completion-length or --num-generations"
-    print(f"error: out of GPU memory in {phase}: {advice}; a checkpoint, if any, is intact", file=sys.stderr)
+    elif isinstance(error, torch.OutOfMemoryError):
+        names = {frame.name for frame in traceback.extract_tb(trace)}
+        todo = "training: --resume with a lower --micro-batch-tokens, or --gradient-checkpointing"
+        if "score" in names:
+            todo = "scoring: --resume with a lower --micro-batch-tokens"
+        elif {"_sample_wave", "gathered"} & names:
+            todo = "sampling: start again with a lower --max-completion-length or --num-generations"
+        print(f"error: out of GPU memory in {todo}; a checkpoint, if any, is intact", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def generator(seed, purpose, step=0):
@@ -203,9 +186,9 @@ SHARD = "auto"  # --shard, for whatever model is loaded
 
 def rank():
     """This process among those that torchrun started; 0 with one."""
-    if not distributed.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:  # not yet
-        return int(os.environ["RANK"])
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    if distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # (they have not joined yet)
 
 
 def world():
@@ -217,10 +200,11 @@ def start_processes(shard):
     """Join the processes that torchrun has started, if it has -> this one's device. Only the first prints."""
     global SHARD
     SHARD, kind = shard, "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return torch.device(kind)
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+        return device
     if kind == "cuda":
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
@@ -252,12 +236,12 @@ def shard(model, device, train):
     """Parameters, gradients and optimiser state split over the processes, layer by layer (FSDP2), if --shard
     says so: "auto" where, with float32 weights (and gradients and Adam's two moments), a model takes more
     than a quarter of a GPU's memory. What is not split stands whole in each process."""
-    size = (16 if train is not None else 4) * sum(p.numel() for p in model.parameters())
-    is_split = world() > 1 and SHARD == "full"
-    if world() > 1 and SHARD == "auto" and device.type == "cuda":
+    is_split = SHARD == "full"
+    if SHARD == "auto" and device.type == "cuda":
+        size = (16 if train is not None else 4) * sum(p.numel() for p in model.parameters())
         is_large = 4 * size > torch.cuda.get_device_properties(device).total_memory
-        is_split = bool(over_ranks(int(is_large), op="max"))  # in all processes or in none
-    if not is_split:
+        is_split = over_ranks(int(is_large), op="max")  # in all processes or in none
+    if world() == 1 or not is_split:
         return model.to(device)
     mesh, blocks = distributed.init_device_mesh(device.type, (world(),)), set(model._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in blocks] + [model]:
@@ -266,14 +250,13 @@ def shard(model, device, train):
         # a sum, not a mean, over processes: a loss's weights carry the count of the whole batch
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.run = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    model.run = lambda function, *args: function(model, *args)
     register_fsdp_forward_method(model, "run")
     return model
 
 
 def as_forward(function):
-    """function(model, ...) counts as the model's own forward: FSDP gathers what lies outside the layers
-    (embedding, last norm, head) for it and for its backward pass."""
+    """function(model, ...) as the model's own forward: FSDP gathers embedding, last norm and head for it."""
 
     @functools.wraps(function)
     def run(model, *args):
@@ -286,25 +269,25 @@ def as_forward(function):
 def gathered(model):
     """The whole of a split model in each process while it samples, -> True, if a GPU has room for it: then no
     process waits for another. Else False: each layer is gathered at each step, which all take together."""
-    shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    fits = True
-    if model.device.type == "cuda":  # beside float32 weights, their bfloat16 copy and a quarter for sample()
+    shards, fits = [m for m in model.modules() if isinstance(m, FSDPModule)], True
+    if shards and model.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator keeps
-        fits = 6 * sum(p.numel() for p in model.parameters()) + total / 4 < free
-    fits = not (shards and over_ranks(int(not fits), op="max"))  # for all or for none
-    for module in shards if fits else ():
+        # float32 weights, their bfloat16 copy and a quarter of the memory for sample()
+        needed = 6 * sum(p.numel() for p in model.parameters()) + total / 4
+        fits = not over_ranks(int(needed >= free), op="max")  # for all or for none
+    shards = shards if fits else []
+    for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     yield fits
-    for module in shards if fits else ():
+    for module in shards:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
 
 
 def clip_gradients(model, max_norm):
-    """Sum the gradients over processes (FSDP has done so with those it splits) and scale them down to a joint
-    norm of at most max_norm (0: never) -> their norm before."""
+    """Sum gradients over processes (FSDP has), cut their norm down to max_norm (0: never) -> norm before."""
     params = [p for p in model.parameters() if p.grad is not None]
     if world() > 1 and not isinstance(model, FSDPModule):
         total = torch.cat([p.grad.flatten() for p in params])
@@ -316,8 +299,7 @@ def clip_gradients(model, max_norm):
 
 
 def whole(x):
-    """A tensor that is split over processes, put together on the CPU of the first of them, elsewhere empty;
-    any other tensor as it is. All processes call it."""
+    """A split tensor whole on the first process's CPU, elsewhere empty; others as they are. All call it."""
     if not isinstance(x, DTensor):
         return x
     x = x.full_tensor()
@@ -340,14 +322,18 @@ def whole_weights(model):
 
 
 # ---------------------------------------------------------------- 3. models
-def _load(cls, flag, path, **kwargs):
-    """cls.from_pretrained, its failures as one sentence. Weights come from safetensors only."""
+CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32
+
+
+def _load(cls, flag, path, config=None):
+    """cls.from_pretrained, failures as one sentence; with a config a model, float32, safetensors only."""
+    options = {} if config is None else dict(config=config, dtype=torch.float32, use_safetensors=True)
     if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
         stop(f"{flag} {path}: there is no such directory")
     try:
-        return cls.from_pretrained(path, **kwargs)
+        return cls.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         stop(f"{flag} {path}: not a directory or Hub id that can be loaded ({reason})")
 
 
@@ -361,18 +347,14 @@ def load_tokenizer(path, flag="--model"):
     return tokenizer
 
 
-def _special_ids(tokenizer):
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def end_of_turn_id(tokenizer):
     """The id that ends a completion: what the chat template puts after an assistant's text, else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
     after = _render(tokenizer, "the model's tokenizer", probe).rpartition("good-bye")[2]
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    return next((i for i in ids if i in _special_ids(tokenizer)), tokenizer.eos_token_id)
+    ids, added = tokenizer(after, add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
+    return next((i for i in ids if i in added and added[i].special), tokenizer.eos_token_id)
 
 
 def eos_ids(tokenizer, path):
@@ -388,29 +370,25 @@ def eos_ids(tokenizer, path):
 
 
 def _load_config(flag, path):
-    """Its config, dropout and jitter off: else two forwards differ, and the ratio is not 1 before the first
-    update."""
+    """Its config, dropout and jitter off: else two forwards differ, and the first update's ratio is not 1."""
     config = _load(AutoConfig, flag, path)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            is_noise = "drop" in name or "jitter" in name
-            if is_noise and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if ("drop" in name or "jitter" in name) and type(value) in (int, float):
                 setattr(part, name, 0.0)
     return config
 
 
 def load_policy(path, device, train=None):
     """A causal language model, float32 weights. `train`: Args of the run that trains it; None: frozen."""
-    options = dict(config=_load_config("--model", path), dtype=torch.float32, use_safetensors=True)
-    return _prepare(_load(AutoModelForCausalLM, "--model", path, **options), device, train)
+    config = _load_config("--model", path)
+    return _prepare(_load(AutoModelForCausalLM, "--model", path, config), device, train)
 
 
 def load_scorer(path, device, flag, train=None, new_head=None, pad=None):
-    """A sequence-classification model with one output, float32 weights.
-
-    new_head: what a language model gets for a head: "normal" draws its weights with std 1/sqrt(H+1) (Stiennon
-    et al. 2020), "zero" makes it give 0; without it a language model is an error. pad: a tokenizer and ids
-    that end a completion, to choose_pad for the model to be saved."""
+    """A sequence-classification model with one output, float32 weights; `train` as in load_policy. new_head:
+    what a language model gets for a head, "normal" with std 1/sqrt(H+1) (Stiennon et al. 2020), "zero" to
+    give 0; without it a language model is an error. pad: tokenizer and ids of EOS, to choose_pad."""
     config = _load_config(flag, path)
     name = (config.architectures or ["model of unknown architecture"])[0]
     is_scorer = name.endswith("ForSequenceClassification")
@@ -419,8 +397,7 @@ def load_scorer(path, device, flag, train=None, new_head=None, pad=None):
     if is_scorer and config.num_labels != 1:
         stop(f"{flag} {path}: a classifier with {config.num_labels} labels; a reward model has one output")
     config.num_labels = 1
-    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
-    model = _load(AutoModelForSequenceClassification, flag, path, **options)
+    model = _load(AutoModelForSequenceClassification, flag, path, config)
     head = getattr(model, "score", None)
     if train is not None and (not isinstance(head, nn.Linear) or head.bias is not None):
         stop(f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model")
@@ -441,10 +418,8 @@ def _prepare(model, device, train):
     if model.get_output_embeddings() is not None:
         _check_head(model)
     if train is not None and train.gradient_checkpointing:
-        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.23
-            model.activation_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = model.gradient_checkpointing_enable  # its name before transformers 5.23
+        getattr(model, "activation_checkpointing_enable", enable)({"use_reentrant": False})
     return shard(model.train(train is not None), device, train)
 
 
@@ -464,9 +439,6 @@ def _scaled(model, logits):
     return logits
 
 
-CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32
-
-
 def head_rows(model):
     """Of how many tokens all logits may exist at a time."""
     return max(1, CHUNK // model.get_output_embeddings().out_features)
@@ -477,14 +449,13 @@ def stream_logprobs(model, hidden, targets, temperature):
 
     hidden (N, H), targets (N,) -> log-probs (N,) and entropy (N,), which has no gradient. With z = logits /
     temperature and p = softmax(z): log p_y = z_y - logsumexp(z), entropy = logsumexp(z) - sum of p z, and
-    d log p_y / d z_j = [j = y] - p_j. Logits are computed again in the backward pass; the head's gradient is
-    summed in one float32 buffer, where autograd would have one for each chunk. (torch's linear_cross_entropy
-    does likewise; it has no entropy, temperature or cap.)"""
+    d log p_y / d z_j = [j = y] - p_j. The backward pass computes logits again and sums the head's gradient in
+    one float32 buffer. (torch's linear_cross_entropy does likewise, without entropy, temperature or cap.)"""
     head, kind = model.get_output_embeddings(), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    options = model, temperature, head_rows(model), dtype
+    options = targets, model, temperature, head_rows(model), dtype
     with torch.autocast(kind, enabled=False):
-        return _Streamed.apply(hidden, head.weight, head.bias, targets, *options)
+        return _Streamed.apply(hidden, head.weight, head.bias, *options)
 
 
 class _Streamed(torch.autograd.Function):
@@ -564,7 +535,8 @@ def _check_head(model):
 
 def choose_pad(tokenizer, model, eos):
     """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not PAD."""
-    named = [i for i in _special_ids(tokenizer) if "pad" in tokenizer.convert_ids_to_tokens(i).lower()]
+    added = tokenizer.added_tokens_decoder.items()
+    named = [i for i, token in added if token.special and "pad" in token.content.lower()]
     ids = [i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i not in (None, *eos)]
     if ids:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
@@ -582,13 +554,9 @@ TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500
 
 
 def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task: 4 to 7 different letters, prompt `dbca>`, answer `abcd`; messages with
-    `chat`.
-
-    Whether letters are held out depends on the letters alone, and the held-out rows are the same for every
-    seed. A rejected answer has one slip or two, and, like most mistakes of a half-trained model, is in order
-    half of the time.
-    """
+    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>` (`chat`: messages), answer `abcd`.
+    Whether letters are held out depends on them alone; held-out rows are the same for every seed. A rejected
+    answer has a slip or two and, like most mistakes of a half-trained model, is in order half of the time."""
     draw, rows = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}"), []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
         letters = "".join(draw.sample(LETTERS, draw.randint(4, 7)))
@@ -612,10 +580,10 @@ def slip(text, draw):
     """`text` with one slip: a wrong letter, two neighbours swapped, a letter left out, doubled or put in."""
     while True:
         i, letter = draw.randrange(len(text)), draw.choice(LETTERS)
-        swapped = text[:i] + text[i : i + 2][::-1] + text[i + 2 :]
-        left_out, doubled = text[:i] + text[i + 1 :], text[: i + 1] + text[i:]
-        replaced, put_in = text[:i] + letter + text[i + 1 :], text[:i] + letter + text[i:]
-        wrong = draw.choice([swapped, replaced, replaced, left_out, doubled, put_in])
+        before, here, after = text[:i], text[i], text[i + 1 :]
+        swapped, replaced = before + after[:1] + here + after[1:], before + letter + after
+        doubled, put_in = before + here + here + after, before + letter + here + after
+        wrong = draw.choice([swapped, replaced, replaced, before + after, doubled, put_in])
         if wrong != text:
             return wrong
 
@@ -655,26 +623,29 @@ ALPACA = (
     "the request.\n\n### Instruction:\n{instruction}\n\n{extra}### Response:\n"
 )
 PAIRED = ", paired with an input that provides further context"
+FORMS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # prompt's key: completion's
 GSM8K = "{question}\nThink step by step and end with a line that holds #### and then the answer, a number.\n"
 
 
 def read_rows(dataset, kind, held_out, seed, chat):
     """Rows of a data set: a list of (where, dict), `where` naming file and line."""
     if dataset == TASK:
-        return [(f"{TASK} row {i}", row) for i, row in enumerate(task_rows(kind, held_out, seed, chat), 1)]
-    if dataset.endswith((".jsonl", ".json")):
+        rows = enumerate(task_rows(kind, held_out, seed, chat), 1)
+    elif dataset.endswith((".jsonl", ".json")):
         rows = _read_file(dataset)
+    elif importlib.util.find_spec("datasets") is None:
+        stop(f"{dataset} is no .jsonl or .json file; to read it from the Hub, `pip install datasets`")
     else:
-        if importlib.util.find_spec("datasets") is None:
-            stop(f"{dataset} is no .jsonl or .json file; to read it from the Hub, `pip install datasets`")
         import datasets
 
         name, _, split = dataset.partition(":")
         try:
-            rows = datasets.load_dataset(name, split=split or "train")
+            rows = enumerate(datasets.load_dataset(name, split=split or "train"), 1)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            stop(f"{dataset}: cannot be loaded from the Hub ({str(error).strip().splitlines()[0]})")
-        rows = [(f"{dataset} row {i}", row) for i, row in enumerate(rows, 1)]
+            reason = str(error).strip().partition("\n")[0]
+            stop(f"{dataset}: cannot be loaded from the Hub ({reason})")
+    unit = "line" if dataset.endswith(".jsonl") else "row"
+    rows = [(f"{dataset} {unit} {number}", row) for number, row in rows]
     if not rows:
         stop(f"{dataset}: is empty; a row has {WANTED[kind]}")
     for where, row in rows:
@@ -684,27 +655,27 @@ def read_rows(dataset, kind, held_out, seed, chat):
 
 
 def _read_file(path):
-    if not Path(path).is_file():
-        stop(f"{path}: there is no such file")
+    """Pairs of a number, of the line or (.json) of the row, and what stands there."""
+    number, rows, wanted = 1, [], "one JSON object a line"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        stop(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
-    number, rows = 1, []
-    try:
         if path.endswith(".json"):
+            wanted = "one list of JSON objects"
             rows = json.loads(text) if text.strip() else []
             if not isinstance(rows, list):
                 stop(f"{path}: holds one {type(rows).__name__}, not a list of objects")
-            return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+            return list(enumerate(rows, 1))
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                rows.append((f"{path} line {number}", json.loads(line)))
+                rows.append((number, json.loads(line)))
         return rows
+    except OSError as error:
+        stop(f"{path}: there is no such file, or none that can be read ({error.strerror})")
+    except UnicodeDecodeError as error:
+        stop(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
     except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits
         line = getattr(error, "lineno", 1) + number - 1
         reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
-        wanted = "one list of JSON objects" if path.endswith(".json") else "one JSON object a line"
         stop(f"{path} line {line}: broken JSON ({reason}); wanted {wanted}")
 
 
@@ -713,55 +684,51 @@ def _field(row, key, where, kind):
     if key not in row:
         stop(f"{where}: no `{key}` among the keys {', '.join(row) or '(none)'}; wanted {WANTED[kind]}")
     value = row[key]
+    texts = [value] if isinstance(value, str) else []
     for message in value if isinstance(value, list) else []:
         fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
-            stop(
-                f"{where}: `{key}` holds {repr(message)[:60]}, not a message with texts `role` and `content`"
-            )
-    if not isinstance(value, str) and not (isinstance(value, list) and value):
+            stop(f"{where}: `{key}` holds {repr(message)[:60]}, no message with texts `role` and `content`")
+        texts += fields
+    if not texts:
         stop(f"{where}: `{key}` must be a text or a list of messages, found {repr(value)[:60]}")
-    texts = [value] if isinstance(value, str) else [text for m in value for text in (m["role"], m["content"])]
-    return _whole(value, "".join(texts), where, f"`{key}`")
-
-
-def _whole(value, text, where, name):
-    if any("\ud800" <= letter <= "\udfff" for letter in set(text)):
-        stop(f"{where}: {name} holds half of a surrogate pair, which is no text; mend or leave out the row")
+    _check_unicode("".join(texts), where, f"`{key}`")
     return value
 
 
+def _check_unicode(text, where, name):
+    if re.search("[\ud800-\udfff]", text):
+        stop(f"{where}: {name} holds half of a surrogate pair, which is no text; mend or leave out the row")
+
+
 def _prompt(row, where, kind, template, chat):
-    """The prompt of a row: a text through --prompt-template (Alpaca's and GSM8K's are built in), or
-    messages."""
-    if "prompt" in row and not isinstance(_field(row, "prompt", where, kind), str):
+    """The prompt of a row: messages, or a text through --prompt-template (Alpaca's, GSM8K's are built in)."""
+    key = next((key for key in FORMS if key in row), "prompt")
+    if not isinstance(_field(row, key, where, kind), str):
+        if key != "prompt":
+            stop(f"{where}: `{key}` must be a text, found a list of messages; messages go into `prompt`")
         if template != "{prompt}":
             stop(f"{where}: --prompt-template is for texts, and `prompt` is a list of messages here")
         return row["prompt"]
-    values, key = dict(row), next((k for k in ("prompt", "instruction", "question") if k in row), "prompt")
-    if not isinstance(_field(row, key, where, kind), str):
-        stop(f"{where}: `{key}` must be a text, found a list of messages; messages go into `prompt`")
+    values, extra = row, row.get("input")
     if template == "{prompt}" and key == "instruction":
-        template, extra = ALPACA, row.get("input")
         if extra is not None and not isinstance(extra, str):
             stop(f"{where}: `input` must be a text, found {repr(extra)[:60]}")
-        values |= dict(paired=PAIRED if extra else "", extra=f"### Input:\n{extra}\n\n" if extra else "")
+        extra, paired = (f"### Input:\n{extra}\n\n", PAIRED) if extra else ("", "")
+        template, values = ALPACA, row | dict(paired=paired, extra=extra)
     elif template == "{prompt}" and key == "question":
         template = GSM8K
     try:
         text = template.format(**values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         stop(f"{where}: --prompt-template {template!r} does not fit the keys {', '.join(row)} ({error!r})")
-    _whole(text, text, where, f"--prompt-template {template[:60]!r} with this row")
+    _check_unicode(text, where, f"--prompt-template {template[:60]!r} with this row")
     return [{"role": "user", "content": text.strip()}] if key == "question" and chat else text
 
 
 def _shared_prefix(row, where):
-    """chosen and rejected without a prompt -> prompt, chosen, rejected. What they share at the beginning is
-    the prompt.
-
-    Messages: all equal ones but the last. Texts: up to the last shared "Assistant:" (Anthropic's form), or
-    white space."""
+    """chosen and rejected -> prompt, which is what they share at the beginning, chosen, rejected: of messages
+    all equal ones but the last; of texts up to the last "Assistant:" (Anthropic's form), or white space."""
     chosen, rejected = (_field(row, key, where, "preference") for key in ("chosen", "rejected"))
     if type(chosen) is not type(rejected):
         stop(f"{where}: `chosen` and `rejected` must both be texts or both lists of messages")
@@ -795,22 +762,18 @@ def _turns(row, where, kind, args, chat):
     """A row -> its prompt, and (everything before a trained turn, that turn) for each trained turn."""
     if kind == "sft" and "messages" in row:
         messages = _field(row, "messages", where, kind)
-        turns = [
-            i for i, m in enumerate(messages) if i and not isinstance(m, str) and m["role"] == "assistant"
-        ]
+        roles = [m["role"] for m in messages] if isinstance(messages, list) else []
+        turns = [i for i, role in enumerate(roles) if i and role == "assistant"]
         if not turns:
             stop(f"{where}: `messages` has no assistant turn after the first message: nothing to train on")
         turns = turns if args.train_on == "all" else turns[-1:]
         return messages[: turns[-1]], [(messages[:i], messages[i : i + 1]) for i in turns]
-    whole = isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
-    if kind == "preference" and (whole or not {"prompt", "instruction", "question"} & row.keys()):
+    twice = isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
+    if kind == "preference" and (twice or not FORMS.keys() & row.keys()):
         prompt, *answers = _shared_prefix(row, where)
         return prompt, [(prompt, answer) for answer in answers]
     prompt = _prompt(row, where, kind, args.prompt_template, chat)
-    completion = {"instruction": "output", "question": "answer"}
-    completion = next(
-        (name for key, name in completion.items() if "prompt" not in row and key in row), "completion"
-    )
+    completion = next(FORMS[key] for key in FORMS if key in row)
     keys = {"sft": [completion], "preference": ["chosen", "rejected"], "prompt": []}[kind]
     answers = [_field(row, key, where, kind) for key in keys]
     if any(isinstance(prompt, str) and not isinstance(answer, str) for answer in answers):
@@ -824,6 +787,14 @@ def encode(tokenizer, texts, is_chat, keep_eos=False):
     ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
     own = [eos and i[-1:] == eos and not text.endswith(tokenizer.eos_token) for i, text in zip(ids, texts)]
     return [i[:-1] if strip else i for i, strip in zip(ids, own)]  # (some tokenizers add EOS, to prompts too)
+
+
+def with_end(tokenizer, ids, end, is_chat, finished=True):
+    """Ids that end in `end` or EOS, without what a chat template puts after it; not finished: without it."""
+    if is_chat and end in ids:
+        return ids[: len(ids) - ids[::-1].index(end) - (not finished)]
+    has_none = end is not None and ids[-1:] not in ([end], [tokenizer.eos_token_id])
+    return ids + [end] if finished and has_none else ids
 
 
 def control_tokens(tokenizer):
@@ -840,27 +811,24 @@ def spaced(text, tokens):
 
 
 def load_examples(tokenizer, dataset, kind, args, held_out=False):
-    """Read, check and tokenise a data set -> a list of dicts with prompt (as in the file), row, where,
-    prompt_ids, and
+    """Read, check and tokenise a data set -> list of dicts: prompt (as in the file), row, where, prompt_ids;
+    kind "sft": also ids, mask (1 on trained tokens); "preference": also chosen_ids, rejected_ids, margin.
 
-    kind "sft": ids, mask (1 on trained tokens); "preference": chosen_ids, rejected_ids, margin; "prompt":
-    nothing more. Prompt and answer are tokenised as one text and split where the prompt's tokens end; an
-    answer ends in one EOS, or in the chat template's end of turn. Texts are used as they are, control tokens
-    included (people bring rendered prompts); a row whose messages spell one is dropped. A row that cannot be
-    used whole is dropped and counted, never cut."""
+    Prompt and answer are tokenised as one text and split where the prompt's tokens end; an answer ends in one
+    EOS, or in the chat template's end of turn. Texts may spell control tokens (people bring rendered
+    prompts). A row whose messages do, or that cannot be used whole, is dropped and counted, never cut."""
     chat, end, dropped, kept = tokenizer.chat_template is not None, end_of_turn_id(tokenizer), Counter(), []
     limit, over = getattr(args, "max_length", 0), "--max-length"
-    if kind == "prompt":  # what the model's context leaves beside a completion, at most
-        limit, over = args.max_prompt_length, "--max-prompt-length"
+    if kind == "prompt":
         room = context_of(_load(AutoConfig, "--model", args.model)) - args.max_completion_length
-        if room < limit:
-            limit, over = room, "the model's context less --max-completion-length:"
+        room = room, "the model's context less --max-completion-length:"
+        limit, over = min((args.max_prompt_length, "--max-prompt-length"), room)
     rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
     control = control_tokens(tokenizer)
     for where, row in rows:
         prompt, turns = _turns(row, where, kind, args, chat)
         margin = 0.0 if kind != "preference" or row.get("margin") is None else row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e9:
+        if type(margin) not in (int, float) or not abs(margin) < 1e9:
             stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
         is_chat = isinstance(prompt, list)
         messages = str([_with_answer(*turn) for turn in turns if turn[1] is not None] or prompt)
@@ -868,8 +836,7 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
             dropped["whose messages spell a control token of the tokenizer"] += 1
             continue
         for before, answer in turns:
-            text = _render(tokenizer, where, before, generate=True) if is_chat else before
-            whole = text
+            text = whole = _render(tokenizer, where, before, generate=True) if is_chat else before
             if answer is not None:
                 whole = _render(tokenizer, where, _with_answer(before, answer)) if is_chat else text + answer
             texts[is_chat] += [text, whole]
@@ -877,35 +844,26 @@ def load_examples(tokenizer, dataset, kind, args, held_out=False):
     ids = {is_chat: iter(encode(tokenizer, batch, is_chat)) for is_chat, batch in texts.items()}
     for example, is_chat, count in examples:
         splits = [(next(ids[is_chat]), next(ids[is_chat])) for _ in range(count)]
+        prompt_ids, trained = splits[-1][0], [] if kind == "prompt" else splits
+        answers = [with_end(tokenizer, whole[len(before) :], end, is_chat) for before, whole in trained]
+        spans = [(len(before), before + answer) for (before, _), answer in zip(splits, answers)]
+        sequence = spans[-1][1] if spans else prompt_ids
         if any(not before or whole[: len(before)] != before for before, whole in splits):
             dropped["whose prompt is empty or, in tokens, no prefix of prompt and completion"] += 1
-            continue
-        prompt_ids, answers = splits[-1][0], []
-        for before, whole in splits if kind != "prompt" else []:
-            answer = whole[len(before) :]
-            if is_chat and end in answer:  # templates add a newline after the end of the turn: not trained
-                answer = answer[: len(answer) - answer[::-1].index(end)]
-            ended = answer[-1:] in ([end], [tokenizer.eos_token_id])
-            answers.append(answer if ended else answer + [end])
-        if len(prompt_ids) + max(map(len, answers), default=0) > limit:
+        elif len(prompt_ids) + max(map(len, answers), default=0) > limit:
             dropped[f"longer than {over} {limit}"] += 1
-            continue
-        if kind == "sft":
-            sequence = prompt_ids + answers[-1]
-            spans = [(len(before), before + answer) for (before, _), answer in zip(splits, answers)]
-            if any(sequence[: len(text)] != text for _, text in spans):  # (--train-on all)
-                dropped["whose turns the chat template does not render as prefixes"] += 1
-                continue
-            mask = [0] * len(sequence)
-            for first, text in spans:
-                mask[first : len(text)] = [1] * (len(text) - first)
-            example |= dict(ids=sequence, mask=mask)
-        elif kind == "preference":
-            if answers[0] == answers[1]:
-                dropped["whose chosen and rejected are the same in tokens"] += 1
-                continue
-            example |= dict(chosen_ids=answers[0], rejected_ids=answers[1])
-        kept.append(example | dict(prompt_ids=prompt_ids))
+        elif kind == "preference" and answers[0] == answers[1]:
+            dropped["whose chosen and rejected are the same in tokens"] += 1
+        elif kind == "sft" and any(sequence[: len(text)] != text for _, text in spans):  # (--train-on all)
+            dropped["whose turns the chat template does not render as prefixes"] += 1
+        else:
+            kept.append(example | dict(prompt_ids=prompt_ids))
+            if kind == "preference":
+                kept[-1] |= dict(chosen_ids=answers[0], rejected_ids=answers[1])
+            elif kind == "sft":
+                kept[-1] |= dict(ids=sequence, mask=[0] * len(sequence))
+                for first, text in spans:
+                    kept[-1]["mask"][first : len(text)] = [1] * (len(text) - first)
     reasons = "".join(f"; {count} dropped {reason}" for reason, count in dropped.items())
     print(f"{dataset}{' (held out)' if held_out else ''}: {len(kept)} of {len(rows)} rows{reasons}")
     if not kept:
@@ -926,9 +884,7 @@ def shuffled(examples, seed, first, last):
     n, picked = len(examples), []
     for epoch in range(first // n, (last - 1) // n + 1):
         order = torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
-        picked += [
-            examples[order[i - epoch * n]] for i in range(max(first, epoch * n), min(last, epoch * n + n))
-        ]
+        picked += [examples[i] for i in order[max(0, first - epoch * n) : last - epoch * n]]
     return picked
 
 
@@ -945,6 +901,11 @@ def check_context(model, tokens, flag):
 
 
 # ---------------------------------------------------------------- 6. batches
+# tokens below which a forward takes as long as a smaller one: on a CPU measured (reward_model.py's laptop run
+# is a quarter slower with 0), on a GPU, where kernels take time to launch, an estimate for a 0.5B model
+SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
+
+
 @dataclasses.dataclass
 class Batch:
     """Right-padded sequences. Masks come from lengths, so PAD may be any id, EOS too."""
@@ -956,14 +917,14 @@ class Batch:
 
     def rows(self, index):
         """Some rows, cut to the longest of them."""
-        longest = max((self.lengths[i] for i in index), default=2)
-        tensors = [t[index, :longest] for t in (self.input_ids, self.attention_mask, self.completion_mask)]
-        return Batch(*tensors, [self.lengths[i] for i in index])
+        lengths = [self.lengths[i] for i in index]
+        part = index, slice(max(lengths, default=2))
+        return Batch(self.input_ids[part], self.attention_mask[part], self.completion_mask[part], lengths)
 
 
 def pad_batch(sequences, masks, device, pad_id=0):
     """Lists of ids, and of 0/1 of equal lengths -> Batch. Padding is never read: any id will do."""
-    lengths, width = [len(ids) for ids in sequences], max(map(len, sequences), default=2)
+    lengths, width = [len(ids) for ids in sequences], max([2, *map(len, sequences)])
     input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
     attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
     completion_mask = [mask + [0] * (width - len(mask)) for mask in masks]
@@ -978,31 +939,22 @@ def completion_batch(prompts, completions, device):
     return pad_batch([p + c for p, c in zip(prompts, completions)], masks, device)
 
 
-# tokens below which a forward takes as long as a smaller one: on a CPU measured (reward_model.py's laptop run
-# is a quarter slower with 0), on a GPU, where kernels take time to launch, an estimate for a 0.5B model
-SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
-
-
 def micro_batches(lengths, budget, rows=None):
-    """Rows -> this process's share of them, in lists of rows of about one length: each at most `budget`
-    tokens with its padding (or a single row), of which at most 1/20 is padding, unless the list is small
-    (SMALL_BATCH). A function of the set of rows: neither their order nor how a batch was shuffled changes it.
-
-    With several processes each gets every W-th row, longest first, and as many lists as any other, the last
-    ones without rows if need be: all go through the model equally often, and a list of no rows adds 0."""
+    """Rows, in any order -> this process's share, in lists of about one length: with padding at most `budget`
+    tokens (or one row), and at most 1/20 of them padding unless the list is small (SMALL_BATCH). With several
+    processes each gets every W-th row, longest first, and as many lists as any other, the last ones without
+    rows if need be: all go through the model equally often, and a list of no rows adds 0."""
 
     def cut(order):
-        cuts, real = [], 0
+        cuts, real = [], 0  # real: tokens of the last list, without its padding
         for i in order:
-            # tokens of the last list with this row
-            tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else 0
+            tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else math.inf  # with this row, padded
             is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
-            if cuts and tokens <= budget and is_even:
-                cuts[-1].append(i)
-                real += lengths[i]
-            else:
-                cuts.append([i])
-                real = lengths[i]
+            if tokens > budget or not is_even:
+                cuts.append([])
+                real = 0
+            cuts[-1].append(i)
+            real += lengths[i]
         return cuts
 
     order = sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i))
@@ -1014,16 +966,14 @@ def micro_batches(lengths, budget, rows=None):
 @torch.no_grad()
 def over_micro_batches(function, batch, budget, autocast):
     """Per-token results of a whole batch, without gradient: function(input_ids, attention_mask, mask) -> (b,
-    l-1), or a tuple of such, on each micro-batch -> (B, L-1), or a list of such."""
+    l-1), or its first columns, or a tuple of such, on each micro-batch -> (B, L-1), or a list of such."""
     results = None
     for rows in micro_batches(batch.lengths, budget):
         mb = batch.rows(rows)
         with autocast():
             values = function(mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
         values = values if isinstance(values, tuple) else (values,)
-        results = results or [
-            batch.input_ids.new_zeros(batch.input_ids[:, 1:].shape, dtype=v.dtype) for v in values
-        ]
+        results = results or [torch.zeros_like(batch.input_ids[:, 1:], dtype=v.dtype) for v in values]
         for result, value in zip(results, values):
             result[rows, : value.shape[1]] = value
     return over_ranks(*results)
@@ -1048,8 +998,7 @@ def backbone(model, input_ids, attention_mask):
 
 
 class SharedPrompts(transformers.cache_utils.DynamicLayer):
-    """A layer's keys and values of prompts, and which of them each row continues; what comes after is not
-    kept."""
+    """A layer's keys and values of prompts, and which of them each row continues; the rest is not kept."""
 
     def __init__(self, layer, which):
         super().__init__()
@@ -1061,8 +1010,7 @@ class SharedPrompts(transformers.cache_utils.DynamicLayer):
 
 
 def hidden_states(model, input_ids, attention_mask, mask):
-    """The last layer's output at the columns of mask (b, l-1); elsewhere it may be anything. input_ids,
-    attention_mask (b, l) -> (b, l, H).
+    """The last layer's output, (b, l) -> (b, l, H), at the columns of mask (b, l-1); elsewhere anything.
 
     Rows with the same prompt (a group's completions, a pair's) share it where that spares a fifth of the
     tokens: it goes through the model once, and a second pass, of the completions, reads its keys and values,
@@ -1075,8 +1023,7 @@ def hidden_states(model, input_ids, attention_mask, mask):
     ids = input_ids[:, : int(last.max()) + 1]
     prompts, which = ids.masked_fill(column[: ids.shape[1]] > last, -1).unique(dim=0, return_inverse=True)
     is_worth = 5 * (prompts.numel() + rows * more) <= 4 * rows * width and rows * width > SMALL_BATCH
-    cache = transformers.DynamicCache(config=model.config)
-    # (gradient checkpointing drops the cache)
+    cache = transformers.DynamicCache(config=model.config)  # (gradient checkpointing would drop it)
     is_worth &= not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if not (is_worth and more and _full_attention(model, cache)):
         return backbone(model, input_ids, attention_mask)
@@ -1099,53 +1046,51 @@ def hidden_states(model, input_ids, attention_mask, mask):
 
 # ---------------------------------------------------------------- 7. sampling
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two questions which rows have ended
+say_once = functools.cache(print)
 
 
-def sample(
-    model, prompts, num_generations, max_new_tokens, temperature, stop_ids, seed, memory=None, plain=False
-):
-    """Sample from all of softmax(logits / temperature): no top-k, no top-p, nothing of the checkpoint's
-    settings.
+def sample(model, prompts, repeats, max_new_tokens, temperature, stop_ids, seed, memory=None, plain=False):
+    """Sample from all of softmax(logits / temperature): no top-k, no top-p, no settings of the checkpoint.
 
-    prompts: P lists of ids -> (completions, logprobs), each B = P * num_generations lists, a prompt's
-    generations side by side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy
-    (log-probs at 1). Ids that a model has and its tokenizer lacks can be drawn too, and PAD. seed: a
-    torch.Generator. Noise belongs to row and step (one uniform each, inverse CDF), so that neither dropping
-    finished rows, nor waves, nor the kind of cache changes a token.
+    prompts: P lists of ids -> (completions, logprobs), each B = P * repeats lists, a prompt's side by side.
+    A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy (log-probs at 1). Ids
+    that a model has and its tokenizer lacks can be drawn too, and PAD. seed: a torch.Generator. Noise belongs
+    to row and step (one uniform each, inverse CDF), so that neither dropping finished rows, nor waves, nor
+    the kind of cache changes a token.
 
     memory: bytes for keys, values, logits and the prefill (default: a quarter of a GPU's, 4 GiB on a CPU);
     what does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
     case. With several processes each samples every W-th prompt, and all get all completions."""
-    noise = torch.rand(len(prompts) * num_generations, max_new_tokens, generator=seed, dtype=torch.float64)
+    noise = torch.rand(len(prompts) * repeats, max_new_tokens, generator=seed, dtype=torch.float64)
     if memory is None:
         memory = 2**32 if model.device.type != "cuda" else torch.cuda.mem_get_info(model.device)[1] // 4
     config, longest = model.config.get_text_config(), max(map(len, prompts))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     kept = 2 * config.num_hidden_layers * width * (longest + max_new_tokens)  # keys and values of a row
-    prefill = 16 * config.hidden_size * longest / num_generations
+    prefill = 16 * config.hidden_size * longest / repeats
     size = int(min(memory / (4 * (kept + prefill) + 32 * config.vocab_size), 512))  # more rows gain little
-    size = max(1, size // num_generations)
+    size = max(1, size // repeats)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    was_training, results, mine = model.training, {}, order[rank() :: world()]
+    results, mine = {}, order[rank() :: world()]
+    was_training, was_enabled = model.training, torch.is_autocast_cache_enabled()
     model.eval()  # in train mode gradient checkpointing would drop the cache
-    kept = torch.is_autocast_cache_enabled()
     with gathered(model) as alone:
         torch.set_autocast_cache_enabled(alone)  # one bfloat16 copy of the weights for all steps
         # layer by layer all processes take as many waves, those that have no rows left with one of no use
         last = len(mine) if alone else max(over_ranks(-(-len(mine) // size), op="max") * size, 1)
         for first in range(0, last, size):
             part = mine[first : first + size] or order[:1]
-            rows = [i * num_generations + g for i in part for g in range(num_generations)]
+            rows = [i * repeats + g for i in part for g in range(repeats)]
             wave = [prompts[i] for i in part], temperature, stop_ids, noise[rows].to(model.device), plain
             results |= zip(rows, _sample_wave(model, *wave, alone))
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(kept)
+    torch.set_autocast_cache_enabled(was_enabled)
     model.train(was_training)
     if world() > 1:
         parts = [None] * world()
         distributed.all_gather_object(parts, results)
-        results = functools.reduce(operator.or_, parts)
+        results = {i: row for part in parts for i, row in part.items()}
     rows = [results[i] for i in range(len(noise))]
     return [tokens for tokens, _ in rows], [logps for _, logps in rows]
 
@@ -1179,26 +1124,11 @@ class PreallocatedLayer(transformers.cache_utils.DynamicLayer):
         self.keys, self.values = (x[:, :, :end] for x in self.stored)
 
 
-@functools.cache
-def say_once(text):
-    print(text)
-
-
-def _can_preallocate(model, cache):
-    """Plain attention in every layer; windowed, linear and shared layers keep the growing cache."""
-    usual = _full_attention(model, cache) and all(layer.is_initialized for layer in cache.layers)
-    if not usual:
-        say_once(f"sampling: {type(model).__name__} keeps transformers' growing cache, slower than our own")
-    return usual
-
-
 @torch.no_grad()
 def _sample_wave(model, prompts, temperature, stop_ids, noise, plain, alone=True):
-    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs. `alone`: no other process takes
-    part in this model's steps.
-
-    Left-padded prompts go through the model once; their keys and values are then shared by their generations.
-    The host waits for the device only to ask which rows have ended, every CHECK_EVERY steps."""
+    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs. Left-padded prompts go through
+    the model once, and their generations share their keys and values. The host waits for the device only to
+    ask which rows have ended, every CHECK_EVERY steps. `alone`: no other process takes part in the steps."""
     device, width, (rows, max_new_tokens) = model.device, max(map(len, prompts)), noise.shape
     repeats, every = rows // len(prompts), CHECK_EVERY.get(device.type, 16)
     token = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
@@ -1208,7 +1138,10 @@ def _sample_wave(model, prompts, temperature, stop_ids, noise, plain, alone=True
     cache = transformers.DynamicCache(config=model.config)
     inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
     logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    plain = plain or not _can_preallocate(model, cache)
+    usual = _full_attention(model, cache) and all(layer.is_initialized for layer in cache.layers)
+    if not usual and not plain:
+        plain = True
+        say_once(f"sampling: {type(model).__name__} keeps transformers' growing cache, slower than our own")
     if plain:
         cache.batch_repeat_interleave(repeats)
     else:
@@ -1228,8 +1161,8 @@ def _sample_wave(model, prompts, temperature, stop_ids, noise, plain, alone=True
     for t in range(max_new_tokens):
         logp = (logits / (temperature or 1.0)).log_softmax(-1)
         if temperature:
-            # right=True: a token of probability 0 is never drawn
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+            # right=True: a token of probability 0 is never drawn
             token = torch.searchsorted(cdf, noise[row, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=logp.shape[-1] - 1)
         else:
@@ -1272,8 +1205,7 @@ FORMULA = r"\\[dt]?frac|\\sqrt|\d\s*(?:[-−+*/^×÷·=x]|\\times|\\div|\\cdot)\
 
 def gsm8k_number(text):
     """The answer that a worked solution ends in, a Decimal: the first number in the last `####` line or
-    \\boxed{}, else the last number of all; None without one. Nothing is evaluated: a formula there is no
-    answer."""
+    \\boxed{}, else the last number of all; None without one, or for a formula there: nothing is evaluated."""
     text = re.sub(r"\{,\}|\\,", ",", text)  # LaTeX's thousands commas
     marked = re.findall(r"####([^\n]*)|\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
     answer = "".join(marked[-1]) if marked else ""
@@ -1289,8 +1221,7 @@ def gsm8k_checker(prompts, completions, rows):
     return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
 
-# name: the function, which reads the column `answer` of the data set
-CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}
+CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # they read the column `answer` of the data set
 
 
 def find_gold(examples, reward=None):
@@ -1347,7 +1278,8 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
             except Exception as alone:
                 found, where = alone, f"{e['where']}, completion {inputs[1][:60]!r}"
                 break
-        frame = traceback.extract_tb(found.__traceback__)[:2][-1]  # of the function, not of what it calls
+        frames = traceback.extract_tb(found.__traceback__)
+        frame = next((f for f in frames if f.filename != __file__), frames[-1])  # the function's own
         line = f"{Path(frame.filename).name} line {frame.lineno}"
         stop(f"{name} raised {type(found).__name__} ({one_line(str(found), 200)}) in {line}, for {where}")
     if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
@@ -1361,8 +1293,7 @@ def call_checker(function, tokenizer, examples, completions, stop_ids):
 
 def same_ids(tokenizer, other):
     """True if every token has the same id in the other tokenizer (which may have more: a PAD of its own)."""
-    theirs = other.get_vocab()
-    return all(theirs.get(token) == i for token, i in tokenizer.get_vocab().items())
+    return tokenizer.get_vocab().items() <= other.get_vocab().items()
 
 
 @as_forward
@@ -1379,13 +1310,10 @@ def _own_forward(model, input_ids, attention_mask):
 
 
 class RewardModel:
-    """--reward as a model: called with examples and completions (lists of ids) -> scores (B,) float32 on the
-    CPU.
-
-    A scalar `score` head is read at the last real token, by length, as reward_model.py's sequence_scores
-    does: the pooling of transformers, at the last id that is not PAD, misreads a sampled PAD. Any other head
-    is scored by the model's own forward. A model with another tokenizer is given the text, or messages
-    through its own chat template."""
+    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the CPU. A plain
+    `score` head is read at the last real token, by length, as in reward_model.py: transformers pools at the
+    last id that is not PAD, which misreads a sampled PAD. Any other head is read by the model's own forward.
+    Another tokenizer gets the text, or messages through its own chat template."""
 
     def __init__(self, args, tokenizer, device, autocast, stop_ids, longest):
         self.args, self.policy_tokenizer, self.stop_ids, self.autocast = args, tokenizer, stop_ids, autocast
@@ -1403,36 +1331,24 @@ class RewardModel:
         sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
         pad_id = 0 if self.has_score_head else self.tokenizer.pad_token_id or 0  # (its own forward may look)
         batch = pad_batch(sequences, sequences, self.model.device, pad_id)
-        scores = torch.zeros(len(sequences))
-        for rows in micro_batches(batch.lengths, self.args.micro_batch_tokens):
-            mb = batch.rows(rows)
-            read = _head_at_last if self.has_score_head else _own_forward
-            with self.autocast():
-                scores[rows] = read(self.model, mb.input_ids, mb.attention_mask).cpu()
-        scores = over_ranks(scores)
+        read = _head_at_last if self.has_score_head else _own_forward
+        inputs = batch, self.args.micro_batch_tokens, self.autocast
+        scores = over_micro_batches(lambda *x: read(self.model, *x[:2])[:, None], *inputs)[:, 0].cpu()
         if not torch.isfinite(scores).all():
             stop(f"--reward {self.args.reward} gave a score that is not finite", 1)
         return scores
 
     def translate(self, example, completion):
         """Prompt and completion in this model's own tokens."""
-        text, prompt = (
-            completion_text(self.policy_tokenizer, example["prompt_ids"], completion),
-            example["prompt"],
-        )
-        control = control_tokens(self.tokenizer)
+        prompt, control = example["prompt"], control_tokens(self.tokenizer)
+        text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion)
         text = spaced(text, control)  # spelled by the policy: content, not control
         if is_chat := isinstance(prompt, list):
             prompt = [m | {"content": spaced(m["content"], control)} for m in prompt]
             text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
         ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
         end, finished = end_of_turn_id(self.tokenizer), completion[-1] in self.stop_ids
-        if (
-            is_chat and end in ids
-        ):  # as trained: nothing after the end of the turn; and no end if there was none
-            ids = ids[: len(ids) - ids[::-1].index(end) - (not finished)]
-        elif finished and end is not None and ids[-1] not in (end, self.tokenizer.eos_token_id):
-            ids = ids + [end]
+        ids = with_end(self.tokenizer, ids, end, is_chat, finished)
         if len(ids) > self.tokenizer.model_max_length:
             stop(f"--reward {self.args.reward}: {len(ids)} tokens are too long for it", 1)
         return ids
@@ -1503,10 +1419,9 @@ def make_optimizer(models, args, eps=1e-8):
 def set_learning_rate(optimizer, args, step, steps):
     """Linear warm-up, then --lr-schedule, to 0 after the last step: a function of the step alone."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        args.lr_schedule
-    ]
-    rate = args.learning_rate * decay * min(1.0, (step + 1) / (args.warmup_steps + 1))
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warm = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    rate = args.learning_rate * decay[args.lr_schedule] * warm
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
@@ -1525,14 +1440,13 @@ def due(every, step, steps):
 
 def replace_text(path, text):
     """Write a file whole or not at all; the first process does."""
-    if rank() > 0:
-        return
     new = path.with_name(path.name + ".new")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+    if rank() == 0:
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
 
 
 def escaped(text):
@@ -1547,30 +1461,28 @@ def one_line(text, width):
 
 
 def append_lines(path, rows):
-    """Rows as JSON lines at the end of a file; the first process writes."""
+    """Rows as JSON lines at the end of a file, NaN as null; the first process writes."""
     if rank() == 0:
         with open(path, "a") as file:
-            file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+            for row in rows:
+                bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(row | bad, default=str) + "\n")
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, samples.jsonl, checkpoint/, at last the model) and screen,
-    both of which the first process alone writes."""
+    """A run's folder (args.json, logs, checkpoint/, at last the model) and screen, for the first process."""
 
     def __init__(self, args, steps):
         self.args, self.steps, self.dir, self.tracker = args, steps, Path(args.output_dir), None
-        is_old = (
-            not args.resume and (self.dir / "args.json").exists()
-        )  # --overwrite, else setup() had stopped
-        if is_old and rank() == 0:
-            old = self.dir.with_name(self.dir.name + ".old")
+        file, old = self.dir / "args.json", self.dir.with_name(self.dir.name + ".old")
+        if rank() == 0 and file.exists() and not args.resume:  # --overwrite, else setup() had stopped
             shutil.rmtree(old, ignore_errors=True)
             self.dir.rename(old)
             print(f"{self.dir} held an earlier run; it is now {old}")
         with self.writing():
             if rank() == 0:
                 self.dir.mkdir(parents=True, exist_ok=True)
-            replace_text(self.dir / "args.json", json.dumps(dataclasses.asdict(args), indent=1) + "\n")
+            replace_text(file, json.dumps(dataclasses.asdict(args), indent=1) + "\n")
         if world() > 1:
             distributed.barrier()  # the folder is there
             args.track = args.track if rank() == 0 else "none"
@@ -1586,37 +1498,31 @@ class Run:
         is_log = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=steps, disable=is_log, dynamic_ncols=True, bar_format=form)
         self.started, self.signal, self.handlers, self.pid = time.time(), None, {}, os.getpid()
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # signals belong to the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.interrupt)
 
     def interrupt(self, number, frame):
         """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
+        is_alone, is_ours = world() == 1, os.getpid() == self.pid
         for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
-            signal.signal(each, signal.SIG_IGN if world() > 1 else signal.SIG_DFL)
-        if os.getpid() != self.pid:  # a process that a reward function forked: nothing to save there
-            os.kill(os.getpid(), number)
-            return
-        self.signal, name = number, signal.Signals(number).name
-        if rank() > 0:
-            return
+            signal.signal(each, signal.SIG_DFL if is_alone or not is_ours else signal.SIG_IGN)
+        if not is_ours:  # a process that a reward function forked: nothing to save there
+            return os.kill(os.getpid(), number)
+        self.signal, then = number, "; once more stops at once" if is_alone else ""
         with contextlib.suppress(BrokenPipeError):
-            then = "" if world() > 1 else "; once more stops at once"
-            os.write(2, f"\n{name}: stopping after this step{then}\n".encode())
+            if rank() == 0:
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{then}\n".encode())
 
     def interruption(self):
         """The signal that came to one of the processes, in all of them; else None."""
-        found = over_ranks(self.signal or 0, op="max")
-        self.signal = (
-            self.signal or found or None
-        )  # (one may have come meanwhile; the next step's call sees it)
-        return found or None
+        found = over_ranks(self.signal or 0, op="max") or None
+        self.signal = self.signal or found  # (one may have come meanwhile; the next step's call sees it)
+        return found
 
     def exit_if_interrupted(self, done):
         """End the process if a signal came, with the exit status that shells expect; `done` says how far."""
-        self.exit_for(self.interruption(), done)
-
-    def exit_for(self, number, done):
+        number = self.interruption()
         if number is not None:
             self.restore_handlers()
             with contextlib.suppress(BrokenPipeError):
@@ -1655,7 +1561,7 @@ class Run:
         folder = find_checkpoint(self.dir)
         step = json.loads((folder / "state.json").read_text())["step"]
         for name, model in models.items():
-            own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            own = dict([*model.named_parameters(), *model.named_buffers()])
             with safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
                 for key in file.keys():
                     own[key].copy_(split_like(file.get_tensor(key), own[key]))
@@ -1675,10 +1581,8 @@ class Run:
     def checkpoint(self, step, models, optimizer):
         """Write what --resume needs, whole or not at all: under a new name, flushed, then renamed. Generators
         and the position in the data are functions of seed and step, so that the step stands for them."""
-        weights, state = (
-            {name: whole_weights(model) for name, model in models.items()},
-            optimizer.state_dict(),
-        )
+        weights = {name: whole_weights(model) for name, model in models.items()}
+        state = optimizer.state_dict()
         for i, moments in state["state"].items():
             state["state"][i] = {key: whole(x) for key, x in moments.items()}
         if rank() == 0:
@@ -1710,18 +1614,16 @@ class Run:
         number = self.interruption()
         if number is not None or is_last or due(self.args.save_every, step, self.steps):
             self.checkpoint(step, models, optimizer)
-        if step < self.steps and not is_last:
-            self.exit_for(number, f"step {step} of {self.steps}")
+        if number is not None and step < self.steps and not is_last:
+            self.exit_if_interrupted(f"step {step} of {self.steps}")
 
     def log(self, step, metrics, show):
-        """A line of metrics.jsonl; the metrics named in `show` go to the progress bar or, in a log, a
-        line."""
+        """A line of metrics.jsonl; what `show` names also goes to the progress bar or, in a log, a line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30, op="max")
-        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.writing():
-            append_lines(self.dir / "metrics.jsonl", [{"step": step} | line])
+            append_lines(self.dir / "metrics.jsonl", [{"step": step} | metrics])
         for name, value in metrics.items() if self.args.track == "tensorboard" else []:
             self.tracker.add_scalar(name, value, step)
         if self.args.track == "wandb":
@@ -1743,15 +1645,10 @@ class Run:
 
     def samples(self, step, rows):
         """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
-        lines = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            for row in rows
-        ]
         with self.writing():
-            append_lines(self.dir / "samples.jsonl", [{"step": step} | line for line in lines])
-        prompts = [
-            r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1]["content"] for r in rows[:3]
-        ]
+            append_lines(self.dir / "samples.jsonl", [{"step": step} | row for row in rows])
+        prompts = [row["prompt"] for row in rows[:3]]
+        prompts = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
         numbers = ["".join(f" {k} {v:.2f}" for k, v in r.items() if isinstance(v, float)) for r in rows[:3]]
         width = max(40, shutil.get_terminal_size().columns - 9 - max(map(len, numbers), default=0))
         prompts = [one_line(prompt, width // 3) for prompt in prompts]
@@ -1762,16 +1659,14 @@ class Run:
                 tqdm.write(f"  {prompt:<{wide}} | {text:<{long}} |{found}")
 
     def stop_unless_finite(self, step, rows, **quantities):
-        """Stop, before the update is applied, if a loss, log-prob or gradient is not finite; the rows of the
-        batch are then in bad_batch.json."""
+        """Stop, before the update is made, if any is not finite, with the batch's rows in bad_batch.json."""
+        file = self.dir / "bad_batch.json"
         for name, value in quantities.items():
             if not math.isfinite(value):
                 with self.writing():
-                    replace_text(self.dir / "bad_batch.json", json.dumps(rows, default=str, indent=1))
-                found = (
-                    f"step {step}: {name} is {float(value)}, and that update was not made; its batch is in"
-                )
-                stop(f"{found} {self.dir / 'bad_batch.json'}; --resume with a lower --learning-rate?", 1)
+                    replace_text(file, json.dumps(rows, default=str, indent=1))
+                found = f"step {step}: {name} is {float(value)}, and that update was not made"
+                stop(f"{found}; its batch is in {file}; --resume with a lower --learning-rate?", 1)
 
     def finish(self, model, tokenizer, stop_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
@@ -1787,9 +1682,7 @@ class Run:
                 tokenizer.save_pretrained(self.dir)
         if world() > 1:
             distributed.barrier()
-            atexit.register(
-                distributed.destroy_process_group
-            )  # (after a failure it could wait for the others)
+            atexit.register(distributed.destroy_process_group)  # (after a failure it could wait for others)
         self.bar.close()
         self.restore_handlers()
         if self.tracker is not None:
