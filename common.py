@@ -1318,6 +1318,7 @@ class RewardModel:
     def __init__(self, args, tokenizer, device, autocast, stop_ids, longest):
         self.args, self.policy_tokenizer, self.stop_ids, self.autocast = args, tokenizer, stop_ids, autocast
         self.tokenizer = load_tokenizer(args.reward, "--reward")
+        self.control, self.end = control_tokens(self.tokenizer), end_of_turn_id(self.tokenizer)
         self.model = load_scorer(args.reward, device, "--reward")
         self.same_ids = same_ids(tokenizer, self.tokenizer)
         if self.same_ids:
@@ -1340,15 +1341,14 @@ class RewardModel:
 
     def translate(self, example, completion):
         """Prompt and completion in this model's own tokens."""
-        prompt, control = example["prompt"], control_tokens(self.tokenizer)
+        prompt, finished = example["prompt"], completion[-1] in self.stop_ids
         text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion)
-        text = spaced(text, control)  # spelled by the policy: content, not control
+        text = spaced(text, self.control)  # spelled by the policy: content, not control
         if is_chat := isinstance(prompt, list):
-            prompt = [m | {"content": spaced(m["content"], control)} for m in prompt]
+            prompt = [m | {"content": spaced(m["content"], self.control)} for m in prompt]
             text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
         ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
-        end, finished = end_of_turn_id(self.tokenizer), completion[-1] in self.stop_ids
-        ids = with_end(self.tokenizer, ids, end, is_chat, finished)
+        ids = with_end(self.tokenizer, ids, self.end, is_chat, finished)
         if len(ids) > self.tokenizer.model_max_length:
             stop(f"--reward {self.args.reward}: {len(ids)} tokens are too long for it", 1)
         return ids
