@@ -1327,7 +1327,7 @@ class RewardModel:
         self.has_score_head = isinstance(head, nn.Linear) and head.bias is None
 
     @torch.no_grad()
-    def __call__(self, examples, completions):
+    def score(self, examples, completions):
         pairs = list(zip(examples, completions))
         sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
         pad_id = 0 if self.has_score_head else self.tokenizer.pad_token_id or 0  # (its own forward may look)
@@ -1338,6 +1338,8 @@ class RewardModel:
         if not torch.isfinite(scores).all():
             stop(f"--reward {self.args.reward} gave a score that is not finite", 1)
         return scores
+
+    __call__ = score
 
     def translate(self, example, completion):
         """Prompt and completion in this model's own tokens."""
