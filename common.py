@@ -658,6 +658,8 @@ def _read_file(path):
     """Pairs of a number, of the line or (.json) of the row, and what stands there."""
     number, rows, wanted = 1, [], "one JSON object a line"
     try:
+        if not Path(path).is_file():  # a pipe or a device would be read without end
+            stop(f"{path}: there is no such file")
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
             wanted = "one list of JSON objects"
@@ -670,7 +672,7 @@ def _read_file(path):
                 rows.append((number, json.loads(line)))
         return rows
     except OSError as error:
-        stop(f"{path}: there is no such file, or none that can be read ({error.strerror})")
+        stop(f"{path}: cannot be read ({error.strerror})")
     except UnicodeDecodeError as error:
         stop(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
     except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits
@@ -1631,7 +1633,9 @@ class Run:
         if self.args.track == "wandb":
             self.tracker.log(metrics, step=step)
         shown = [f"{name} {metrics[name]:.3g}" for name in show if name in metrics]
-        while not self.bar.disable and len("  ".join(shown)) > shutil.get_terminal_size().columns - 40:
+        while (
+            shown and not self.bar.disable and len("  ".join(shown)) > shutil.get_terminal_size().columns - 40
+        ):
             shown.pop()  # the last ones, where a terminal is narrow
         numbers = "  ".join(shown)
         held_out = [f"{name[5:]}\xa0{v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]

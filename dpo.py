@@ -84,7 +84,7 @@ class Args:
     beta: float | None = None
     """of the loss; without it 0.1, for simpo 2 (Rafailov et al.; Hong et al.; Meng et al.; ipo: TRL)"""
     loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
-    """preference_loss has the formula and the paper of each; simpo and orpo need no reference model"""
+    """preference_loss has the formula and the paper of each; simpo and orpo train without reference"""
     label_smoothing: float = 0.0
     """sigmoid: probability that a label is wrong (cDPO, Mitchell 2023)"""
     simpo_margin: float | None = None

@@ -212,7 +212,7 @@ def tables(studies):
             study
         ]
         names = [value, *names, "KL, nats", "tokens trained, thousand"]
-        print(f"\n| {study}, {seeds} seeds, {budget:,.0f} completions | " + " | ".join(names) + " |")
+        print(f"\n| {seeds} seeds, {budget:,.0f} completions | " + " | ".join(names) + " |")
         print("|" + "---|" * (len(names) + 1))
         first = [r[0][value] for r in next(iter(methods.values()))]
         print(f"| before | {spread(first)} |" + " |" * (len(names) - 1))

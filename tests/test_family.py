@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -30,6 +31,7 @@ def source(name):
     return (ROOT / f"{name}.py").read_text()
 
 
+@functools.cache
 def functions(name):
     text = source(name)
     nodes = [
@@ -38,6 +40,7 @@ def functions(name):
     return {node.name: ast.get_source_segment(text, node) for node in nodes}
 
 
+@functools.cache
 def field_docs(name):
     """Args' fields in order, each with the docstring under it."""
     (args,) = [n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args"]

@@ -3,6 +3,7 @@ writes them), and its Python runs on what each script saves."""
 
 import dataclasses
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -46,8 +47,9 @@ def written(text):
     def count(match):
         return f"{match[1]}{len((ROOT / match[2]).read_text().splitlines())} |"
 
-    head = re.sub(r"^(\| `(\w+\.py)` \|.*\| )\d+ \|$", count, head, flags=re.MULTILINE)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    scripts, cut, head = head.partition("## Read the diff")
+    scripts = re.sub(r"^(\| `(\w+\.py)` \|.*\| )\d+ \|$", count, scripts, flags=re.MULTILINE)
+    return f"{scripts}{cut}{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 def snippet(words):
@@ -87,6 +89,21 @@ def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
     capsys.readouterr()
     exec(snippet("pipeline").replace("max_new_tokens=50", "max_new_tokens=5"), {})
     assert isinstance(capsys.readouterr().out, str)
+
+
+@pytest.mark.parametrize("name", ["curves", "closed_form"])
+def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
+    """README's tables of curves and closed forms, row by row, from the points that are committed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module(name)
+    if name == "curves":
+        benchmark.tables(benchmark.load())
+    else:
+        lines = (ROOT / "benchmarks/closed_form.jsonl").read_text().splitlines()
+        benchmark.table([json.loads(line) for line in lines])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(printed) > 8 and not set(printed) - set(readme)
 
 
 if __name__ == "__main__":

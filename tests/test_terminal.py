@@ -89,6 +89,18 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     assert len(re.findall(r"^step \d/4  held out: .* completion_length [0-9.]+$", found.stdout, re.M)) == 3
 
 
+def test_a_terminal_of_30_columns(tmp_path, monkeypatch):
+    """No number fits beside the bar, and nothing stops for it."""
+    import sft
+
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = common.Run(sft.Args(output_dir=str(tmp_path / "run")), 1)
+    run.restore_handlers()
+    run.log(0, {"eval/loss": 1.0}, show=[])
+    run.log(1, {"loss": 1.0}, show=["loss"])
+
+
 def test_samples_show_newlines_and_cut_long_text(tmp_path, capsys, monkeypatch):
     import sft
 
