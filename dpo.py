@@ -98,12 +98,7 @@ class Args:
 # log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors have it
 LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
-BETA = {
-    "sigmoid": 0.1,
-    "ipo": 0.1,
-    "simpo": 2.0,
-    "orpo": 0.1,
-}  # ipo's is TRL's, the others are of their papers
+BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}  # ipo's is TRL's, the others their papers'
 
 
 @as_forward

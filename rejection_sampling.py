@@ -260,8 +260,7 @@ def main(args):
                 append_lines(file, rolled[first:])
             run.bar.set_postfix_str(f"iteration {iteration + 1}: {len(rolled)} of {M} prompts sampled")
             run.exit_if_interrupted(f"{len(rolled)} of {M} prompts of iteration {iteration + 1}")
-        rewards = [[math.nan if x is None else x for x in r["scores"]] for r in rolled]
-        rewards = torch.tensor(rewards)  # (M, N)
+        rewards = torch.tensor([[math.nan if x is None else x for x in r["scores"]] for r in rolled])  # (M,N)
         golds = None if gold is None else torch.tensor([r["gold"] for r in rolled])
         selection = {"score": rewards.nanmean()} | best_of_n_metrics(rewards, golds)
 
