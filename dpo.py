@@ -155,8 +155,8 @@ def preference_loss(
         losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
     elif loss_type == "orpo":
         pair = chosen_logps, rejected_logps
-        chosen_odds, rejected_odds = (x - torch.log(-torch.expm1(x.clamp(max=-1e-6))) for x in pair)  # log
-        losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
+        log_odds, rejected_log_odds = (x - torch.log(-torch.expm1(x.clamp(max=-1e-6))) for x in pair)
+        losses = -chosen_logps - beta * F.logsigmoid(log_odds - rejected_log_odds)
     elif loss_type in ("sigmoid", "simpo"):
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     else:

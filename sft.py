@@ -195,11 +195,8 @@ def main(args):
             metrics |= evaluate(step + 1)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
         run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
-    then = (
-        ""
-        if args.output_dir == "runs/sft" and not args.model
-        else f" --model {args.output_dir} --dataset ..."
-    )
+    is_laptop = args.model is None and args.output_dir == "runs/sft"
+    then = "" if is_laptop else f" --model {args.output_dir} --dataset ..."
     run.finish(policy, tokenizer, stop_ids, f"python reward_model.py{then}")
     return metrics
 
