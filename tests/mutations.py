@@ -436,6 +436,20 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
+        '("_greedy", 1, 0.0)',
+        '("_greedy", 1, 1.0)',
+        "what is called greedy is sampled",
+        "test_group.py::test_pass_at_g",
+    ),
+    Mutant(
+        "common.py",
+        "zip(rows, values[::number].tolist())",
+        "zip(rows, values.tolist())",
+        "samples.jsonl pairs completions with the numbers of others",
+        "test_group.py::test_pass_at_g",
+    ),
+    Mutant(
+        "common.py",
         'columns["kl"] -= ref_logps',
         'columns["kl"] += ref_logps',
         "the sign of the reference in the KL of an evaluation",

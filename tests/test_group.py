@@ -627,7 +627,8 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
     ]
     answers = {1: ["ab[EOS]", "cd[EOS]"], 2: ["ba[EOS]", "ab[EOS]", "cd", "dd[EOS]"]}
 
-    def fake(model, prompts, number, *args):
+    def fake(model, prompts, number, limit, temperature, *args):
+        assert (number, temperature) in ((1, 0.0), (2, 0.7))
         return [tokenizer(text).input_ids for text in answers[number]], None
 
     monkeypatch.setattr(common, "sample", fake)
@@ -638,11 +639,11 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
         inputs = batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:]
         return grpo.token_logprobs(model, *inputs)
 
-    inputs = policy, examples, tokenizer, stop_ids, 1, autocast, (2, 8, 1.0), dict(score=score, gold=gold)
+    inputs = policy, examples, tokenizer, stop_ids, 1, autocast, (2, 8, 0.7), dict(score=score, gold=gold)
     found, shown = common.evaluate_samples(*inputs, kl_from=(logprobs_of, lambda: policy))
     assert found["eval/gold_greedy"] == 1.0 and found["eval/gold"] == 0.25 and found["eval/pass@2"] == 0.5
     assert found["eval/kl"] == 0 and found["eval/eos_rate"] == 0.75
-    assert [row["completion"] for row in shown] == ["ba", "cd"] and shown[0]["gold"] == 0
+    assert [row["completion"] for row in shown] == ["ba", "cd"] and [row["gold"] for row in shown] == [0, 0]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
