@@ -436,6 +436,27 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
+        " - (not finished)]",
+        "]",
+        "a completion that was cut is scored with an end of turn",
+        "test_rewards.py::test_another_tokenizer_is_given_messages_through_its_own_template",
+    ),
+    Mutant(
+        "ppo.py",
+        "train_mask = mask * ~scores.isnan()[:, None]",
+        "train_mask = mask",
+        "None counts as a score of 0 (trl#5902)",
+        "test_scripts.py::test_ppo_trains_on_nothing_that_was_not_judged",
+    ),
+    Mutant(
+        "rejection_sampling.py",
+        "token_logprobs(model, *x, args.temperature)",
+        "token_logprobs(model, *x)",
+        "the temperature is missing from the KL of an evaluation",
+        "test_rejection_sampling.py::test_evaluation_measures_the_kl_at_the_temperature_of_sampling",
+    ),
+    Mutant(
+        "common.py",
         '("_greedy", 1, 0.0)',
         '("_greedy", 1, 1.0)',
         "what is called greedy is sampled",

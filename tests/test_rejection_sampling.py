@@ -274,6 +274,13 @@ def test_sampling_has_its_temperature_and_training_none(chain, tmp_path, monkeyp
         assert len(set(drawn)) == len(drawn) == 2, "noise of its own for each iteration"
 
 
+def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(chain, tmp_path, monkeypatch):  # noqa: F811
+    temperatures, inner = [], rs.token_logprobs
+    monkeypatch.setattr(rs, "token_logprobs", lambda *a: temperatures.append(a[4:]) or inner(*a))
+    rs.main(run_args(chain, tmp_path / "run", reward="sort", temperature=0.7, steps=1))
+    assert set(temperatures) == {(), (0.7,)}, "training has none"
+
+
 def test_micro_batches_change_nothing(chain, tmp_path):  # noqa: F811
     rows = []
     for budget in (20, 100_000):

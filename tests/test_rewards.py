@@ -302,7 +302,7 @@ def test_another_tokenizer_is_given_messages_through_its_own_template(save):
     first, said = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}
     prompts = [[first], [first, said, {"role": "user", "content": "cd"}]]
     examples = [example(policy, prompt) for prompt in prompts]
-    completions = [policy(text).input_ids for text in ("ba[EOS]", "dc[EOS]")]
+    completions = [policy(text).input_ids for text in ("ba[EOS]", "dc")]  # the second one was cut
     model = reward_model(save(other), policy)
     answers = [{"role": "assistant", "content": text} for text in ("ba", "dc")]
     rendered = [
@@ -311,6 +311,7 @@ def test_another_tokenizer_is_given_messages_through_its_own_template(save):
     ]
     assert rendered[0].count("<|im_end|>") == 2
     expected = [other(text, add_special_tokens=False).input_ids for text in rendered]
+    assert expected[1].pop() == other.convert_tokens_to_ids("<|im_end|>")
     assert close(model(examples, completions), scored_alone(model.model, expected))
 
 

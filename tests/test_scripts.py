@@ -187,6 +187,24 @@ def test_every_step_draws_afresh(chain, tmp_path, monkeypatch, script):
     assert drawn[:2] == drawn[4:] and len({str(x) for x in drawn}) == 4
 
 
+def test_ppo_trains_on_nothing_that_was_not_judged(chain, tmp_path, monkeypatch):
+    """Six of twelve completions get None: they have no weight in any loss (trl#5902 counted None as 0)."""
+    (tmp_path / "reward.py").write_text(
+        "def half(prompts, completions, rows):\n"
+        "    return [None if i % 2 else float(len(c)) for i, c in enumerate(completions)]\n"
+    )
+    trained, policy_loss, value_loss = {"policy": 0, "value": 0}, ppo.policy_loss, ppo.value_loss
+
+    def count(name, weights):
+        trained[name] += int((weights != 0).any(1).sum())
+
+    monkeypatch.setattr(ppo, "policy_loss", lambda *a: count("policy", a[3]) or policy_loss(*a))
+    monkeypatch.setattr(ppo, "value_loss", lambda *a: count("value", a[3]) or value_loss(*a))
+    args = dict(reward=f"{tmp_path}/reward.py:half", steps=1, update_epochs=1)
+    ppo.main(ppo_args(chain, tmp_path / "run", **args))
+    assert trained == {"policy": 6, "value": 6}
+
+
 def test_learning_rate_schedules():
     """Warm-up ends at the peak; linear and cosine would be 0 at the step after the last."""
 
