@@ -456,6 +456,13 @@ MUTANTS = [
         "test_rejection_sampling.py::test_evaluation_measures_the_kl_at_the_temperature_of_sampling",
     ),
     Mutant(
+        "rejection_sampling.py",
+        '"gold": golds[mine]',
+        '"gold": golds[:N]',
+        "rollouts hold the first prompt's verdicts for all",
+        "test_rejection_sampling.py::test_rollouts_hold_each_completions_own_numbers",
+    ),
+    Mutant(
         "common.py",
         '("_greedy", 1, 0.0)',
         '("_greedy", 1, 1.0)',

@@ -274,6 +274,20 @@ def test_sampling_has_its_temperature_and_training_none(chain, tmp_path, monkeyp
         assert len(set(drawn)) == len(drawn) == 2, "noise of its own for each iteration"
 
 
+def test_rollouts_hold_each_completions_own_numbers(chain, tmp_path, monkeypatch):  # noqa: F811
+    def length(examples, ids):
+        return torch.tensor([float(len(i)) for i in ids])
+
+    monkeypatch.setattr(rs, "load_reward", lambda *args: (length, lambda *given: length(*given) / 8))
+    rs.main(run_args(chain, tmp_path / "run", steps=1))
+    records = rollouts(tmp_path / "run")
+    assert len({len(i) for r in records for i in r["ids"]}) > 1
+    for record in records:
+        lengths = [len(i) for i in record["ids"]]
+        assert record["scores"] == lengths and record["gold"] == [n / 8 for n in lengths]
+        assert record["solve_rate"] == sum(record["gold"]) / len(lengths)
+
+
 def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(chain, tmp_path, monkeypatch):  # noqa: F811
     temperatures, inner = [], rs.token_logprobs
     monkeypatch.setattr(rs, "token_logprobs", lambda *a: temperatures.append(a[4:]) or inner(*a))
