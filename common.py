@@ -1,8 +1,8 @@
-"""Everything that is not the algorithm: models, tokens and data, sampling, rewards, and runs on disk.
+"""What the methods of RLHF share and no method is: models, data, sampling, rewards, and runs on disk.
 
-It knows nothing of any method: log-probs, advantages, losses and update loops stand in the scripts. In this
-order: 1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches
-7. sampling   8. rewards   9. runs"""
+Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in this order:
+1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches   7. sampling
+8. rewards   9. runs"""
 
 import atexit
 import contextlib
@@ -10,19 +10,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import numbers
 import os
 import random
 import re
-import shutil
 import signal
+import string
 import sys
 import textwrap
 import time
-import traceback
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -32,11 +30,18 @@ import tokenizers
 import torch
 import transformers
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -45,304 +50,197 @@ transformers.utils.logging.disable_progress_bar()
 
 
 # ---------------------------------------------------------------- 1. command line
-def stop(message, status=2):
-    """End the program with one sentence on stderr. Status 2: usage or data, 1: a run that failed."""
-    if rank() > 0:  # the first one fails likewise, and torchrun then ends this one; else this one says it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        message = f"{message} (process {rank()})"
-    print(f"error: {escaped(message)}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
-
-
-HELP_GROUPS = {"--model": "model and data", "--output-dir": "the run", "--learning-rate": "optimiser"}
-HELP_GROUPS |= {"--micro-batch-tokens": "memory and precision", "--eval-every": "evaluating, saving, logging"}
-HELP_GROUPS |= {"--shard": "several processes", "--batch-size": "the method", "--reward": "the method"}
-
-
-def show_help(Args, laptop):
-    """--help: the script's docstring, then its flags in groups, each of which begins with a flag above."""
-    width = min(110, shutil.get_terminal_size().columns)
-    os.environ["COLUMNS"] = str(width)
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in laptop.items())
-    flags = flags.replace(" True", "")
-    parts = sys.modules[Args.__module__].__doc__.split("\n\n")
-    parts += [f"Defaults below are those with --model. Without it, the laptop run: {flags}"]
-    fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
-    print("\n\n".join(part if part.startswith(" ") else fill(part) for part in parts))
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        tyro.cli(Args, args=["--help"], description=" ")
-    groups = dict(HELP_GROUPS)
-    for line in text.getvalue().splitlines():
-        if name := groups.pop((line.split() or [""])[0], None) if line.startswith("  --") else None:
-            groups = {flag: other for flag, other in groups.items() if other != name}
-            print(f"\n{name}")
-        if line.startswith("   ") or line.startswith("  --"):
-            print(line.rstrip())
-    raise SystemExit(0)
+def fail(message):
+    """End the program with one sentence on stderr and exit status 2."""
+    if rank() > 0:
+        time.sleep(5)  # the first process says the same, and torchrun then ends this one
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def cli(Args, laptop):
-    """Command line -> Args. Without --model it is the laptop run: `laptop` replaces defaults, flags win."""
-    argv = sys.argv[1:]
-    if {"-h", "--help"} & set(argv):
-        show_help(Args, laptop)
-    real = any(flag == "--model" or flag.startswith("--model=") for flag in argv)
-    args = tyro.cli(Args, default=Args() if real else Args(**laptop))
-    if not real and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
-        stop("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
-    for flag, script in {"model": "sft.py", "reward": "reward_model.py"}.items():
-        path = getattr(args, flag, None)
-        made = path == laptop.get(flag, TASK) != TASK  # by an earlier stage of the laptop run
-        if not real and made and not Path(path, "config.json").is_file():
-            stop(f"{path} is not there: run `python {script}` first")
+    """Command line -> Args.
+
+    Without --model it is the laptop run, for which `laptop` replaces the defaults. With --resume the flags
+    saved in --output-dir are the defaults. What stands on the command line wins."""
+    flags = {flag.partition("=")[0] for flag in sys.argv[1:]}
+    is_laptop = "--model" not in flags
+    laptop_flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in laptop.items())
+    description = (
+        sys.modules[Args.__module__].__doc__
+        + f"\n\nThe defaults below hold with --model. Without it, the laptop run: {laptop_flags}"
+    )
+    default = Args(**laptop) if is_laptop and not flags & {"-h", "--help"} else Args()
+    args = tyro.cli(Args, default=default, description=description)
+    if args.resume:
+        return tyro.cli(Args, default=saved_args(Args, args.output_dir))
+    if is_laptop and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
+        fail("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
+    for path, script in {"runs/sft": "sft.py", "runs/reward_model": "reward_model.py"}.items():
+        is_needed = path in (args.model, getattr(args, "reward", None))
+        if is_needed and not Path(path, "config.json").is_file():
+            fail(f"{path} is not there: run `python {script}` first")
     return args
 
 
-# a flag that is a whole number is at least 1, any other number at least 0, apart from these
-MAY_BE_0, ANY_NUMBER = {"warmup_steps", "eval_every", "save_every"}, {"seed", "min_score", "simpo_margin"}
-# what --resume may change: how far the run goes, how it reports, what does not change results, and the size
-# of updates from here on, as the way out of a loss that is not finite
-MAY_CHANGE = """resume overwrite output_dir steps epochs iterations eval_every save_every log_every track
-    shard micro_batch_tokens gradient_checkpointing learning_rate max_grad_norm""".split()
+def saved_args(Args, output_dir):
+    """The flags that the run in output_dir was started with."""
+    path = Path(output_dir, "args.json")
+    if not path.is_file():
+        fail(f"--resume: {output_dir} holds no run; start it without --resume")
+    saved = json.loads(path.read_text())
+    if saved.keys() != {field.name for field in dataclasses.fields(Args)}:
+        fail(f"--resume: {output_dir} holds a run of another script, or of another version of it")
+    return Args(**saved)
 
 
 def setup(args):
-    """Check flags and folder before anything loads, choose the device -> (device, autocast)."""
-    device, folder = start_processes(args.shard), Path(args.output_dir)
-    flags = {name: "--" + name.replace("_", "-") for name in vars(args)}
-    if not getattr(args, "temperature", 1.0) > 0:
-        stop(f"--temperature is {args.temperature}; it must be above 0 (evaluation has its own greedy pass)")
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
-        low = int(field.type in (int, int | None) and name not in MAY_BE_0)
-        if isinstance(value, (int, float)) and name not in ANY_NUMBER and not value >= low:
-            stop(f"{flags[name]} is {value}; it must be at least {low}")
-    if "minibatches" in vars(args) and args.minibatches > args.prompts_per_step * args.num_generations:
-        number = args.prompts_per_step * args.num_generations
-        stop(f"--minibatches is {args.minibatches}, more than the {number} completions of a step")
-    if max(getattr(args, "gamma", 0), getattr(args, "lam", 0)) > 1:
-        stop(f"--gamma is {args.gamma} and --lam {args.lam}; neither may be above 1")
+    """Choose the device and check --output-dir before anything loads -> device, autocast (a context)."""
+    device = start_processes()
+    folder = Path(args.output_dir)
+    is_run = (folder / "args.json").is_file()
+    if args.resume and not is_run:
+        fail(f"--resume: {folder} holds no run; start it without --resume")
+    if is_run and not args.resume and not args.overwrite:
+        fail(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
+    if not is_run and folder.exists() and any(folder.iterdir()):
+        fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
-        stop(f"--track {args.track} needs a package that is not installed: run `pip install {args.track}`")
-    for name in ("model", "reward", "value_model"):
-        path = getattr(args, name, None)
-        if path and Path(path).resolve() == folder.resolve():
-            stop(f"--output-dir is {flags[name]}, {path}: it would be overwritten; name another")
-    began = folder / "args.json"
-    if args.resume:
-        if find_checkpoint(folder) is None or not began.is_file():
-            stop(f"--resume: there is no checkpoint in {folder}; start without --resume")
-        before, now = json.loads(began.read_text()), dataclasses.asdict(args)
-        if before.keys() != now.keys():
-            stop(f"--resume: {folder} holds a run of another script, or of another version of it")
-        for name, value in now.items():  # (rejection_sampling.py counts its iterations' steps by --epochs)
-            is_fixed = name not in MAY_CHANGE or name == "epochs" and "iterations" in now
-            if is_fixed and before[name] != value:
-                stop(f"--resume: {flags[name]} was {before[name]} at first, now {value}; give it as it was")
-    elif began.exists() and not args.overwrite:
-        stop(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
-    sys.excepthook, is_cuda = explain, device.type == "cuda"
-    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if is_cuda else 4096)
-    dtype = {"auto": "bfloat16" if is_cuda else "float32"}.get(args.dtype, args.dtype)
+        fail(f"--track {args.track}: that package is not installed; run `pip install {args.track}`")
+    if world_size() > 1:
+        distributed.barrier()  # no process has written yet what another one looks for
+
+    is_cuda = device.type == "cuda"
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = 16_384 if is_cuda else 4096
+    dtype = args.dtype
+    if dtype == "auto":  # emulated, as on older cards, bfloat16 is slower than float32
+        has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float32"
     name = torch.cuda.get_device_name() if is_cuda else f"{torch.get_num_threads()} CPU threads"
-    if world() > 1:
-        name = f"{world()} processes, each {name}"
-        distributed.barrier()  # none of them has written yet what another one looks for
-    print(f"device: {name}; weights float32, compute {dtype}")
-    # no cache: it would keep bfloat16 copies of all weights, of which a forward reads each but once
-    options = dict(dtype=torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
-    return device, lambda: torch.autocast(device.type, **options)
+    print(f"device: {world_size()} x {name}; weights float32, compute {dtype}")
+
+    def autocast():
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+    return device, autocast
 
 
-def explain(kind, error, trace):
-    """Uncaught: out of memory says in what, and which flag lowers it; anything else is a traceback."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
-    if world() > 1 and isinstance(error, RuntimeError) and any(words in str(error) for words in lost):
-        time.sleep(5)  # whoever failed says why first
-        found = f"process {rank()} lost the others, and if one of them has failed that stands above"
-        print(f"{found} ({one_line(str(error), 400)})", file=sys.stderr)
-    elif isinstance(error, torch.OutOfMemoryError):
-        names = {frame.name for frame in traceback.extract_tb(trace)}
-        todo = "training: --resume with a lower --micro-batch-tokens, or --gradient-checkpointing"
-        if "score" in names:
-            todo = "scoring: --resume with a lower --micro-batch-tokens"
-        elif {"_sample_wave", "gathered"} & names:
-            todo = "sampling: start again with a lower --max-completion-length or --num-generations"
-        print(f"error: out of GPU memory in {todo}; a checkpoint, if any, is intact", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def generator(seed, purpose, step=0):
+def generator(seed, *purpose):
     """A torch.Generator that its arguments determine: a resumed run has no generator state to restore."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ---------------------------------------------------------------- 2. processes
-SHARD = "auto"  # --shard, for whatever model is loaded
-
-
+# One process has none of this in its way. Under torchrun each model is split over all processes (FSDP2), each
+# takes its share of every batch, and sums run over all of them: the same numbers as with one.
 def rank():
-    """This process among those that torchrun started; 0 with one."""
-    if distributed.is_initialized():
-        return distributed.get_rank()
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # (they have not joined yet)
+    """The number of this process among those that torchrun started; 0 with one."""
+    return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
 
 
-def world():
-    """The number of processes, W."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+def world_size():
+    """The number of processes."""
+    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 
 
-def start_processes(shard):
+def start_processes():
     """Join the processes that torchrun has started, if it has -> this one's device. Only the first prints."""
-    global SHARD
-    SHARD, kind = shard, "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if kind == "cuda":
-        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if world_size() == 1:
+        return torch.device(kind)
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if not distributed.is_initialized():
+        if kind == "cuda":
+            torch.cuda.set_device(device)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
 
 
-def over_ranks(*values, op="sum"):
-    """Sums (or "max") over all processes of numbers and tensors, the same in each; with one the values."""
-    if world() > 1:
-        how = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[op]
-        totals = [torch.as_tensor(x).clone() for x in values]
-        for total in totals:
-            distributed.all_reduce(total, how)
-        values = [t if isinstance(x, torch.Tensor) else t.item() for t, x in zip(totals, values)]
-    return values[0] if len(values) == 1 else list(values)
+def all_reduce(value, op="sum"):
+    """The sum ("max": the largest) of a number or tensor over all processes, the same in each."""
+    if world_size() == 1:
+        return value
+    total = torch.as_tensor(value).clone()
+    distributed.all_reduce(total, distributed.ReduceOp.SUM if op == "sum" else distributed.ReduceOp.MAX)
+    return total if isinstance(value, torch.Tensor) else total.item()
 
 
 def on_first_rank(function):
-    """What function() gives in the first process, in all of them; the others do not call it."""
+    """What function() returns in the first process, in all of them; the others do not call it."""
     result = [function() if rank() == 0 else None]
-    if world() > 1:
+    if world_size() > 1:
         distributed.broadcast_object_list(result)
     return result[0]
 
 
-def shard(model, device, train):
-    """Parameters, gradients and optimiser state split over the processes, layer by layer (FSDP2), if --shard
-    says so: "auto" where, with float32 weights (and gradients and Adam's two moments), a model takes more
-    than a quarter of a GPU's memory. What is not split stands whole in each process."""
-    is_split = SHARD == "full"
-    if SHARD == "auto" and device.type == "cuda":
-        size = (16 if train is not None else 4) * sum(p.numel() for p in model.parameters())
-        is_large = 4 * size > torch.cuda.get_device_properties(device).total_memory
-        is_split = over_ranks(int(is_large), op="max")  # in all processes or in none
-    if world() == 1 or not is_split:
+def shard(model, device):
+    """The model on its device; with several processes its parameters, gradients and optimiser state split
+    over them, layer by layer (FSDP2)."""
+    if world_size() == 1:
         return model.to(device)
-    mesh, blocks = distributed.init_device_mesh(device.type, (world(),)), set(model._no_split_modules or ())
-    for module in [m for m in model.modules() if type(m).__name__ in blocks] + [model]:
-        # the root, too, gives its parameters back after the forward: what reads them finds them split
+    mesh = distributed.init_device_mesh(device.type, (world_size(),))
+    layers = [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or ())]
+    for module in [*layers, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         # a sum, not a mean, over processes: a loss's weights carry the count of the whole batch
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.run = lambda function, *args: function(model, *args)
+    model.run = lambda function, *args, **kwargs: function(model, *args, **kwargs)
     register_fsdp_forward_method(model, "run")
     return model
 
 
 def as_forward(function):
-    """function(model, ...) as the model's own forward: FSDP gathers embedding, last norm and head for it."""
+    """Decorates function(model, ...), which calls parts of a model: FSDP gathers them as for its forward."""
 
     @functools.wraps(function)
-    def run(model, *args):
-        return model.run(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+    def run(model, *args, **kwargs):
+        if isinstance(model, FSDPModule):
+            return model.run(function, *args, **kwargs)
+        return function(model, *args, **kwargs)
 
     return run
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """The whole of a split model in each process while it samples, -> True, if a GPU has room for it: then no
-    process waits for another. Else False: each layer is gathered at each step, which all take together."""
-    shards, fits = [m for m in model.modules() if isinstance(m, FSDPModule)], True
-    if shards and model.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator keeps
-        # float32 weights, their bfloat16 copy and a quarter of the memory for sample()
-        needed = 6 * sum(p.numel() for p in model.parameters()) + total / 4
-        fits = not over_ranks(int(needed >= free), op="max")  # for all or for none
-    shards = shards if fits else []
+def unsharded(model):
+    """The whole model in each process while it samples, so that none waits for another at each token."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    yield fits
+    yield
     for module in shards:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
 
 
 def clip_gradients(model, max_norm):
-    """Sum gradients over processes (FSDP has), cut their norm down to max_norm (0: never) -> norm before."""
-    params = [p for p in model.parameters() if p.grad is not None]
-    if world() > 1 and not isinstance(model, FSDPModule):
-        total = torch.cat([p.grad.flatten() for p in params])
-        distributed.all_reduce(total)
-        for p, grad in zip(params, total.split([p.numel() for p in params])):
-            p.grad.copy_(grad.view_as(p))
-    norm = nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
+    """Scale the gradient down to a norm of max_norm (0: never) -> its norm before, a tensor."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(x):
-    """A split tensor whole on the first process's CPU, elsewhere empty; others as they are. All call it."""
-    if not isinstance(x, DTensor):
-        return x
-    x = x.full_tensor()
-    return x.cpu() if rank() == 0 else x.new_empty(0)
-
-
-def split_like(x, parameter):
-    """A whole tensor, split over processes as the parameter is, if it is."""
-    if isinstance(parameter, DTensor) and x.shape == parameter.shape:
-        where = parameter.device_mesh, parameter.placements
-        return distribute_tensor(x.to(parameter.device), *where, src_data_rank=None)
-    return x
-
-
-def whole_weights(model):
-    """Name -> whole(tensor), of parameters and saved buffers, tied ones once."""
-    kept = model.state_dict().keys()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: whole(x.detach()).contiguous() for name, x in named if name in kept}
-
-
 # ---------------------------------------------------------------- 3. models
-CHUNK = 40_000_000  # logits that exist at a time, 160 MB in float32
-
-
-def _load(cls, flag, path, config=None):
-    """cls.from_pretrained, failures as one sentence; with a config a model, float32, safetensors only."""
-    options = {} if config is None else dict(config=config, dtype=torch.float32, use_safetensors=True)
-    if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
-        stop(f"{flag} {path}: there is no such directory")
+def from_pretrained(cls, path, flag, **options):
+    """cls.from_pretrained(path), a failure as one sentence that names the flag."""
     try:
         return cls.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        stop(f"{flag} {path}: not a directory or Hub id that can be loaded ({reason})")
+        fail(f"{flag} {path}: no directory or Hub id that can be loaded ({reason})")
 
 
 def load_tokenizer(path, flag="--model"):
     """The tokenizer of a directory or Hub id. One without PAD pads with EOS: masks come from lengths."""
-    tokenizer = _load(AutoTokenizer, flag, path)
+    tokenizer = from_pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None and flag == "--model":
-        stop(f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token")
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        fail(f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token")
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -351,85 +249,117 @@ def end_of_turn_id(tokenizer):
     """The id that ends a completion: what the chat template puts after an assistant's text, else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
-    after = _render(tokenizer, "the model's tokenizer", probe).rpartition("good-bye")[2]
-    ids, added = tokenizer(after, add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
-    return next((i for i in ids if i in added and added[i].special), tokenizer.eos_token_id)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
+    after = render(tokenizer, messages).rpartition("good-bye")[2]
+    added = tokenizer.added_tokens_decoder
+    for token_id in tokenizer(after, add_special_tokens=False).input_ids:
+        if token_id in added and added[token_id].special:
+            return token_id
+    return tokenizer.eos_token_id
 
 
-def eos_ids(tokenizer, path):
-    """All ids that end a completion, sorted: of tokenizer, generation config and chat template."""
-    ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+def find_eos_ids(tokenizer, path):
+    """All ids that end a completion, sorted: of tokenizer, chat template and generation config."""
+    eos_ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
     if path is not None:
         try:
             configured = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # a model without a generation config
-            configured = _load(AutoConfig, "--model", path).eos_token_id
-        ids |= set(configured if isinstance(configured, (list, tuple)) else [configured]) - {None}
-    return sorted(ids)
+            configured = from_pretrained(AutoConfig, path, "--model").eos_token_id
+        eos_ids |= set(configured if isinstance(configured, list) else [configured])
+    return sorted(eos_ids - {None})
 
 
-def _load_config(flag, path):
+def load_config(path, flag):
     """Its config, dropout and jitter off: else two forwards differ, and the first update's ratio is not 1."""
-    config = _load(AutoConfig, flag, path)
+    config = from_pretrained(AutoConfig, path, flag)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if ("drop" in name or "jitter" in name) and type(value) in (int, float):
+            if re.search("drop|jitter", name) and type(value) in (int, float):
                 setattr(part, name, 0.0)
     return config
 
 
-def load_policy(path, device, train=None):
-    """A causal language model, float32 weights. `train`: Args of the run that trains it; None: frozen."""
-    config = _load_config("--model", path)
-    return _prepare(_load(AutoModelForCausalLM, "--model", path, config), device, train)
+def check_context(path, tokens, flag):
+    """Stop if sequences of that many tokens do not fit the positions that a model was made for."""
+    config = from_pretrained(AutoConfig, path, "--model").get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if tokens > context:
+        fail(f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
 
 
-def load_scorer(path, device, flag, train=None, new_head=None, pad=None):
-    """A sequence-classification model with one output, float32 weights; `train` as in load_policy. new_head:
-    what a language model gets for a head, "normal" with std 1/sqrt(H+1) (Stiennon et al. 2020), "zero" to
-    give 0; without it a language model is an error. pad: tokenizer and ids of EOS, to choose_pad."""
-    config = _load_config(flag, path)
-    name = (config.architectures or ["model of unknown architecture"])[0]
-    is_scorer = name.endswith("ForSequenceClassification")
-    if not is_scorer and new_head is None:
-        stop(f"{flag} {path}: a {name}, not a reward model; train one from it with reward_model.py")
+def load_policy(path, device, trainable=False, gradient_checkpointing=False, config=None):
+    """A causal language model with float32 weights, on its device.
+
+    Without a path a model with random weights of that config, for the laptop run."""
+    if path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = from_pretrained(
+            AutoModelForCausalLM,
+            path,
+            "--model",
+            config=load_config(path, "--model"),
+            dtype=torch.float32,
+            use_safetensors=True,  # nothing is unpickled
+        )
+    check_head(model)
+    return prepare(model, device, trainable, gradient_checkpointing)
+
+
+def load_scorer(path, device, flag, *, trainable=False, gradient_checkpointing=False, init_head=None, pad_for=None):
+    """A sequence-classification model with one output, float32 weights, on its device.
+
+    init_head: a function that fills the weight (1, H) of the new head of a language model; without it a
+    language model is an error. pad_for: tokenizer and EOS ids, for a PAD of its own (see choose_pad)."""
+    config = load_config(path, flag)
+    architecture = (config.architectures or ["model of unknown architecture"])[0]
+    is_scorer = architecture.endswith("ForSequenceClassification")
+    if not is_scorer and init_head is None:
+        fail(f"{flag} {path}: a {architecture}, not a reward model; train one with reward_model.py")
     if is_scorer and config.num_labels != 1:
-        stop(f"{flag} {path}: a classifier with {config.num_labels} labels; a reward model has one output")
+        fail(f"{flag} {path}: a classifier with {config.num_labels} labels; a reward model has one output")
     config.num_labels = 1
-    model = _load(AutoModelForSequenceClassification, flag, path, config)
-    head = getattr(model, "score", None)
-    if train is not None and (not isinstance(head, nn.Linear) or head.bias is not None):
-        stop(f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model")
+    model = from_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        flag,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
+    if trainable and not has_score_head(model):
+        fail(f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model")
     if not is_scorer:
-        draw = torch.randn(model.score.weight.shape, generator=generator(train.seed, "head"))
-        std = 1 / math.sqrt(model.score.in_features + 1) if new_head == "normal" else 0.0
-        model.score.weight.data.copy_(draw * std)
-    if pad is not None:
-        choose_pad(pad[0], model, pad[1])
-    return _prepare(model, device, train)
+        with torch.no_grad():
+            init_head(model.score.weight)
+    if pad_for is not None:
+        choose_pad(model, *pad_for)
+    return prepare(model, device, trainable, gradient_checkpointing)
 
 
-def _prepare(model, device, train):
+def has_score_head(model):
+    """True for a head that is one product with the last hidden state."""
+    head = getattr(model, "score", None)
+    return isinstance(head, nn.Linear) and head.bias is None
+
+
+def prepare(model, device, trainable, gradient_checkpointing):
+    """Dropout off, gradients on or off, split over processes if there are several."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.eval().requires_grad_(train is not None)
-    if model.get_output_embeddings() is not None:
-        _check_head(model)
-    if train is not None and train.gradient_checkpointing:
-        enable = model.gradient_checkpointing_enable  # its name before transformers 5.23
-        getattr(model, "activation_checkpointing_enable", enable)({"use_reentrant": False})
-    return shard(model.train(train is not None), device, train)
+    model.train(trainable)
+    model.requires_grad_(trainable)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return shard(model, device)
 
 
 def head_logits(model, hidden):
     """(N, H) last hidden states -> (N, V) float32 logits, scaled and capped as in the model's own forward."""
-    return _scaled(model, model.get_output_embeddings()(hidden).float())
-
-
-def _scaled(model, logits):
     config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
@@ -439,109 +369,38 @@ def _scaled(model, logits):
     return logits
 
 
-def head_rows(model):
-    """Of how many tokens all logits may exist at a time."""
-    return max(1, CHUNK // model.get_output_embeddings().out_features)
-
-
-def stream_logprobs(model, hidden, targets, temperature):
-    """token_logprobs' log-probs and entropy, head_rows tokens at a time: memory does not grow with N*V.
-
-    hidden (N, H), targets (N,) -> log-probs (N,) and entropy (N,), which has no gradient. With z = logits /
-    temperature and p = softmax(z): log p_y = z_y - logsumexp(z), entropy = logsumexp(z) - sum of p z, and
-    d log p_y / d z_j = [j = y] - p_j. The backward pass computes logits again and sums the head's gradient in
-    one float32 buffer. (torch's linear_cross_entropy does likewise, without entropy, temperature or cap.)"""
-    head, kind = model.get_output_embeddings(), hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    options = targets, model, temperature, head_rows(model), dtype
-    with torch.autocast(kind, enabled=False):
-        return _Streamed.apply(hidden, head.weight, head.bias, *options)
-
-
-class _Streamed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, model, temperature, size, dtype):
-        w, parts = weight.to(dtype), []
-        buffers = hidden.new_empty(2, min(size, len(hidden)), len(weight), dtype=torch.float)
-        for h, y in zip(hidden.split(size), targets.split(size)):
-            z = _scaled(model, _logits(h.to(dtype), w, bias, buffers[0, : len(h)])).div_(temperature)
-            top = z.amax(-1, keepdim=True)
-            target = z.sub_(top).gather(1, y[:, None])[:, 0]
-            z = z.clamp_(min=-1e30)  # a token of probability 0 counts 0 in the entropy
-            p = torch.exp(z, out=buffers[1, : len(h)])
-            total = p.sum(-1)
-            logprobs, entropy = target - total.log(), total.log()
-            parts.append((logprobs, entropy - p.mul_(z).sum(-1) / total, top[:, 0] + total.log()))
-        logprobs, entropy, logsumexp = (torch.cat(part) for part in zip(*parts))
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.options = model, temperature, size, dtype
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, d_logprobs, _):
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        model, temperature, size, dtype = ctx.options
-        w, d_hidden, d_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=torch.float)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            h, y, d = hidden[rows].to(dtype), targets[rows, None], d_logprobs[rows, None] / temperature
-            logits = _logits(h, w, bias, buffer[: len(h)]).requires_grad_()
-            with torch.enable_grad():
-                scaled = _scaled(model, logits)
-            z = scaled.detach()
-            d_z = z.div_(temperature).sub_(logsumexp[rows, None]).exp_().mul_(-d).scatter_add_(1, y, d)
-            if scaled is not logits:
-                (d_z,) = torch.autograd.grad(scaled, logits, d_z)
-            d_bias = None if bias is None else d_bias.add_(d_z.sum(0))
-            d_z = d_z.to(dtype)
-            d_hidden[rows] = d_z @ w
-            if d_weight.dtype == dtype:
-                d_weight.addmm_(d_z.T, h)
-            else:  # the product in bfloat16, the sum in float32
-                d_weight += d_z.T @ h
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
-
-
-def _logits(h, w, bias, out):
-    """(n, H), (V, H) -> (n, V) float32, in `out`: on a CPU new memory for each chunk costs as much again."""
-    if h.dtype == out.dtype:
-        torch.mm(h, w.T, out=out)
-    else:
-        out.copy_(h @ w.T)
-    return out if bias is None else out.add_(bias)
-
-
 @torch.no_grad()
-def _check_head(model):
-    """Stop if head_logits is not what the model's own forward gives: an architecture it does not know."""
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        stop(f"{type(model).__name__} has no plain language-model head; stream_logprobs needs an nn.Linear")
+def check_head(model):
+    """Stop if head_logits, or left padding, gives other log-probs than the model's own forward."""
+    name = type(model).__name__
     if model.base_model is model:
-        stop(f"{type(model).__name__} does not say which part of it is without the head (base_model)")
-    ids = torch.arange(1, 5, device=model.device)[None]
-    ours = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
-    if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
-        stop(f"{type(model).__name__} changes its logits in a way that head_logits does not know: add it")
-    padded, seen = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
-    inputs = dict(attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0))
-    left = model(input_ids=padded, **inputs, use_cache=False).logits[0, 2:]
-    if not torch.allclose(left.float().log_softmax(-1), theirs.log_softmax(-1), atol=1e-3):
-        stop(f"{type(model).__name__} counts positions in a way of its own: its prompts cannot be padded")
+        fail(f"{name} does not say which part of it is without the head (base_model)")
+    ids = torch.arange(1, 5)[None]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    if not torch.allclose(head_logits(model, hidden).log_softmax(-1), expected, atol=1e-3):
+        fail(f"{name} changes its logits in a way that head_logits in common.py does not know: add it")
+    attention_mask = F.pad(torch.ones_like(ids), (2, 0))
+    padded = model(
+        input_ids=F.pad(ids, (2, 0)),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).logits[0, 2:]
+    if not torch.allclose(padded.float().log_softmax(-1), expected, atol=1e-3):
+        fail(f"{name} counts positions in a way of its own: its prompts cannot be padded")
 
 
-def choose_pad(tokenizer, model, eos):
+def choose_pad(model, tokenizer, eos_ids):
     """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not PAD."""
-    added = tokenizer.added_tokens_decoder.items()
-    named = [i for i, token in added if token.special and "pad" in token.content.lower()]
-    ids = [i for i in (tokenizer.pad_token_id, *named, tokenizer.unk_token_id) if i not in (None, *eos)]
-    if ids:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
-    else:
+    added = tokenizer.added_tokens_decoder
+    named = [i for i, token in added.items() if token.special and "pad" in token.content.lower()]
+    candidates = [tokenizer.pad_token_id, *named, tokenizer.unk_token_id]
+    pad_id = next((i for i in candidates if i is not None and i not in eos_ids), None)
+    if pad_id is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -555,37 +414,52 @@ TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500
 
 def task_rows(kind, held_out, seed, chat=False):
     """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>` (`chat`: messages), answer `abcd`.
+
     Whether letters are held out depends on them alone; held-out rows are the same for every seed. A rejected
     answer has a slip or two and, like most mistakes of a half-trained model, is in order half of the time."""
-    draw, rows = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}"), []
+    rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}")
+    rows = []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
-        letters = "".join(draw.sample(LETTERS, draw.randint(4, 7)))
+        letters = "".join(rng.sample(LETTERS, rng.randint(4, 7)))
         if (zlib.crc32(letters.encode()) % 8 == 0) != held_out:
             continue
-        message = {"role": "user", "content": f"Put these letters into alphabetical order: {letters}"}
-        row = {"prompt": [message] if chat else f"{letters}>", "answer": "".join(sorted(letters))}
+        answer = "".join(sorted(letters))
+        row = {"prompt": f"{letters}>", "answer": answer}
+        if chat:
+            request = f"Put these letters into alphabetical order: {letters}"
+            row["prompt"] = [{"role": "user", "content": request}]
         if kind == "sft":
-            row["completion"] = row["answer"]
+            row["completion"] = answer
         if kind == "preference":
-            row["chosen"], wrong = row["answer"], row["answer"]
-            while wrong == row["answer"]:
-                wrong = slip(wrong if draw.random() < 0.7 else slip(wrong, draw), draw)
-                wrong = "".join(sorted(wrong)) if draw.random() < 0.6 else wrong
-            row["rejected"] = wrong
+            row["chosen"] = answer
+            row["rejected"] = wrong_answer(answer, rng)
         rows.append(row)
     return rows
 
 
-def slip(text, draw):
+def wrong_answer(answer, rng):
+    """A rejected answer: a slip or two, and most are put into order again."""
+    wrong = answer
+    while wrong == answer:
+        wrong = slip(wrong if rng.random() < 0.7 else slip(wrong, rng), rng)
+        wrong = "".join(sorted(wrong)) if rng.random() < 0.6 else wrong
+    return wrong
+
+
+def slip(text, rng):
     """`text` with one slip: a wrong letter, two neighbours swapped, a letter left out, doubled or put in."""
-    while True:
-        i, letter = draw.randrange(len(text)), draw.choice(LETTERS)
+    wrong = text
+    while wrong == text:
+        i = rng.randrange(len(text))
+        letter = rng.choice(LETTERS)
         before, here, after = text[:i], text[i], text[i + 1 :]
-        swapped, replaced = before + after[:1] + here + after[1:], before + letter + after
-        doubled, put_in = before + here + here + after, before + letter + here + after
-        wrong = draw.choice([swapped, replaced, replaced, before + after, doubled, put_in])
-        if wrong != text:
-            return wrong
+        swapped = before + after[:1] + here + after[1:]
+        replaced = before + letter + after
+        left_out = before + after
+        doubled = before + here + here + after
+        put_in = before + letter + here + after
+        wrong = rng.choice([swapped, replaced, replaced, left_out, doubled, put_in])
+    return wrong
 
 
 def task_checker(prompts, completions, rows):
@@ -599,603 +473,557 @@ def tiny_tokenizer():
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     letters.decoder = tokenizers.decoders.Fuse()
-    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, model_max_length=64, **special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        model_max_length=64,
+    )
 
 
-def tiny_policy(tokenizer, device, train):
-    """A Llama of 0.8M parameters, random weights, for the laptop run."""
-    torch.manual_seed(train.seed)
-    shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
-    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape, **ids)
-    return _prepare(transformers.LlamaForCausalLM(config), device, train)
+def tiny_config(tokenizer):
+    """A Llama of 0.8M parameters."""
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
 
 
 # ---------------------------------------------------------------- 5. data
-WANTED = {
-    "sft": "`prompt` and `completion`, `messages`, `instruction` and `output`, or `question` and `answer`",
-    "preference": "`chosen` and `rejected`, with a `prompt` or beginning alike",
-    "prompt": "`prompt`, `instruction`, or `question` and `answer`",
-}
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n{extra}### Response:\n"
-)
-PAIRED = ", paired with an input that provides further context"
-FORMS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # prompt's key: completion's
-GSM8K = "{question}\nThink step by step and end with a line that holds #### and then the answer, a number.\n"
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+COMPLETION_COLUMNS = ("completion", "output", "answer")
+READ_COLUMNS = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, "messages", "chosen", "rejected", "margin"}
 
 
-def read_rows(dataset, kind, held_out, seed, chat):
-    """Rows of a data set: a list of (where, dict), `where` naming file and line."""
+class BadRow(Exception):
+    """What is wrong with a row, for which a run stops."""
+
+
+class DroppedRow(Exception):
+    """Why a row is left out and counted: it is well-formed, and cannot be used whole."""
+
+
+def load_examples(dataset, kind, tokenizer, args, held_out=False):
+    """Read, check and tokenise a data set -> list of examples, dicts with `prompt` as in the file, `row`,
+    `where` (file and line) and, by kind,
+
+        sft         prompt_ids, ids, mask (1 on trained tokens; of one length with ids)
+        preference  prompt_ids, chosen_ids, rejected_ids, margin
+        prompt      prompt_ids
+
+    A row that cannot be used whole is dropped and counted, never cut."""
+    make_example = {"sft": sft_example, "preference": preference_example, "prompt": prompt_example}[kind]
+    end_id = end_of_turn_id(tokenizer)
     if dataset == TASK:
-        rows = enumerate(task_rows(kind, held_out, seed, chat), 1)
+        rows = task_rows(kind, held_out, args.seed, chat=tokenizer.chat_template is not None)
+        rows = [(f"{TASK} row {number}", row) for number, row in enumerate(rows, 1)]
     elif dataset.endswith((".jsonl", ".json")):
-        rows = _read_file(dataset)
-    elif importlib.util.find_spec("datasets") is None:
-        stop(f"{dataset} is no .jsonl or .json file; to read it from the Hub, `pip install datasets`")
+        rows = read_file(dataset)
     else:
-        import datasets
+        rows = read_hub(dataset)
 
-        name, _, split = dataset.partition(":")
-        try:
-            rows = enumerate(datasets.load_dataset(name, split=split or "train"), 1)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            stop(f"{dataset}: cannot be loaded from the Hub ({reason})")
-    unit = "line" if dataset.endswith(".jsonl") else "row"
-    rows = [(f"{dataset} {unit} {number}", row) for number, row in rows]
-    if not rows:
-        stop(f"{dataset}: is empty; a row has {WANTED[kind]}")
+    examples = []
+    dropped = Counter()
+    columns = set()
     for where, row in rows:
-        if not isinstance(row, dict):
-            stop(f"{where}: is a {type(row).__name__}, not an object with {WANTED[kind]}")
-    return rows
+        try:
+            if not isinstance(row, dict):
+                raise BadRow(f"is a {type(row).__name__}, not an object")
+            examples.append({"row": row, "where": where} | make_example(row, tokenizer, end_id, args))
+        except BadRow as error:
+            fail(f"{where}: {error}")
+        except DroppedRow as error:
+            dropped[str(error)] += 1
+        columns |= row.keys()
+
+    report = f"{dataset}{' (held out)' if held_out else ''}: {len(examples)} of {len(rows)} rows"
+    for reason, count in dropped.items():
+        report += f"; {count} dropped {reason}"
+    if not examples:
+        fail(f"{report}: nothing is left")
+    print(report)
+    template_columns = {name for _, name, _, _ in string.Formatter().parse(args.prompt_template)}
+    unread = columns - READ_COLUMNS - template_columns
+    if kind != "prompt" and unread and dataset != TASK:
+        print(f"{dataset}: columns that are not used: {', '.join(sorted(unread))}")
+    return examples
 
 
-def _read_file(path):
-    """Pairs of a number, of the line or (.json) of the row, and what stands there."""
-    number, rows, wanted = 1, [], "one JSON object a line"
+def load_held_out(kind, tokenizer, args):
+    """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line says so."""
+    dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
+    if dataset is None:
+        print("no --eval-dataset: nothing is held out")
+        return []
+    return load_examples(dataset, kind, tokenizer, args, held_out=True)
+
+
+def read_file(path):
+    """(file and line, row) of a .jsonl file, or of a .json file that holds one list."""
+    if not Path(path).is_file():
+        fail(f"{path}: there is no such file")
+    number = 0
     try:
-        if not Path(path).is_file():  # a pipe or a device would be read without end
-            stop(f"{path}: there is no such file")
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
-            wanted = "one list of JSON objects"
-            rows = json.loads(text) if text.strip() else []
+            rows = json.loads(text)
             if not isinstance(rows, list):
-                stop(f"{path}: holds one {type(rows).__name__}, not a list of objects")
-            return list(enumerate(rows, 1))
+                fail(f"{path}: holds one {type(rows).__name__}, not a list of objects")
+            return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+        rows = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                rows.append((number, json.loads(line)))
+                rows.append((f"{path} line {number}", json.loads(line)))
         return rows
     except OSError as error:
-        stop(f"{path}: cannot be read ({error.strerror})")
+        fail(f"{path}: cannot be read ({error.strerror})")
     except UnicodeDecodeError as error:
-        stop(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits
-        line = getattr(error, "lineno", 1) + number - 1
-        reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
-        stop(f"{path} line {line}: broken JSON ({reason}); wanted {wanted}")
+        fail(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        where = f"{path} line {number}" if number else path
+        fail(f"{where}: broken JSON ({error}); wanted one object a line, or in .json one list of objects")
 
 
-def _field(row, key, where, kind):
-    """A text, or a list of messages, out of a row."""
-    if key not in row:
-        stop(f"{where}: no `{key}` among the keys {', '.join(row) or '(none)'}; wanted {WANTED[kind]}")
-    value = row[key]
-    texts = [value] if isinstance(value, str) else []
-    for message in value if isinstance(value, list) else []:
-        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            stop(f"{where}: `{key}` holds {repr(message)[:60]}, no message with texts `role` and `content`")
-        texts += fields
-    if not texts:
-        stop(f"{where}: `{key}` must be a text or a list of messages, found {repr(value)[:60]}")
-    _check_unicode("".join(texts), where, f"`{key}`")
+def read_hub(dataset):
+    """(name and row, row) of a Hub data set, `name` or `name:split`."""
+    if importlib.util.find_spec("datasets") is None:
+        fail(f"{dataset}: no .jsonl or .json file; to read it from the Hub, run `pip install datasets`")
+    import datasets
+
+    name, _, split = dataset.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        fail(f"{dataset}: cannot be loaded from the Hub ({reason})")
+    return [(f"{dataset} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def sft_example(row, tokenizer, end_id, args):
+    """Prompt and completion, or messages, of which the last assistant turn is trained, or all of them."""
+    if "messages" in row:
+        messages = text_or_messages(row, "messages")
+        roles = [message["role"] for message in messages] if isinstance(messages, list) else []
+        turns = [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
+        if not turns:
+            raise BadRow("`messages` has no assistant turn after the first message: nothing to train on")
+        if args.train_on == "last":
+            turns = turns[-1:]
+        pairs = [(messages[:i], messages[i : i + 1]) for i in turns]
+    else:
+        pairs = [(prompt_of(row, args), text_or_messages(row, *COMPLETION_COLUMNS))]
+    encoded = [encode_pair(tokenizer, prompt, completion, end_id) for prompt, completion in pairs]
+    prompt_ids, completion_ids = encoded[-1]
+    ids = prompt_ids + completion_ids
+    check_length(ids, args.max_length, "--max-length")
+    mask = [0] * len(ids)
+    for turn_prompt_ids, turn_ids in encoded:
+        end = len(turn_prompt_ids) + len(turn_ids)
+        if ids[:end] != turn_prompt_ids + turn_ids:
+            raise DroppedRow("whose turns the chat template does not render as prefixes")
+        mask[len(turn_prompt_ids) : end] = [1] * len(turn_ids)
+    return {"prompt": pairs[-1][0], "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
+
+
+def preference_example(row, tokenizer, end_id, args):
+    """Prompt, chosen and rejected, or chosen and rejected that begin alike; `margin` is optional."""
+    chosen = text_or_messages(row, "chosen")
+    rejected = text_or_messages(row, "rejected")
+    has_prompt = any(name in row for name in PROMPT_COLUMNS)
+    if isinstance(chosen, list) and isinstance(row.get("prompt"), str):
+        has_prompt = False  # UltraFeedback's form: the prompt stands in both conversations, too
+    if has_prompt:
+        prompt = prompt_of(row, args)
+    else:
+        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
+    margin = 0.0 if row.get("margin") is None else row["margin"]
+    if type(margin) not in (int, float) or not abs(margin) < 1e9:
+        raise BadRow(f"`margin` must be a number, found {str(margin)[:60]}")
+    prompt_ids, chosen_ids = encode_pair(tokenizer, prompt, chosen, end_id)
+    _, rejected_ids = encode_pair(tokenizer, prompt, rejected, end_id)
+    check_length(prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length")
+    if chosen_ids == rejected_ids:
+        raise DroppedRow("whose chosen and rejected are the same in tokens")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "margin": float(margin),
+    }
+
+
+def prompt_example(row, tokenizer, end_id, args):
+    """A prompt; the further columns are the checker's."""
+    prompt = prompt_of(row, args)
+    if isinstance(prompt, list):
+        check_control_tokens(tokenizer, prompt)
+        prompt_ids = encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True), is_chat=True)
+    else:
+        prompt_ids = encode(tokenizer, prompt, is_chat=False)
+    if not prompt_ids:
+        raise DroppedRow("whose prompt is empty")
+    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    return {"prompt": prompt, "prompt_ids": prompt_ids}
+
+
+def text_or_messages(row, *names):
+    """The first of these columns that the row has: a text, or a list of {"role", "content"}."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise BadRow(f"no column {' or '.join(names)} among {', '.join(row) or 'none'}")
+    value = row[name]
+    messages = value if isinstance(value, list) and value else [None]
+    texts = [value]
+    if not isinstance(value, str):
+        texts = [m.get(key) if isinstance(m, dict) else m for m in messages for key in ("role", "content")]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise BadRow(f"`{name}` holds half of a surrogate pair, which is no text")
     return value
 
 
-def _check_unicode(text, where, name):
-    if re.search("[\ud800-\udfff]", text):
-        stop(f"{where}: {name} holds half of a surrogate pair, which is no text; mend or leave out the row")
-
-
-def _prompt(row, where, kind, template, chat):
-    """The prompt of a row: messages, or a text through --prompt-template (Alpaca's, GSM8K's are built in)."""
-    key = next((key for key in FORMS if key in row), "prompt")
-    if not isinstance(_field(row, key, where, kind), str):
-        if key != "prompt":
-            stop(f"{where}: `{key}` must be a text, found a list of messages; messages go into `prompt`")
-        if template != "{prompt}":
-            stop(f"{where}: --prompt-template is for texts, and `prompt` is a list of messages here")
-        return row["prompt"]
-    values, extra = row, row.get("input")
-    if template == "{prompt}" and key == "instruction":
-        if extra is not None and not isinstance(extra, str):
-            stop(f"{where}: `input` must be a text, found {repr(extra)[:60]}")
-        extra, paired = (f"### Input:\n{extra}\n\n", PAIRED) if extra else ("", "")
-        template, values = ALPACA, row | dict(paired=paired, extra=extra)
-    elif template == "{prompt}" and key == "question":
-        template = GSM8K
+def prompt_of(row, args):
+    """The prompt of a row: a column as it is, or several through --prompt-template."""
+    if args.prompt_template == "{prompt}":
+        return text_or_messages(row, *PROMPT_COLUMNS)
+    if isinstance(row.get("prompt"), list):
+        raise BadRow("--prompt-template is for texts, and `prompt` is a list of messages")
     try:
-        text = template.format(**values)
+        prompt = args.prompt_template.format(**row)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
-        stop(f"{where}: --prompt-template {template!r} does not fit the keys {', '.join(row)} ({error!r})")
-    _check_unicode(text, where, f"--prompt-template {template[:60]!r} with this row")
-    return [{"role": "user", "content": text.strip()}] if key == "question" and chat else text
+        found = ", ".join(row)
+        raise BadRow(f"--prompt-template {args.prompt_template!r} does not fit {found} ({error!r})") from error
+    return text_or_messages({"--prompt-template": prompt}, "--prompt-template")
 
 
-def _shared_prefix(row, where):
-    """chosen and rejected -> prompt, which is what they share at the beginning, chosen, rejected: of messages
-    all equal ones but the last; of texts up to the last "Assistant:" (Anthropic's form), or white space."""
-    chosen, rejected = (_field(row, key, where, "preference") for key in ("chosen", "rejected"))
+def split_shared_prefix(chosen, rejected):
+    """chosen and rejected that begin alike -> prompt, chosen, rejected.
+
+    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:" that they
+    share (Anthropic's form), or up to the last white space."""
     if type(chosen) is not type(rejected):
-        stop(f"{where}: `chosen` and `rejected` must both be texts or both lists of messages")
+        raise BadRow("`chosen` and `rejected` must both be texts or both be lists of messages")
     same = [a == b for a, b in zip(chosen, rejected)]
     cut = (same + [False]).index(False)
     if isinstance(chosen, list):
         cut = min(cut, len(chosen) - 1, len(rejected) - 1)
-    elif chosen != rejected:
+    else:
         match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
         cut = match.end() if match else 0
     if cut == 0:
-        stop(f"{where}: `chosen` and `rejected` do not begin alike; wanted {WANTED['preference']}")
+        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _render(tokenizer, where, messages, generate=False):
-    """Messages -> text by the chat template; with `generate` as far as where the assistant begins."""
+def render(tokenizer, messages, add_generation_prompt=False):
+    """Messages -> text by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        stop(f"{where}: messages need a chat template; the tokenizer has none (instruct models have one)")
+        raise BadRow("messages need a chat template, and the tokenizer has none (instruct models have one)")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # jinja2's errors, and whatever a template raises
-        stop(f"{where}: the chat template refuses these messages ({' '.join(str(error).split())})")
+        raise BadRow(f"the chat template refuses these messages ({' '.join(str(error).split())})") from error
 
 
-def _with_answer(prompt, answer):
-    return [*prompt, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
+def encode(tokenizer, text, is_chat):
+    """A text's ids. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
+    ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False).input_ids
+    eos_added = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if eos_added else ids  # (some tokenizers add EOS, to prompts too)
 
 
-def _turns(row, where, kind, args, chat):
-    """A row -> its prompt, and (everything before a trained turn, that turn) for each trained turn."""
-    if kind == "sft" and "messages" in row:
-        messages = _field(row, "messages", where, kind)
-        roles = [m["role"] for m in messages] if isinstance(messages, list) else []
-        turns = [i for i, role in enumerate(roles) if i and role == "assistant"]
-        if not turns:
-            stop(f"{where}: `messages` has no assistant turn after the first message: nothing to train on")
-        turns = turns if args.train_on == "all" else turns[-1:]
-        return messages[: turns[-1]], [(messages[:i], messages[i : i + 1]) for i in turns]
-    twice = isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
-    if kind == "preference" and (twice or not FORMS.keys() & row.keys()):
-        prompt, *answers = _shared_prefix(row, where)
-        return prompt, [(prompt, answer) for answer in answers]
-    prompt = _prompt(row, where, kind, args.prompt_template, chat)
-    completion = next(FORMS[key] for key in FORMS if key in row)
-    keys = {"sft": [completion], "preference": ["chosen", "rejected"], "prompt": []}[kind]
-    answers = [_field(row, key, where, kind) for key in keys]
-    if any(isinstance(prompt, str) and not isinstance(answer, str) for answer in answers):
-        stop(f"{where}: the prompt is a text, so {' and '.join(keys)} must be texts too, not messages")
-    return prompt, [(prompt, answer) for answer in answers] or [(prompt, None)]
+def encode_pair(tokenizer, prompt, completion, end_id):
+    """prompt and completion, texts or messages -> prompt_ids, completion_ids, the latter with one EOS.
+
+    Both are tokenised as one text and split where the prompt's tokens end, so that the boundary is the one
+    that the model sees when it samples."""
+    is_chat = isinstance(prompt, list)
+    if is_chat:
+        messages = join_messages(prompt, completion)
+        check_control_tokens(tokenizer, messages)
+        text = render(tokenizer, prompt, add_generation_prompt=True)
+        whole = render(tokenizer, messages)
+    elif isinstance(completion, str):
+        text = prompt
+        whole = prompt + completion
+    else:
+        raise BadRow("the prompt is a text, so the answer must be a text too, not messages")
+    prompt_ids = encode(tokenizer, text, is_chat)
+    ids = encode(tokenizer, whole, is_chat)
+    if not prompt_ids or ids[: len(prompt_ids)] != prompt_ids:
+        raise DroppedRow("whose prompt is empty or, in tokens, no prefix of prompt and completion")
+    return prompt_ids, end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat)
 
 
-def encode(tokenizer, texts, is_chat, keep_eos=False):
-    """Ids of many texts. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
-    eos = [] if keep_eos or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids if texts else []
-    own = [eos and i[-1:] == eos and not text.endswith(tokenizer.eos_token) for i, text in zip(ids, texts)]
-    return [i[:-1] if strip else i for i, strip in zip(ids, own)]  # (some tokenizers add EOS, to prompts too)
+def join_messages(prompt, completion):
+    """Messages of a prompt and of a completion, which may be a text."""
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return prompt + completion
 
 
-def with_end(tokenizer, ids, end, is_chat, finished=True):
-    """Ids that end in `end` or EOS, without what a chat template puts after it; not finished: without it."""
-    if is_chat and end in ids:
-        return ids[: len(ids) - ids[::-1].index(end) - (not finished)]
-    has_none = end is not None and ids[-1:] not in ([end], [tokenizer.eos_token_id])
-    return ids + [end] if finished and has_none else ids
+def end_once(tokenizer, ids, end_id, is_chat):
+    """A completion's ids with one EOS at their end, without what a chat template puts after it."""
+    if is_chat and end_id in ids:
+        return ids[: len(ids) - ids[::-1].index(end_id)]
+    if end_id is None or ids[-1:] in ([end_id], [tokenizer.eos_token_id]):
+        return ids
+    return [*ids, end_id]
 
 
 def control_tokens(tokenizer):
     """Texts that a tokenizer reads as control: in the content of a message they could end the turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted((added | set(tokenizer.all_special_tokens)) - {""})
+    return (added | set(tokenizer.all_special_tokens)) - {""}
 
 
-def spaced(text, tokens):
-    """Text in which no token of these is spelled any more: a space follows its first letter."""
-    for token in tokens:
-        text = text.replace(token, f"{token[:1]} {token[1:]}")
-    return text
+def check_control_tokens(tokenizer, messages):
+    """Drop a row whose messages spell one. A text may: people bring prompts that are rendered already."""
+    text = " ".join(message["role"] + " " + message["content"] for message in messages)
+    if any(token in text for token in control_tokens(tokenizer)):
+        raise DroppedRow("whose messages spell a control token of the tokenizer")
 
 
-def load_examples(tokenizer, dataset, kind, args, held_out=False):
-    """Read, check and tokenise a data set -> list of dicts: prompt (as in the file), row, where, prompt_ids;
-    kind "sft": also ids, mask (1 on trained tokens); "preference": also chosen_ids, rejected_ids, margin.
-
-    Prompt and answer are tokenised as one text and split where the prompt's tokens end; an answer ends in one
-    EOS, or in the chat template's end of turn. Texts may spell control tokens (people bring rendered
-    prompts). A row whose messages do, or that cannot be used whole, is dropped and counted, never cut."""
-    chat, end, dropped, kept = tokenizer.chat_template is not None, end_of_turn_id(tokenizer), Counter(), []
-    limit, over = getattr(args, "max_length", 0), "--max-length"
-    if kind == "prompt":
-        room = context_of(_load(AutoConfig, "--model", args.model)) - args.max_completion_length
-        room = room, "the model's context less --max-completion-length:"
-        limit, over = min((args.max_prompt_length, "--max-prompt-length"), room)
-    rows, texts, examples = read_rows(dataset, kind, held_out, args.seed, chat), {True: [], False: []}, []
-    control = control_tokens(tokenizer)
-    for where, row in rows:
-        prompt, turns = _turns(row, where, kind, args, chat)
-        margin = 0.0 if kind != "preference" or row.get("margin") is None else row["margin"]
-        if type(margin) not in (int, float) or not abs(margin) < 1e9:
-            stop(f"{where}: `margin` must be a number, found {str(margin)[:60]}")
-        is_chat = isinstance(prompt, list)
-        messages = str([_with_answer(*turn) for turn in turns if turn[1] is not None] or prompt)
-        if is_chat and any(token in messages for token in control):
-            dropped["whose messages spell a control token of the tokenizer"] += 1
-            continue
-        for before, answer in turns:
-            text = whole = _render(tokenizer, where, before, generate=True) if is_chat else before
-            if answer is not None:
-                whole = _render(tokenizer, where, _with_answer(before, answer)) if is_chat else text + answer
-            texts[is_chat] += [text, whole]
-        examples.append((dict(prompt=prompt, row=row, where=where, margin=margin), is_chat, len(turns)))
-    ids = {is_chat: iter(encode(tokenizer, batch, is_chat)) for is_chat, batch in texts.items()}
-    for example, is_chat, count in examples:
-        splits = [(next(ids[is_chat]), next(ids[is_chat])) for _ in range(count)]
-        prompt_ids, trained = splits[-1][0], [] if kind == "prompt" else splits
-        answers = [with_end(tokenizer, whole[len(before) :], end, is_chat) for before, whole in trained]
-        spans = [(len(before), before + answer) for (before, _), answer in zip(splits, answers)]
-        sequence = spans[-1][1] if spans else prompt_ids
-        if any(not before or whole[: len(before)] != before for before, whole in splits):
-            dropped["whose prompt is empty or, in tokens, no prefix of prompt and completion"] += 1
-        elif len(prompt_ids) + max(map(len, answers), default=0) > limit:
-            dropped[f"longer than {over} {limit}"] += 1
-        elif kind == "preference" and answers[0] == answers[1]:
-            dropped["whose chosen and rejected are the same in tokens"] += 1
-        elif kind == "sft" and any(sequence[: len(text)] != text for _, text in spans):  # (--train-on all)
-            dropped["whose turns the chat template does not render as prefixes"] += 1
-        else:
-            kept.append(example | dict(prompt_ids=prompt_ids))
-            if kind == "preference":
-                kept[-1] |= dict(chosen_ids=answers[0], rejected_ids=answers[1])
-            elif kind == "sft":
-                kept[-1] |= dict(ids=sequence, mask=[0] * len(sequence))
-                for first, text in spans:
-                    kept[-1]["mask"][first : len(text)] = [1] * (len(text) - first)
-    reasons = "".join(f"; {count} dropped {reason}" for reason, count in dropped.items())
-    print(f"{dataset}{' (held out)' if held_out else ''}: {len(kept)} of {len(rows)} rows{reasons}")
-    if not kept:
-        stop(f"{dataset}: no row is left{reasons}")
-    return kept
+def check_length(ids, limit, flag):
+    if len(ids) > limit:
+        raise DroppedRow(f"longer than {flag} {limit}")
 
 
-def load_held_out(tokenizer, kind, args):
-    """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line says so."""
-    dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
-    if dataset is None:
-        print("no --eval-dataset: nothing is held out")
-    return load_examples(tokenizer, dataset, kind, args, held_out=True) if dataset else []
-
-
-def shuffled(examples, seed, first, last):
-    """Examples number first to last - 1 of an endless stream, each pass over the data in its own order."""
-    n, picked = len(examples), []
-    for epoch in range(first // n, (last - 1) // n + 1):
+def stream(examples, seed, start, stop):
+    """Examples start to stop - 1 of an endless stream: each pass over the data has an order of its own."""
+    n = len(examples)
+    found = []
+    for epoch in range(start // n, (stop - 1) // n + 1):
         order = torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
-        picked += [examples[i] for i in order[max(0, first - epoch * n) : last - epoch * n]]
-    return picked
-
-
-def context_of(config):
-    """The longest sequence that a model's positions were made for."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-
-def check_context(model, tokens, flag):
-    """Stop if sequences of that many tokens do not fit."""
-    context = context_of(model.config)
-    if tokens > context:
-        stop(f"sequences of {tokens} tokens do not fit a model's context of {context}: lower {flag}")
+        first = max(0, start - epoch * n)
+        found += [examples[i] for i in order[first : stop - epoch * n]]
+    return found
 
 
 # ---------------------------------------------------------------- 6. batches
-# tokens below which a forward takes as long as a smaller one: on a CPU measured (reward_model.py's laptop run
-# is a quarter slower with 0), on a GPU, where kernels take time to launch, an estimate for a 0.5B model
+# tokens below which a pass takes as long as a smaller one. CPU: measured; GPU: an estimate for 0.5B parameters
 SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
 
 
-@dataclasses.dataclass
-class Batch:
-    """Right-padded sequences. Masks come from lengths, so PAD may be any id, EOS too."""
-
-    input_ids: torch.Tensor  # (B, L)
-    attention_mask: torch.Tensor  # (B, L) 1 on prompt and completion
-    completion_mask: torch.Tensor  # (B, L) 1 on completion tokens, EOS included
-    lengths: list  # B ints
-
-    def rows(self, index):
-        """Some rows, cut to the longest of them."""
-        lengths = [self.lengths[i] for i in index]
-        part = index, slice(max(lengths, default=2))
-        return Batch(self.input_ids[part], self.attention_mask[part], self.completion_mask[part], lengths)
+def pad_rows(rows, device, value=0):
+    """Lists of numbers -> (B, T), right-padded."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
 
 
-def pad_batch(sequences, masks, device, pad_id=0):
-    """Lists of ids, and of 0/1 of equal lengths -> Batch. Padding is never read: any id will do."""
-    lengths, width = [len(ids) for ids in sequences], max([2, *map(len, sequences)])
-    input_ids = [ids + [pad_id] * (width - len(ids)) for ids in sequences]
-    attention_mask = [[1] * n + [0] * (width - n) for n in lengths]
-    completion_mask = [mask + [0] * (width - len(mask)) for mask in masks]
-    rows = (input_ids, attention_mask, completion_mask)
-    tensors = [torch.tensor(x, dtype=torch.long, device=device).view(-1, width) for x in rows]
-    return Batch(*tensors, lengths)
+def make_batch(sequences, masks, device):
+    """Lists of T+1 ids, and of 0 and 1 (trained) of equal lengths -> a batch: a dict of tensors (B, T).
+
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the target is
+    trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so that PAD, which is never
+    read, may be any id, EOS too."""
+    return {
+        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
+        "targets": pad_rows([ids[1:] for ids in sequences], device),
+        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
+        "mask": pad_rows([mask[1:] for mask in masks], device),
+    }
 
 
 def completion_batch(prompts, completions, device):
-    """Lists of prompt ids and of completion ids -> Batch."""
+    """Lists of prompt ids and of completion ids -> a batch whose mask is 1 on completions, EOS included."""
+    sequences = [p + c for p, c in zip(prompts, completions)]
     masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
-    return pad_batch([p + c for p, c in zip(prompts, completions)], masks, device)
+    return make_batch(sequences, masks, device)
 
 
-def micro_batches(lengths, budget, rows=None):
-    """Rows, in any order -> this process's share, in lists of about one length: with padding at most `budget`
-    tokens (or one row), and at most 1/20 of them padding unless the list is small (SMALL_BATCH). With several
-    processes each gets every W-th row, longest first, and as many lists as any other, the last ones without
-    rows if need be: all go through the model equally often, and a list of no rows adds 0."""
+def take(batch, rows):
+    """Some rows of every tensor of a batch, those of (B, T) cut to the longest of these rows.
 
-    def cut(order):
-        cuts, real = [], 0  # real: tokens of the last list, without its padding
-        for i in order:
-            tokens = lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) if cuts else math.inf  # with this row, padded
-            is_even = 20 * (tokens - real - lengths[i]) <= tokens or tokens <= SMALL_BATCH
-            if tokens > budget or not is_even:
-                cuts.append([])
-                real = 0
-            cuts[-1].append(i)
-            real += lengths[i]
-        return cuts
+    Of no rows it makes two that count for nothing, all 0: where there are several processes, each must go
+    through the model as often as the others."""
+    if len(rows) == 0:
+        nothing = {name: torch.zeros_like(x[:1]).repeat_interleave(2, 0) for name, x in batch.items()}
+        nothing["attention_mask"][:, 0] = 1
+        rows = [0, 1]
+        batch = nothing
+    width = batch["attention_mask"][rows].sum(1).max()
+    return {name: x[rows, :width] if x.ndim == 2 else x[rows] for name, x in batch.items()}
 
-    order = sorted(range(len(lengths)) if rows is None else rows, key=lambda i: (-lengths[i], i))
-    shares = [cut(order[first :: world()]) for first in range(world())]
-    mine = shares[rank()]
-    return mine + [[]] * (max(map(len, shares)) - len(mine))
+
+def micro_batches(lengths, budget):
+    """Rows of these lengths -> lists of row numbers for this process, each of one forward and backward pass.
+
+    Rows of about one length stand together: with padding at most `budget` tokens (or one row), and no row
+    shorter than nine tenths of the longest unless the list is small. Each of W processes takes every W-th
+    row, and as many lists as any other, the last of them empty if need be."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    lists = []
+    for i in order[rank() :: world_size()]:
+        longest = lengths[lists[-1][0]] if lists else 0
+        tokens = longest * (len(lists[-1]) + 1) if lists else math.inf
+        is_uneven = lengths[i] < 0.9 * longest and tokens > SMALL_BATCH
+        if tokens > budget or is_uneven:
+            lists.append([])
+        lists[-1].append(i)
+    missing = all_reduce(len(lists), op="max") - len(lists)
+    return lists + [[]] * missing
 
 
 @torch.no_grad()
-def over_micro_batches(function, batch, budget, autocast):
-    """Per-token results of a whole batch, without gradient: function(input_ids, attention_mask, mask) -> (b,
-    l-1), or its first columns, or a tuple of such, on each micro-batch -> (B, L-1), or a list of such."""
-    results = None
-    for rows in micro_batches(batch.lengths, budget):
-        mb = batch.rows(rows)
-        with autocast():
-            values = function(mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
-        values = values if isinstance(values, tuple) else (values,)
-        results = results or [torch.zeros_like(batch.input_ids[:, 1:], dtype=v.dtype) for v in values]
-        for result, value in zip(results, values):
-            result[rows, : value.shape[1]] = value
-    return over_ranks(*results)
-
-
-def _full_attention(model, cache):
-    """Each token attends to all before it, by keys that depend on nothing after it: what can be computed in
-    two parts, with masks of our own. Windowed, linear and shared layers, ALiBi: left to transformers."""
-    config = model.config.get_text_config()
-    usual = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
-    usual &= config._attn_implementation == "sdpa" and not getattr(config, "alibi", False)
-    # these rotary embeddings turn by an angle that depends on the longest row
-    return usual and not re.search("longrope|dynamic", str(getattr(config, "rope_parameters", None)))
-
-
-def backbone(model, input_ids, attention_mask):
-    """The last layer's output, (b, l) -> (b, l, H). Without rows it goes through the model all the same, with
-    a row that counts for nothing: under FSDP each process gathers layers for all."""
-    if len(input_ids) == 0:
-        return model.base_model(input_ids.new_zeros(1, 2), use_cache=False).last_hidden_state[:0]
-    return model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-
-class SharedPrompts(transformers.cache_utils.DynamicLayer):
-    """A layer's keys and values of prompts, and which of them each row continues; the rest is not kept."""
-
-    def __init__(self, layer, which):
-        super().__init__()
-        self.is_initialized, self.keys, self.values, self.which = True, layer.keys, layer.values, which
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        pairs = (self.keys, key_states), (self.values, value_states)
-        return tuple(torch.cat([x.index_select(0, self.which), new], 2) for x, new in pairs)
-
-
-def hidden_states(model, input_ids, attention_mask, mask):
-    """The last layer's output, (b, l) -> (b, l, H), at the columns of mask (b, l-1); elsewhere anything.
-
-    Rows with the same prompt (a group's completions, a pair's) share it where that spares a fifth of the
-    tokens: it goes through the model once, and a second pass, of the completions, reads its keys and values,
-    through which its gradient comes back. The same numbers up to rounding."""
-    if len(input_ids) == 0 or isinstance(model, FSDPModule):  # (all processes must do alike)
-        return backbone(model, input_ids, attention_mask)
-    (rows, width), column = input_ids.shape, torch.arange(input_ids.shape[1], device=mask.device)
-    last = mask.int().argmax(1, keepdim=True)  # (b, 1) a prompt's last token, the first whose output is read
-    more = max(0, int(((mask * column[1:]).amax(1, keepdim=True) - last - 1).max()))  # columns after it
-    ids = input_ids[:, : int(last.max()) + 1]
-    prompts, which = ids.masked_fill(column[: ids.shape[1]] > last, -1).unique(dim=0, return_inverse=True)
-    is_worth = 5 * (prompts.numel() + rows * more) <= 4 * rows * width and rows * width > SMALL_BATCH
-    cache = transformers.DynamicCache(config=model.config)  # (gradient checkpointing would drop it)
-    is_worth &= not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if not (is_worth and more and _full_attention(model, cache)):
-        return backbone(model, input_ids, attention_mask)
-
-    is_real = prompts >= 0
-    inputs = dict(attention_mask=is_real.long(), past_key_values=cache, use_cache=True)
-    of_prompts = model.base_model(prompts.clamp(min=0), **inputs).last_hidden_state
-    cache.layers = [SharedPrompts(layer, which) for layer in cache.layers]
-    position = (last + 1 + column[:more]).clamp(max=width - 1)  # (b, more)
-    causal = (column[:more] <= column[:more, None]).expand(rows, -1, -1)
-    seen = torch.cat([is_real[which][:, None].expand(-1, more, -1), causal], 2)[:, None]
-    inputs |= dict(attention_mask=seen, position_ids=position)
-    of_rest = model.base_model(input_ids.gather(1, position), **inputs).last_hidden_state  # (b, more, H)
-    row = torch.arange(rows, device=mask.device)[:, None]
-    after = prompts.numel() + row * more + (column - last - 1).clamp(max=more - 1)
-    index = torch.where(column <= last, which[:, None] * prompts.shape[1] + column, after)
-    both = torch.cat([of_prompts.flatten(0, 1), of_rest.flatten(0, 1)])
-    return both.index_select(0, index.flatten()).view(rows, width, -1)
+def in_micro_batches(function, batch, budget):
+    """function(micro-batch), a tuple of tensors (b, t) or (b,), over a whole batch -> tensors (B, T) or (B,)."""
+    rows, width = batch["inputs"].shape
+    lengths = batch["attention_mask"].sum(1).tolist()
+    results = []
+    for mb_rows in micro_batches(lengths, budget):
+        values = function(take(batch, mb_rows))
+        if not results:
+            results = [x.new_zeros((rows, width) if x.ndim == 2 else rows) for x in values]
+        for result, x in zip(results, values):
+            if x.ndim == 2:
+                x = F.pad(x, (0, width - x.shape[1]))
+            result[mb_rows] = x[: len(mb_rows)].to(result.dtype)
+    return [all_reduce(result) for result in results]
 
 
 # ---------------------------------------------------------------- 7. sampling
-CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two questions which rows have ended
-say_once = functools.cache(print)
-
-
-def sample(model, prompts, repeats, max_new_tokens, temperature, stop_ids, seed, memory=None, plain=False):
+@torch.no_grad()
+def sample(
+    model,
+    prompts,
+    *,
+    num_generations=1,
+    max_new_tokens,
+    temperature=1.0,
+    eos_ids,
+    rng,
+    token_budget=65_536,
+):
     """Sample from all of softmax(logits / temperature): no top-k, no top-p, no settings of the checkpoint.
 
-    prompts: P lists of ids -> (completions, logprobs), each B = P * repeats lists, a prompt's side by side.
-    A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy (log-probs at 1). Ids
-    that a model has and its tokenizer lacks can be drawn too, and PAD. seed: a torch.Generator. Noise belongs
-    to row and step (one uniform each, inverse CDF), so that neither dropping finished rows, nor waves, nor
-    the kind of cache changes a token.
-
-    memory: bytes for keys, values, logits and the prefill (default: a quarter of a GPU's, 4 GiB on a CPU);
-    what does not fit goes in waves of prompts of about one length. plain: transformers' growing cache in any
-    case. With several processes each samples every W-th prompt, and all get all completions."""
-    noise = torch.rand(len(prompts) * repeats, max_new_tokens, generator=seed, dtype=torch.float64)
-    if memory is None:
-        memory = 2**32 if model.device.type != "cuda" else torch.cuda.mem_get_info(model.device)[1] // 4
-    config, longest = model.config.get_text_config(), max(map(len, prompts))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    kept = 2 * config.num_hidden_layers * width * (longest + max_new_tokens)  # keys and values of a row
-    prefill = 16 * config.hidden_size * longest / repeats
-    size = int(min(memory / (4 * (kept + prefill) + 32 * config.vocab_size), 512))  # more rows gain little
-    size = max(1, size // repeats)
+    prompts: P lists of ids -> P * num_generations completions, lists of ids, a prompt's side by side. A
+    completion ends with its EOS, or after max_new_tokens. temperature 0: greedy. Ids that a model has and its
+    tokenizer lacks can be drawn too, and PAD. Noise belongs to row and step (one uniform number each), so that
+    neither dropping finished rows nor token_budget, the tokens that are sampled at a time, changes a token.
+    Each of W processes samples for every W-th prompt."""
+    if temperature < 0:
+        raise ValueError(f"the temperature is {temperature}, and it cannot be negative")
+    noise = torch.rand(len(prompts), num_generations, max_new_tokens, generator=rng, dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    results, mine = {}, order[rank() :: world()]
-    was_training, was_enabled = model.training, torch.is_autocast_cache_enabled()
+    order = order[rank() :: world_size()]
+    row_tokens = max(map(len, prompts)) + max_new_tokens
+    prompts_at_a_time = max(1, token_budget // (num_generations * row_tokens))
+    completions = {}
+    was_training = model.training
     model.eval()  # in train mode gradient checkpointing would drop the cache
-    with gathered(model) as alone:
-        torch.set_autocast_cache_enabled(alone)  # one bfloat16 copy of the weights for all steps
-        # layer by layer all processes take as many waves, those that have no rows left with one of no use
-        last = len(mine) if alone else max(over_ranks(-(-len(mine) // size), op="max") * size, 1)
-        for first in range(0, last, size):
-            part = mine[first : first + size] or order[:1]
-            rows = [i * repeats + g for i in part for g in range(repeats)]
-            wave = [prompts[i] for i in part], temperature, stop_ids, noise[rows].to(model.device), plain
-            results |= zip(rows, _sample_wave(model, *wave, alone))
-    torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(was_enabled)
+    with unsharded(model):
+        for start in range(0, len(order), prompts_at_a_time):
+            indices = order[start : start + prompts_at_a_time]
+            tokens = sample_rows(
+                model,
+                [prompts[i] for i in indices],
+                noise[indices].flatten(0, 1).to(model.device),
+                temperature,
+                torch.tensor(eos_ids, device=model.device),
+            )
+            for i, group in zip(indices, tokens.view(len(indices), num_generations, -1).tolist()):
+                completions[i] = [cut_at_eos(ids, eos_ids) for ids in group]
     model.train(was_training)
-    if world() > 1:
-        parts = [None] * world()
-        distributed.all_gather_object(parts, results)
-        results = {i: row for part in parts for i, row in part.items()}
-    rows = [results[i] for i in range(len(noise))]
-    return [tokens for tokens, _ in rows], [logps for _, logps in rows]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        distributed.all_gather_object(parts, completions)
+        completions = {i: group for part in parts for i, group in part.items()}
+    return [ids for i in range(len(prompts)) for ids in completions[i]]
 
 
-class PreallocatedLayer(transformers.cache_utils.DynamicLayer):
-    """Keys and values of one layer in storage for the whole wave, (B, heads, T, D): a step writes one column
-    and reads a view of those before it, where the growing cache copies them all."""
+def sample_rows(model, prompts, noise, temperature, eos_ids):
+    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), 0 after a row's EOS.
 
-    def __init__(self, prefilled, repeats, max_new_tokens, dtype):
-        super().__init__()
-        self.is_initialized, self.stored = True, []
-        for x in (prefilled.keys, prefilled.values):
-            rows, heads, width, size = x.shape
-            new = x.new_empty(rows * repeats, heads, width + max_new_tokens, size, dtype=dtype)
-            new.view(rows, repeats, *new.shape[1:])[:, :, :, :width] = x[:, None]
-            self.stored.append(new)
-        self.keys, self.values = (x[:, :, :width] for x in self.stored)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        end = self.keys.shape[2] + key_states.shape[2]
-        for x, new in zip(self.stored, (key_states, value_states)):
-            x[:, :, self.keys.shape[2] : end] = new
-        self.keys, self.values = (x[:, :, :end] for x in self.stored)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        end = self.keys.shape[2]
-        for x in self.stored:
-            x[: len(indices), :, :end] = x[indices, :, :end]
-        self.stored = [x[: len(indices)] for x in self.stored]
-        self.keys, self.values = (x[:, :, :end] for x in self.stored)
-
-
-@torch.no_grad()
-def _sample_wave(model, prompts, temperature, stop_ids, noise, plain, alone=True):
-    """P prompts, noise (B, max_new_tokens) -> B pairs of ids and log-probs. Left-padded prompts go through
-    the model once, and their generations share their keys and values. The host waits for the device only to
-    ask which rows have ended, every CHECK_EVERY steps. `alone`: no other process takes part in the steps."""
-    device, width, (rows, max_new_tokens) = model.device, max(map(len, prompts)), noise.shape
-    repeats, every = rows // len(prompts), CHECK_EVERY.get(device.type, 16)
-    token = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    Each prompt, left-padded, goes through the model once; its generations start from copies of its keys and
+    values. Rows that have ended leave the batch when they are a quarter of it: each time copies the cache."""
+    device = noise.device
+    B, max_new_tokens = noise.shape
+    num_generations = B // len(prompts)
+    width = max(map(len, prompts))
+    inputs = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     # left padding without positions of its own is wrong for learned ones (GPT-2)
-    position = (seen.cumsum(1) - 1).clamp(min=0)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=model.config)
-    inputs = dict(input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache)
-    logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    usual = _full_attention(model, cache) and all(layer.is_initialized for layer in cache.layers)
-    if not usual and not plain:
-        plain = True
-        say_once(f"sampling: {type(model).__name__} keeps transformers' growing cache, slower than our own")
-    if plain:
-        cache.batch_repeat_interleave(repeats)
-    else:
-        kind = device.type  # under autocast attention takes bfloat16, whatever rotary embeddings gave
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for i, layer in enumerate(cache.layers):
-            cache.layers[i] = PreallocatedLayer(layer, repeats, max_new_tokens, dtype)
-    logits, seen, position = (x.repeat_interleave(repeats, 0) for x in (logits, seen, position[:, -1:]))
-    seen = torch.cat([seen, seen.new_ones(rows, max_new_tokens)], 1)
-    if not plain:  # in the form that attention takes, else transformers looks into it at every step
-        seen = seen.bool()[:, None, None] if min(map(len, prompts)) < width else None
-    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, max_new_tokens, device=device)
-    row = torch.arange(rows, device=device)  # which row each line of the cache belongs to
-    unfinished = torch.ones(rows, dtype=torch.bool, device=device)
-    stop_ids = torch.tensor(stop_ids, device=device)
+    logits = model(
+        input_ids=inputs,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(num_generations)
+    logits = logits.repeat_interleave(num_generations, 0)
+    attention_mask = attention_mask.repeat_interleave(num_generations, 0)
+    position_ids = position_ids[:, -1:].repeat_interleave(num_generations, 0)
+
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    row = torch.arange(B, device=device)  # which row of `tokens` each row of the cache belongs to
+    unfinished = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logp = (logits / (temperature or 1.0)).log_softmax(-1)
-        if temperature:
-            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-            # right=True: a token of probability 0 is never drawn
-            token = torch.searchsorted(cdf, noise[row, t, None] * cdf[:, -1:], right=True)
-            token = token.clamp(max=logp.shape[-1] - 1)
-        else:
-            token = logp.argmax(-1, keepdim=True)
-        tokens[row, t], logps[row, t] = token[:, 0], logp.gather(-1, token)[:, 0]
-        unfinished &= ~torch.isin(token[:, 0], stop_ids)
-        if t + 1 == max_new_tokens:
+        token = draw(logits.float(), temperature, noise[row, t])
+        tokens[row[unfinished], t] = token[unfinished]
+        unfinished = unfinished & ~torch.isin(token, eos_ids)
+        number_unfinished = int(unfinished.sum())
+        if number_unfinished == 0 or t + 1 == max_new_tokens:
             break
-        if (t + 1) % every == 0:
-            left = int(unfinished.sum())
-            if (left if alone else over_ranks(left)) == 0:
-                break
-            if 0 < left <= 0.75 * len(row):  # drop finished rows, but not at every step: it copies the cache
-                keep = unfinished.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                row, token, position, unfinished = (x[keep] for x in (row, token, position, unfinished))
-                seen = None if seen is None else seen[keep]
-        position = position + 1
-        mask = None if seen is None else seen[..., : width + t + 1]
-        inputs = dict(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
-        logits = model(**inputs, use_cache=True).logits[:, -1].float()
-    ended = torch.isin(tokens, stop_ids)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new_tokens).tolist()
-    return [(x[:n], y[:n]) for x, y, n in zip(tokens.tolist(), logps.tolist(), lengths)]
+        if number_unfinished <= 0.75 * len(row):
+            cache.batch_select_indices(unfinished.nonzero()[:, 0])
+            attention_mask = attention_mask[unfinished]
+            position_ids = position_ids[unfinished]
+            token = token[unfinished]
+            row = row[unfinished]
+            unfinished = unfinished[unfinished]
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        position_ids = position_ids + 1
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return tokens
+
+
+def draw(logits, temperature, noise):
+    """One token a row, (b, V) and uniform noise (b,) -> (b,), by the inverse of the distribution function."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    # right=True: a token of probability 0 is never drawn
+    token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+def cut_at_eos(ids, eos_ids):
+    """A completion up to its first EOS, which it keeps."""
+    end = next((t for t, token_id in enumerate(ids) if token_id in eos_ids), len(ids) - 1)
+    return ids[: end + 1]
 
 
 def completion_text(tokenizer, prompt_ids, completion_ids):
     """decode(prompt + completion) less decode(prompt), no special tokens; alone it could lose a space."""
-    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    before, whole = (tokenizer.decode(ids, **options) for ids in (prompt_ids, prompt_ids + completion_ids))
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion_ids, **options)
+    decode = functools.partial(
+        tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    prompt = decode(prompt_ids)
+    whole = decode(prompt_ids + completion_ids)
+    return whole[len(prompt) :] if whole.startswith(prompt) else decode(completion_ids)
 
 
 # ---------------------------------------------------------------- 8. rewards
@@ -1213,8 +1041,12 @@ def gsm8k_number(text):
     answer = "".join(marked[-1]) if marked else ""
     if re.search(FORMULA, answer):
         return None
-    number = re.search(NUMBER, answer) or ([None] + list(re.finditer(NUMBER, text)))[-1]
-    return number and Decimal(re.sub(r"[$,]", "", number[0]).replace("−", "-"))
+    found = re.search(NUMBER, answer)
+    if found is None:
+        found = ([None] + list(re.finditer(NUMBER, text)))[-1]
+    if found is None:
+        return None
+    return Decimal(re.sub(r"[$,]", "", found[0]).replace("−", "-"))
 
 
 def gsm8k_checker(prompts, completions, rows):
@@ -1226,71 +1058,54 @@ def gsm8k_checker(prompts, completions, rows):
 CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # they read the column `answer` of the data set
 
 
-def find_gold(examples, reward=None):
-    """The exact checker of the data set itself, for `gold`: --reward, if it is one; None if there is none."""
-    if reward in CHECKERS:
-        return CHECKERS[reward]
-    rows = [e["row"] for e in examples]
-    if all("question" in row and "####" in str(row.get("answer")) for row in rows):
-        return gsm8k_checker
-    return task_checker if all(e["where"].startswith(f"{TASK} row") for e in examples) else None
-
-
-def find_checker(reward, examples):
+def load_checker(reward, examples):
     """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model."""
     if reward is None:
-        stop(f"--reward is missing: a reward model, {', '.join(CHECKERS)}, or path/file.py:function")
+        fail(f"--reward is missing: a reward model, {', '.join(CHECKERS)}, or path/file.py:function")
     if reward in CHECKERS:
-        for where, row in ((e["where"], e["row"]) for e in examples):
-            if not isinstance(row.get("answer"), str):
-                stop(f"{where}: --reward {reward} reads a text `answer`, found the keys {', '.join(row)}")
-            if CHECKERS[reward]([""], [row["answer"]], [row | {"finished": True}]) != [1.0]:
-                stop(f"{where}: --reward {reward} finds no answer in `answer`, {row['answer'][-60:]!r}")
+        for example in examples:
+            answer = example["row"].get("answer")
+            rows = [{"answer": answer, "finished": True}]
+            if not isinstance(answer, str) or CHECKERS[reward]([""], [answer], rows) != [1.0]:
+                fail(f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}")
         return CHECKERS[reward]
     path, _, name = reward.rpartition(":")
     if reward.endswith(".py"):
-        stop(f"--reward {reward}: say which function of it, {reward}:function")
+        fail(f"--reward {reward}: say which function of it, {reward}:function")
     if not path.endswith(".py"):
         return None
     if not Path(path).is_file():
-        stop(f"--reward {reward}: there is no file {path}")
+        fail(f"--reward {reward}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # (dataclasses in that file look themselves up)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        stop(f"--reward {reward}: {path} has no function {name}")
+        fail(f"--reward {reward}: {path} has no function {name}")
     return getattr(module, name)
 
 
-def call_checker(function, tokenizer, examples, completions, stop_ids):
-    """Completions (lists of ids) by a checker -> (B,) float32, NaN for None (cannot judge), and texts."""
-    texts = [completion_text(tokenizer, e["prompt_ids"], c) for e, c in zip(examples, completions)]
-    rows = [e["row"] | {"finished": bool(c) and c[-1] in stop_ids} for e, c in zip(examples, completions)]
-    prompts, name = [e["prompt"] for e in examples], f"the reward {getattr(function, '__name__', function)}"
-    try:
-        scores = on_first_rank(lambda: function(prompts, texts, rows))
-    except Exception as error:  # whatever a user's function raises
-        if rank() > 0:  # which did not call it
-            raise
-        found, where = error, f"none of the first {min(64, len(rows))} rows alone"
-        for e, *inputs in list(zip(examples, prompts, texts, rows))[:64]:  # alone, to find the one
-            try:
-                function(*([x] for x in inputs))
-            except Exception as alone:
-                found, where = alone, f"{e['where']}, completion {inputs[1][:60]!r}"
-                break
-        frames = traceback.extract_tb(found.__traceback__)
-        frame = next((f for f in frames if f.filename != __file__), frames[-1])  # the function's own
-        line = f"{Path(frame.filename).name} line {frame.lineno}"
-        stop(f"{name} raised {type(found).__name__} ({one_line(str(found), 200)}) in {line}, for {where}")
-    if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
-        found = f"{len(scores)} values" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
-        stop(f"{name} returned {found}; wanted a list of {len(texts)}, a number or None per completion")
-    for text, score in zip(texts, scores):
-        if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
-            stop(f"{name} returned {score!r} for {text[:60]!r}; return None where it cannot judge")
-    return torch.tensor([math.nan if score is None else float(score) for score in scores]), texts
+class Checker:
+    """A checker as a reward: examples and completions (lists of ids) -> scores (B,) float32 on the CPU, NaN
+    where it returns None, which means that it cannot judge. Only the first process calls it."""
+
+    def __init__(self, function, tokenizer, eos_ids):
+        self.function = function
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+
+    def __call__(self, examples, completions):
+        pairs = list(zip(examples, completions))
+        prompts = [example["prompt"] for example in examples]
+        texts = [completion_text(self.tokenizer, example["prompt_ids"], ids) for example, ids in pairs]
+        rows = [example["row"] | {"finished": ids[-1] in self.eos_ids} for example, ids in pairs]
+        scores = on_first_rank(lambda: self.function(prompts, texts, rows))
+        if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
+            fail(f"the reward returned {scores!r:.80}; wanted a list of {len(texts)}, one for each completion")
+        for text, score in zip(texts, scores):
+            if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
+                fail(f"the reward returned {score!r} for {text!r:.60}; return None where it cannot judge")
+        return torch.tensor([math.nan if score is None else float(score) for score in scores])
 
 
 def same_ids(tokenizer, other):
@@ -1299,398 +1114,308 @@ def same_ids(tokenizer, other):
 
 
 @as_forward
-def _head_at_last(model, input_ids, attention_mask):
-    hidden = backbone(model, input_ids, attention_mask)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1].float()
-    return (last * model.score.weight[0]).sum(-1)
-
-
-def _own_forward(model, input_ids, attention_mask):
-    if len(input_ids) == 0:  # as in backbone
-        return model(input_ids.new_zeros(1, 2)).logits[:0, 0].float()
-    return model(input_ids, attention_mask=attention_mask).logits[:, 0].float()
+def last_token_scores(model, batch):
+    """The scalar head at the last real token, (b, t) -> (b,), as in reward_model.py: transformers pools at the
+    last id that is not PAD, which misreads a sampled PAD. Any other head is read by the model's own forward."""
+    ids = {"input_ids": batch["inputs"], "attention_mask": batch["attention_mask"]}
+    if not has_score_head(model):
+        return model(**ids).logits[:, 0].float()
+    hidden = model.base_model(**ids, use_cache=False).last_hidden_state
+    last = batch["attention_mask"].sum(1) - 1
+    return hidden[torch.arange(len(last), device=last.device), last].float() @ model.score.weight[0].float()
 
 
 class RewardModel:
-    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the CPU. A plain
-    `score` head is read at the last real token, by length, as in reward_model.py: transformers pools at the
-    last id that is not PAD, which misreads a sampled PAD. Any other head is read by the model's own forward.
-    Another tokenizer gets the text, or messages through its own chat template."""
+    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the CPU. One with
+    another tokenizer gets the text, or messages through its own chat template."""
 
-    def __init__(self, args, tokenizer, device, autocast, stop_ids, longest):
-        self.args, self.policy_tokenizer, self.stop_ids, self.autocast = args, tokenizer, stop_ids, autocast
+    def __init__(self, args, policy_tokenizer, eos_ids, device, autocast):
+        self.path = args.reward
+        self.budget = args.micro_batch_tokens
+        self.autocast = autocast
+        self.policy_tokenizer = policy_tokenizer
+        self.eos_ids = eos_ids
         self.tokenizer = load_tokenizer(args.reward, "--reward")
-        self.control, self.end = control_tokens(self.tokenizer), end_of_turn_id(self.tokenizer)
+        self.end_id = end_of_turn_id(self.tokenizer)
+        self.control_tokens = control_tokens(self.tokenizer)
+        self.same_ids = same_ids(policy_tokenizer, self.tokenizer)
         self.model = load_scorer(args.reward, device, "--reward")
-        self.same_ids = same_ids(tokenizer, self.tokenizer)
-        if self.same_ids:
-            check_context(self.model, longest, "--max-prompt-length or --max-completion-length")
-        head = getattr(self.model, "score", None)
-        self.has_score_head = isinstance(head, nn.Linear) and head.bias is None
 
-    @torch.no_grad()
-    def score(self, examples, completions):
-        pairs = list(zip(examples, completions))
-        sequences = [e["prompt_ids"] + c if self.same_ids else self.translate(e, c) for e, c in pairs]
-        pad_id = 0 if self.has_score_head else self.tokenizer.pad_token_id or 0  # (its own forward may look)
-        batch = pad_batch(sequences, sequences, self.model.device, pad_id)
-        read = _head_at_last if self.has_score_head else _own_forward
-        inputs = batch, self.args.micro_batch_tokens, self.autocast
-        scores = over_micro_batches(lambda *x: read(self.model, *x[:2])[:, None], *inputs)[:, 0].cpu()
-        if not torch.isfinite(scores).all():
-            stop(f"--reward {self.args.reward} gave a score that is not finite", 1)
-        return scores
+    def __call__(self, examples, completions):
+        translate = self.join if self.same_ids else self.translate
+        sequences = [translate(example, ids) for example, ids in zip(examples, completions)]
+        pad_id = self.tokenizer.pad_token_id or 0  # (a model's own forward may look for it)
+        batch = {
+            "inputs": pad_rows(sequences, self.model.device, pad_id),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], self.model.device),
+        }
+        with self.autocast():
+            (scores,) = in_micro_batches(lambda mb: (last_token_scores(self.model, mb),), batch, self.budget)
+        if not scores.isfinite().all():
+            fail(f"--reward {self.path} gave a score that is not finite")
+        return scores.cpu()
 
-    __call__ = score
+    def join(self, example, completion_ids):
+        return example["prompt_ids"] + completion_ids
 
-    def translate(self, example, completion):
-        """Prompt and completion in this model's own tokens."""
-        prompt, finished = example["prompt"], completion[-1] in self.stop_ids
-        text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion)
-        text = spaced(text, self.control)  # spelled by the policy: content, not control
-        if is_chat := isinstance(prompt, list):
-            prompt = [m | {"content": spaced(m["content"], self.control)} for m in prompt]
-            text = _render(self.tokenizer, f"--reward {self.args.reward}", _with_answer(prompt, text))
-        ids = encode(self.tokenizer, [text if is_chat else prompt + text], is_chat, keep_eos=True)[0]
-        ids = with_end(self.tokenizer, ids, self.end, is_chat, finished)
+    def translate(self, example, completion_ids):
+        """Prompt and completion in this model's own tokens. Control tokens that a text spells are content, not
+        control: a space breaks them."""
+        prompt = example["prompt"]
+        text = self.defuse(completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids))
+        is_chat = isinstance(prompt, list)
+        if is_chat:
+            prompt = [message | {"content": self.defuse(message["content"])} for message in prompt]
+            whole = render(self.tokenizer, join_messages(prompt, text))
+        else:
+            whole = prompt + text
+        ids = self.tokenizer(whole, add_special_tokens=not is_chat, verbose=False).input_ids
+        ids = end_once(self.tokenizer, ids, self.end_id, is_chat)
+        if completion_ids[-1] not in self.eos_ids and ids[-1] == self.end_id:
+            ids = ids[:-1]  # a completion that was cut has no end
         if len(ids) > self.tokenizer.model_max_length:
-            stop(f"--reward {self.args.reward}: {len(ids)} tokens are too long for it", 1)
+            fail(f"--reward {self.path}: {len(ids)} tokens are too long for it")
         return ids
 
-
-def load_reward(args, tokenizer, examples, stop_ids, device, autocast):
-    """--reward, and the data set's own exact checker -> score, gold: functions of examples and completions
-    (lists of ids) that give (B,) float32, NaN where a checker cannot judge. gold is None if there is none."""
-    checker, gold = find_checker(args.reward, examples), find_gold(examples, args.reward)
-    longest = max(len(e["prompt_ids"]) for e in examples) + args.max_completion_length
-    model_inputs = args, tokenizer, device, autocast, stop_ids, longest
-    score = judge(checker, tokenizer, stop_ids) if checker else RewardModel(*model_inputs)
-    return score, judge(gold, tokenizer, stop_ids)
+    def defuse(self, text):
+        for token in self.control_tokens:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
 
 
-def judge(checker, tokenizer, stop_ids):
-    """A checker as a function of examples and completions (lists of ids) -> (B,) float32; None if None."""
-    if checker is None:
-        return None
-    return lambda examples, ids: call_checker(checker, tokenizer, examples, ids, stop_ids)[0]
+def load_reward(args, tokenizer, eos_ids, examples, device, autocast):
+    """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot judge."""
+    checker = load_checker(args.reward, examples)
+    if checker is not None:
+        return Checker(checker, tokenizer, eos_ids)
+    return RewardModel(args, tokenizer, eos_ids, device, autocast)
 
 
-@torch.no_grad()
-def evaluate_samples(policy, examples, tokenizer, stop_ids, seed, autocast, sampling, judges, kl_from=None):
-    """Held-out prompts, one greedy completion and G sampled ones each -> metrics, and a sampled completion of
-    each prompt with its numbers.
-
-    sampling: G, tokens at most, temperature. judges: score and gold, as load_reward gives them; without any
-    nothing is greedy. kl_from: function(model, batch) -> log-probs and entropy, and one that gives the
-    reference. Metrics: score, gold, pass@G, the share that ends in EOS, tokens, KL in nats per sequence."""
-    judges = {name: judge for name, judge in judges.items() if judge is not None}
-    prompts, metrics = [e["prompt_ids"] for e in examples], {}
-    passes = [("_greedy", 1, 0.0)] if judges else []
-    for suffix, number, temperature in [*passes, ("", sampling[0], sampling[2])]:
-        options = number, sampling[1], temperature, stop_ids, generator(seed, "evaluate")
-        with autocast():
-            completions, _ = sample(policy, prompts, *options)
-        picked = [e for e in examples for _ in range(number)]
-        columns = {name: judge(picked, completions) for name, judge in judges.items()}
-        metrics |= {f"eval/{name}{suffix}": values.nanmean() for name, values in columns.items()}
-    if "gold" in judges and number > 1:
-        metrics[f"eval/pass@{number}"] = columns["gold"].view(-1, number).amax(1).mean()
-    metrics["eval/eos_rate"] = sum(c[-1] in stop_ids for c in completions) / len(completions)
-    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
-    if kl_from is not None:
-        logprobs_of, reference = kl_from
-        batch = completion_batch([e["prompt_ids"] for e in picked], completions, policy.device)
-        columns["kl"], ref_logps = (logprobs_of(model, batch)[0].sum(1) for model in (policy, reference()))
-        columns["kl"] -= ref_logps
-        metrics["eval/kl"] = columns["kl"].mean()
-    texts = [completion_text(tokenizer, p, c) for p, c in zip(prompts, completions[::number])]
-    rows = [{"prompt": e["prompt"], "completion": text} for e, text in zip(examples, texts)]
-    for name, values in columns.items():
-        rows = [row | {name: value} for row, value in zip(rows, values[::number].tolist())]
-    return metrics, rows
+def load_gold(args, tokenizer, eos_ids):
+    """The exact checker of --dataset or --reward, to be logged beside the score; None if there is none."""
+    checker = CHECKERS.get(args.dataset) or CHECKERS.get(getattr(args, "reward", None))
+    return Checker(checker, tokenizer, eos_ids) if checker else None
 
 
 # ---------------------------------------------------------------- 9. runs
 def make_optimizer(models, args, eps=1e-8):
     """AdamW on float32 weights; weight decay on matrices only."""
-    groups = []
-    for params in ([p for p in model.parameters() if p.requires_grad] for model in models):
-        groups += [dict(params=[p for p in params if p.ndim >= 2], weight_decay=args.weight_decay)]
-        groups += [dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    parameters = [p for p in models.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=args.learning_rate, eps=eps, fused=True)
 
 
 def set_learning_rate(optimizer, args, step, steps):
-    """Linear warm-up, then --lr-schedule, to 0 after the last step: a function of the step alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step alone."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    warm = min(1.0, (step + 1) / (args.warmup_steps + 1))
-    rate = args.learning_rate * decay[args.lr_schedule] * warm
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    learning_rate = args.learning_rate * decay[args.lr_schedule] * warmup
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+        group["lr"] = learning_rate
+    return learning_rate
 
 
-def find_checkpoint(folder):
-    """Its checkpoint, or the one before if the run died between the two renames; None if it has none."""
-    names = [Path(folder, name) for name in ("checkpoint", "checkpoint.old")]
-    return next((name for name in names if (name / "state.json").is_file()), None)
-
-
-def due(every, step, steps):
+def is_due(every, step, steps):
     """True after every `every`-th step (0: none of them) and after the last."""
     return step == steps or (every > 0 and step % every == 0)
 
 
-def replace_text(path, text):
-    """Write a file whole or not at all; the first process does."""
+def check_finite(step, **quantities):
+    """Stop before the update is made if one of these is not finite."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            fail(f"step {step}: {name} is {float(value)}, and that update was not made; a lower --learning-rate?")
+
+
+def replace_file(path, write):
+    """Write a file whole or not at all: under another name, flushed, then renamed."""
     new = path.with_name(path.name + ".new")
-    if rank() == 0:
-        with open(new, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(path)
-
-
-def escaped(text):
-    """Newlines, control characters and halves of surrogate pairs as Python writes them: for a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    with open(new, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 def one_line(text, width):
-    """`text` in `width` characters: escaped, a long middle cut out."""
-    text = escaped(text)
-    return text if len(text) <= width else f"{text[: width - width // 3 - 1]}…{text[-(width // 3) :]}"
-
-
-def append_lines(path, rows):
-    """Rows as JSON lines at the end of a file, NaN as null; the first process writes."""
-    if rank() == 0:
-        with open(path, "a") as file:
-            for row in rows:
-                bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-                file.write(json.dumps(row | bad, default=str) + "\n")
+    """`text` in at most `width` characters, control characters as Python writes them: for a terminal."""
+    return textwrap.shorten(repr(text)[1:-1], width, placeholder="…") if text.strip() else repr(text)
 
 
 class Run:
-    """A run's folder (args.json, logs, checkpoint/, at last the model) and screen, for the first process."""
+    """A run's folder (args.json, metrics, samples, checkpoint/, at last the model) and its terminal.
 
-    def __init__(self, args, steps):
-        self.args, self.steps, self.dir, self.tracker = args, steps, Path(args.output_dir), None
-        file, old = self.dir / "args.json", self.dir.with_name(self.dir.name + ".old")
-        if rank() == 0 and file.exists() and not args.resume:  # --overwrite, else setup() had stopped
-            shutil.rmtree(old, ignore_errors=True)
-            self.dir.rename(old)
-            print(f"{self.dir} held an earlier run; it is now {old}")
-        with self.writing():
-            if rank() == 0:
-                self.dir.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(dataclasses.asdict(args), indent=1) + "\n")
-        if world() > 1:
-            distributed.barrier()  # the folder is there
-            args.track = args.track if rank() == 0 else "none"
-        if args.track == "wandb":
+    Only the first process writes. Random numbers and the position in the data are functions of seed and step,
+    so that a checkpoint is the step, the models and the optimiser."""
+
+    def __init__(self, args, models, optimizer, steps):
+        self.args = args
+        self.models = nn.ModuleDict(models)
+        self.optimizer = optimizer
+        self.steps = steps
+        self.dir = Path(args.output_dir)
+        self.signal = None
+        self.started = time.time()
+        on_first_rank(self.make_folder)
+        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.tracker = None
+        if args.track == "wandb" and rank() == 0:
             import wandb
 
             self.tracker = wandb.init(project="onefile-rlhf", dir=self.dir, config=dataclasses.asdict(args))
-        elif args.track == "tensorboard":
+        if args.track == "tensorboard" and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tracker = SummaryWriter(self.dir)
-        form = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        is_log = rank() > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, disable=is_log, dynamic_ncols=True, bar_format=form)
-        self.started, self.signal, self.handlers, self.pid = time.time(), None, {}, os.getpid()
-        with contextlib.suppress(ValueError):  # signals belong to the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.interrupt)
 
-    def interrupt(self, number, frame):
-        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
-        is_alone, is_ours = world() == 1, os.getpid() == self.pid
-        for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
-            signal.signal(each, signal.SIG_DFL if is_alone or not is_ours else signal.SIG_IGN)
-        if not is_ours:  # a process that a reward function forked: nothing to save there
-            return os.kill(os.getpid(), number)
-        self.signal, then = number, "; once more stops at once" if is_alone else ""
-        with contextlib.suppress(BrokenPipeError):
-            if rank() == 0:
-                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{then}\n".encode())
+    def make_folder(self):
+        if (self.dir / "args.json").exists() and not self.args.resume:  # --overwrite, else setup had stopped
+            names = [f"{self.dir.name}.old{number}" for number in ("", *range(2, 10_000))]
+            old = next(p for p in map(self.dir.with_name, names) if not p.exists())
+            self.dir.rename(old)
+            print(f"{self.dir} held an earlier run; it is now {old}")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self.args) | {"resume": False}, indent=1) + "\n"
+        replace_file(self.dir / "args.json", lambda file: file.write(text.encode()))
 
-    def interruption(self):
-        """The signal that came to one of the processes, in all of them; else None."""
-        found = over_ranks(self.signal or 0, op="max") or None
-        self.signal = self.signal or found  # (one may have come meanwhile; the next step's call sees it)
-        return found
+    # ------------------------------------------------ checkpoints
+    def checkpoint(self, step):
+        """Write what --resume needs, whole or not at all. All processes call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = {
+            "step": step,
+            "models": get_model_state_dict(self.models, options=options),
+            "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=options),
+        }
+        if rank() == 0:
+            (self.dir / "checkpoint").mkdir(exist_ok=True)
+            replace_file(self.dir / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
+        if world_size() > 1:
+            distributed.barrier()
 
-    def exit_if_interrupted(self, done):
-        """End the process if a signal came, with the exit status that shells expect; `done` says how far."""
-        number = self.interruption()
-        if number is not None:
-            self.restore_handlers()
-            with contextlib.suppress(BrokenPipeError):
-                self.bar.close()
-                if rank() == 0:
-                    print(f"stopped after {done}; go on with the same command and --resume", file=sys.stderr)
-            raise SystemExit(128 + number)
-
-    def restore_handlers(self):
-        """Give Ctrl-C and SIGTERM back to whoever called main."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def writing(self):
-        """A full disk ends the run with a sentence; the last good checkpoint stays."""
-        try:
-            yield
-        # safetensors and torch have errors of their own for a write that fails
-        except (OSError, SafetensorError, RuntimeError) as error:
-            written = ("PytorchStreamWriter", "iostream", "unexpected pos")
-            if isinstance(error, RuntimeError) and not any(words in str(error) for words in written):
-                raise
-            shutil.rmtree(self.dir / "checkpoint.new", ignore_errors=True)
-            reason, found = " ".join(str(error).split())[:200], find_checkpoint(self.dir)
-            then = "no step is saved: make room and start again with --overwrite"
-            if found is not None:
-                step = json.loads((found / "state.json").read_text())["step"]
-                then = f"step {step} is saved: make room and go on with --resume"
-            stop(f"{self.dir} cannot be written ({reason}); {then}", 1)
-
-    def restore(self, models, optimizer):
-        """--resume: read models and optimiser, cut the logs back to the checkpoint -> steps done (else 0)."""
+    def restore(self):
+        """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps done, 0
+        without a checkpoint."""
         if not self.args.resume:
             return 0
-        folder = find_checkpoint(self.dir)
-        step = json.loads((folder / "state.json").read_text())["step"]
-        for name, model in models.items():
-            own = dict([*model.named_parameters(), *model.named_buffers()])
-            with safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
-                for key in file.keys():
-                    own[key].copy_(split_like(file.get_tensor(key), own[key]))
-        options = dict(weights_only=True, map_location="cpu", mmap=torch.cuda.is_available())
-        state = torch.load(folder / "optimizer.pt", **options)
-        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            state["state"][i] = {k: split_like(x, parameter) for k, x in state["state"].get(i, {}).items()}
-        optimizer.load_state_dict(state)
-        for log in filter(Path.exists, [self.dir / "metrics.jsonl", self.dir / "samples.jsonl"]):
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with self.writing():
-                replace_text(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
-        print(f"resumed after step {step} of {self.steps}")
-        self.bar.update(step)
-        return step
+        path = self.dir / "checkpoint" / "state.pt"
+        step = -1  # without a checkpoint the run begins again, and so do its logs
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.models, state["models"], options=options)
+            set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=options)
+            step = state["step"]
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rows = on_first_rank(lambda name=name: read_whole_lines(self.dir / name))
+            text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            if rank() == 0:
+                replace_file(self.dir / name, lambda file, text=text: file.write(text.encode()))
+        print(f"resumed after step {max(0, step)} of {self.steps}")
+        self.bar.update(max(0, step))
+        return max(0, step)
 
-    def checkpoint(self, step, models, optimizer):
-        """Write what --resume needs, whole or not at all: under a new name, flushed, then renamed. Generators
-        and the position in the data are functions of seed and step, so that the step stands for them."""
-        weights = {name: whole_weights(model) for name, model in models.items()}
-        state = optimizer.state_dict()
-        for i, moments in state["state"].items():
-            state["state"][i] = {key: whole(x) for key, x in moments.items()}
-        if rank() == 0:
-            self._write(step, weights, state)
-        if world() > 1:
-            distributed.barrier()
-
-    def _write(self, step, weights, state):
-        new, now, old = (self.dir / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
-        for folder in (new, old) if now.exists() else (new,):  # never more than two
-            shutil.rmtree(folder, ignore_errors=True)
-        with self.writing():
-            new.mkdir()
-            for name, tensors in weights.items():
-                save_file(tensors, new / f"{name}.safetensors")
-            torch.save(state, new / "optimizer.pt")
-            (new / "state.json").write_text(json.dumps({"step": step}))
-            for path in (*new.iterdir(), new, *self.dir.glob("*.jsonl")):
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            if now.exists():
-                now.rename(old)
-            new.rename(now)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def checkpoint_if_due(self, step, models, optimizer, is_last=False):
+    def checkpoint_if_due(self, step, is_last=False):
         """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
-        number = self.interruption()
-        if number is not None or is_last or due(self.args.save_every, step, self.steps):
-            self.checkpoint(step, models, optimizer)
-        if number is not None and step < self.steps and not is_last:
-            self.exit_if_interrupted(f"step {step} of {self.steps}")
+        is_interrupted = self.is_interrupted()
+        if is_interrupted or is_last or is_due(self.args.save_every, step, self.steps):
+            self.checkpoint(step)
+        if is_interrupted and step < self.steps:
+            self.exit(f"step {step} of {self.steps}")
 
-    def log(self, step, metrics, show):
-        """A line of metrics.jsonl; what `show` names also goes to the progress bar or, in a log, a line."""
+    # ------------------------------------------------ signals
+    def interrupt(self, number, frame):
+        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
+        for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
+            signal.signal(each, signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN)
+        self.signal = number
+        if rank() == 0:
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
+
+    def is_interrupted(self):
+        """True in all processes if a signal came to one of them."""
+        self.signal = all_reduce(self.signal or 0, op="max") or None
+        return self.signal is not None
+
+    def exit(self, done):
+        """End the process with the status that shells expect after a signal; `done` says how far it came."""
+        self.close()
+        print(f"stopped after {done}; go on with --resume --output-dir {self.dir}", flush=True)
+        raise SystemExit(128 + self.signal)
+
+    def close(self):
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    # ------------------------------------------------ logs
+    def append(self, name, rows):
+        """Rows as JSON lines at the end of a log, numbers that are not finite as null."""
+        if rank() == 0:
+            with open(self.dir / name, "a") as file:
+                for row in rows:
+                    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                    file.write(json.dumps(row, default=str) + "\n")
+
+    def log(self, step, metrics, show=()):
+        """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log, a line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
-            metrics["peak_memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30, op="max")
-        with self.writing():
-            append_lines(self.dir / "metrics.jsonl", [{"step": step} | metrics])
-        for name, value in metrics.items() if self.args.track == "tensorboard" else []:
-            self.tracker.add_scalar(name, value, step)
-        if self.args.track == "wandb":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.append("metrics.jsonl", [{"step": step} | metrics])
+        if self.args.track == "wandb" and self.tracker:
             self.tracker.log(metrics, step=step)
-        shown = [f"{name} {metrics[name]:.3g}" for name in show if name in metrics]
-        while (
-            shown and not self.bar.disable and len("  ".join(shown)) > shutil.get_terminal_size().columns - 40
-        ):
-            shown.pop()  # the last ones, where a terminal is narrow
-        numbers = "  ".join(shown)
-        held_out = [f"{name[5:]}\xa0{v:.3f}" for name, v in metrics.items() if name.startswith("eval/")]
-        with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends `| tee` first; the step must still be saved
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(numbers)
-            if self.bar.disable and numbers and due(self.args.log_every, step, self.steps):
-                print(f"step {step}/{self.steps}  {numbers}  {time.time() - self.started:.0f} s", flush=True)
-            if held_out:
-                line = f"step {step}/{self.steps}  held out: {'  '.join(held_out)}"
-                width = 10**6 if self.bar.disable else shutil.get_terminal_size().columns
-                tqdm.write(textwrap.fill(line, width, subsequent_indent="    ").replace("\xa0", " "))
+        if self.args.track == "tensorboard" and self.tracker:
+            for name, value in metrics.items():
+                self.tracker.add_scalar(name, value, step)
+        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable and shown and is_due(self.args.log_every, step, self.steps):
+            print(f"step {step}/{self.steps}  {shown}  {time.time() - self.started:.0f} s", flush=True)
+        held_out = [f"{name.removeprefix('eval/')} {v:.3f}" for name, v in metrics.items() if "eval/" in name]
+        if held_out and rank() == 0:
+            tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
 
-    def samples(self, step, rows):
-        """Write rows of prompt, completion and numbers to samples.jsonl, and show the first three."""
-        with self.writing():
-            append_lines(self.dir / "samples.jsonl", [{"step": step} | row for row in rows])
-        prompts = [row["prompt"] for row in rows[:3]]
-        prompts = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
-        numbers = ["".join(f" {k} {v:.2f}" for k, v in r.items() if isinstance(v, float)) for r in rows[:3]]
-        width = max(40, shutil.get_terminal_size().columns - 9 - max(map(len, numbers), default=0))
-        prompts = [one_line(prompt, width // 3) for prompt in prompts]
-        texts = [one_line(row["completion"], width * 2 // 3) for row in rows[:3]]
-        wide, long = (max(map(len, column), default=0) for column in (prompts, texts))
-        for prompt, text, found in zip(prompts, texts, numbers):
-            with contextlib.suppress(BrokenPipeError):
-                tqdm.write(f"  {prompt:<{wide}} | {text:<{long}} |{found}")
+    def log_samples(self, step, rows):
+        """Rows of prompt, completion and numbers go to samples.jsonl; the first three are shown."""
+        self.append("samples.jsonl", [{"step": step} | row for row in rows])
+        for row in rows[:3] if rank() == 0 else []:
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            found = "  ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
+            tqdm.write(f"  {one_line(prompt, 30)} | {one_line(row['completion'], 60)} | {found}")
 
-    def stop_unless_finite(self, step, rows, **quantities):
-        """Stop, before the update is made, if any is not finite, with the batch's rows in bad_batch.json."""
-        file = self.dir / "bad_batch.json"
-        for name, value in quantities.items():
-            if not math.isfinite(value):
-                with self.writing():
-                    replace_text(file, json.dumps(rows, default=str, indent=1))
-                found = f"step {step}: {name} is {float(value)}, and that update was not made"
-                stop(f"{found}; its batch is in {file}; --resume with a lower --learning-rate?", 1)
-
-    def finish(self, model, tokenizer, stop_ids, then):
+    def finish(self, model, tokenizer, eos_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
         if model.can_generate():
-            ids = dict(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-            ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
             # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not even save
-            model.generation_config = transformers.GenerationConfig(**ids)
-        weights = whole_weights(model) if isinstance(model, FSDPModule) else None
-        with self.writing():
-            if rank() == 0:
-                model.save_pretrained(self.dir, state_dict=weights)
-                tokenizer.save_pretrained(self.dir)
-        if world() > 1:
+            model.generation_config = transformers.GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
+            )
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options) if isinstance(model, FSDPModule) else None
+        if rank() == 0:
+            model.save_pretrained(self.dir, state_dict=weights)
+            tokenizer.save_pretrained(self.dir)
+        if world_size() > 1:
             distributed.barrier()
             atexit.register(distributed.destroy_process_group)  # (after a failure it could wait for others)
-        self.bar.close()
-        self.restore_handlers()
+        self.close()
         if self.tracker is not None:
-            (self.tracker.finish if self.args.track == "wandb" else self.tracker.close)()
+            self.tracker.finish() if self.args.track == "wandb" else self.tracker.close()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
+
+
+def read_whole_lines(path):
+    """Rows of a .jsonl log of ours; a last line that was cut off when the run was killed is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
