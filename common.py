@@ -280,10 +280,14 @@ def load_config(path, flag):
     return config
 
 
+def context_of(config):
+    """Positions that a model was made for; infinite where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def check_context(path, tokens, flag):
     """Stop if sequences of that many tokens do not fit the positions that a model was made for."""
-    config = from_pretrained(AutoConfig, path, "--model").get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or math.inf
+    context = context_of(from_pretrained(AutoConfig, path, "--model"))
     if tokens > context:
         fail(f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
 
@@ -858,39 +862,45 @@ def take(batch, rows):
     return {name: x[rows, :width] if x.ndim == 2 else x[rows] for name, x in batch.items()}
 
 
-def micro_batches(lengths, budget):
-    """Rows of these lengths -> lists of row numbers for this process, each of one forward and backward pass.
-
-    Rows of about one length stand together: with padding at most `budget` tokens (or one row), and no row
-    shorter than nine tenths of the longest unless the list is small. Each of W processes takes every W-th
-    row, and as many lists as any other, the last of them empty if need be."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def micro_batch_rows(batch, budget, together):
+    """Row numbers of the micro-batches of this process: lists, of which the last may be empty."""
+    lengths = batch["attention_mask"].sum(1).view(-1, together).amax(1).tolist()
+    order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
     lists = []
-    for i in order[rank() :: world_size()]:
-        longest = lengths[lists[-1][0]] if lists else 0
-        tokens = longest * (len(lists[-1]) + 1) if lists else math.inf
-        is_uneven = lengths[i] < 0.9 * longest and tokens > SMALL_BATCH
+    for group in order[rank() :: world_size()]:
+        longest = lengths[lists[-1][0]] if lists else math.inf
+        tokens = longest * together * (len(lists[-1]) + 1) if lists else math.inf
+        is_uneven = lengths[group] < 0.9 * longest and tokens > SMALL_BATCH
         if tokens > budget or is_uneven:
             lists.append([])
-        lists[-1].append(i)
-    missing = all_reduce(len(lists), op="max") - len(lists)
-    return lists + [[]] * missing
+        lists[-1].append(group)
+    lists += [[]] * (all_reduce(len(lists), op="max") - len(lists))
+    return [[group * together + i for group in groups for i in range(together)] for groups in lists]
+
+
+def micro_batches(batch, budget, together=1):
+    """Cut a batch into what goes through a model at once: with padding at most `budget` tokens, or one row.
+
+    Rows of about one length stand together, none shorter than nine tenths of the longest unless the
+    micro-batch is small. So many rows as `together` says, side by side, stay together (2: the two of a pair).
+    Each of W processes takes every W-th row, and as many micro-batches as any other."""
+    for rows in micro_batch_rows(batch, budget, together):
+        yield take(batch, rows)
 
 
 @torch.no_grad()
 def in_micro_batches(function, batch, budget):
     """function(micro-batch), a tuple of tensors (b, t) or (b,), over a whole batch -> tensors (B, T) or (B,)."""
-    rows, width = batch["inputs"].shape
-    lengths = batch["attention_mask"].sum(1).tolist()
     results = []
-    for mb_rows in micro_batches(lengths, budget):
-        values = function(take(batch, mb_rows))
+    for rows in micro_batch_rows(batch, budget, together=1):
+        values = function(take(batch, rows))
         if not results:
-            results = [x.new_zeros((rows, width) if x.ndim == 2 else rows) for x in values]
+            shape = batch["inputs"].shape
+            results = [x.new_zeros(shape[: x.ndim]) for x in values]
         for result, x in zip(results, values):
             if x.ndim == 2:
-                x = F.pad(x, (0, width - x.shape[1]))
-            result[mb_rows] = x[: len(mb_rows)].to(result.dtype)
+                x = F.pad(x, (0, result.shape[1] - x.shape[1]))
+            result[rows] = x[: len(rows)]
     return [all_reduce(result) for result in results]
 
 
@@ -1140,6 +1150,7 @@ class RewardModel:
         self.control_tokens = control_tokens(self.tokenizer)
         self.same_ids = same_ids(policy_tokenizer, self.tokenizer)
         self.model = load_scorer(args.reward, device, "--reward")
+        self.can_give_values = self.same_ids and has_score_head(self.model)
 
     def __call__(self, examples, completions):
         translate = self.join if self.same_ids else self.translate
@@ -1183,7 +1194,7 @@ class RewardModel:
         return text
 
 
-def load_reward(args, tokenizer, eos_ids, examples, device, autocast):
+def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
     """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot judge."""
     checker = load_checker(args.reward, examples)
     if checker is not None:

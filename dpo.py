@@ -13,20 +13,46 @@ making the pairs, a learnt or scheduled beta, LoRA.
 Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin` optional.
 Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
 
-import hashlib
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from common import Run, as_forward, check_context, cli, clip_gradients, completion_batch, context_of, due
-from common import eos_ids, evaluate_samples, find_gold, head_logits, head_rows, hidden_states, judge
-from common import load_examples, load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches
-from common import on_first_rank, over_micro_batches, over_ranks, rank, set_learning_rate, setup, shuffled
-from common import stop, stream_logprobs, whole_weights
+from common import (
+    Run,
+    all_reduce,
+    as_forward,
+    check_context,
+    check_finite,
+    cli,
+    clip_gradients,
+    completion_batch,
+    completion_text,
+    context_of,
+    fail,
+    find_eos_ids,
+    generator,
+    head_logits,
+    in_micro_batches,
+    is_due,
+    load_examples,
+    load_gold,
+    load_held_out,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    sample,
+    set_learning_rate,
+    setup,
+    stream,
+)
 
 
 @dataclass
@@ -38,15 +64,15 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    """how columns make a text prompt: {column} stands for a column"""
     output_dir: str = "runs/dpo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
-    """go on from the checkpoint in --output-dir"""
+    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
     overwrite: bool = False
     """move a run that is in --output-dir to <output-dir>.old first"""
     seed: int = 1
-    """of data order, sampling and new weights"""
+    """seed of data order, sampling and new weights"""
     steps: int | None = None
     """optimiser steps at most; without it, --epochs decides"""
     learning_rate: float = 5e-7
@@ -54,9 +80,9 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0 at the last step, or not"""
+    """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """of AdamW, on matrices"""
+    """weight decay of AdamW, on matrices only"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -73,8 +99,6 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
-    shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -91,41 +115,45 @@ class Args:
     """simpo: how far the chosen reward should lead; without it 1 (Meng et al. 2024)"""
     sft_coef: float = 0.0
     """weight of the chosen completion's NLL per token (Pang et al. 2024, iterative reasoning: 1)"""
-    precompute_ref: bool = True
-    """reference log-probs once, before training; else the reference model stays in memory"""
 
 
 # log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors have it
 LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}  # ipo's is TRL's, the others their papers'
+SIMPO_MARGIN = 1.0
 
 
 @as_forward
-def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
-    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+def token_logprobs(model, batch, temperature=1.0):
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature).
 
-    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
-    many, computed again in the backward pass, so that memory does not grow with B*L*V."""
-    mask = mask.bool()
-    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
-    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
-    targets = input_ids[:, 1:][mask]  # (N,)
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside the mask.
+    Head and softmax run at mask positions only, and where these are many in chunks, computed again in the
+    backward pass, so that memory does not grow with B * T * V."""
+    mask = batch["mask"].bool()
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    targets = batch["targets"][mask]  # (N,)
 
-    if len(targets) <= head_rows(model):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
-        logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
-        entropy = -(finite.exp() * finite).sum(-1)
-    else:  # the same, a chunk of tokens at a time
-        logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = (zeros.masked_scatter(mask, values) for values in (logprobs, entropy))
-    return logprobs, entropy
+    def logprobs_of(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        return logps.gather(-1, targets[:, None])[:, 0]
+
+    chunk = 40_000_000 // model.config.get_text_config().vocab_size
+    if len(targets) <= chunk:
+        logprobs = logprobs_of(hidden, targets)
+    else:
+        pairs = zip(hidden.split(chunk), targets.split(chunk))
+        logprobs = torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False) for h, t in pairs])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
-def preference_loss(
+def preference_loss(  # noqa: PLR0917
     chosen_logps,
     rejected_logps,
     ref_chosen_logps,
@@ -151,24 +179,27 @@ def preference_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     h = chosen_rewards - rejected_rewards - margin
-    if loss_type == "ipo":
-        losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
-    elif loss_type == "orpo":
-        pair = chosen_logps, rejected_logps
-        log_odds, rejected_log_odds = (x - torch.log(-torch.expm1(x.clamp(max=-1e-6))) for x in pair)
-        losses = -chosen_logps - beta * F.logsigmoid(log_odds - rejected_log_odds)
-    elif loss_type in ("sigmoid", "simpo"):
+    if loss_type in ("sigmoid", "simpo"):
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    elif loss_type == "ipo":
+        difference = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+        losses = (difference - 1 / (2 * beta)) ** 2
+    elif loss_type == "orpo":
+        log_odds_ratio = log_odds(chosen_logps) - log_odds(rejected_logps)
+        losses = -chosen_logps - beta * F.logsigmoid(log_odds_ratio)
     else:
         raise ValueError(f"unknown loss type {loss_type}")
     return losses, chosen_rewards, rejected_rewards
 
 
-def pair_batch(examples, device):
-    """B pairs as one batch of 2B sequences, chosen ones first: one forward scores both."""
-    prompts = [e["prompt_ids"] for e in examples]
-    completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-    return completion_batch(prompts + prompts, completions, device)
+def log_odds(logps):
+    """log(p / (1 - p)) of log p; any shape, in nats. p stays below 1 by 1e-6: there it is infinite."""
+    return logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
+
+
+def pair_accuracy(chosen, rejected):
+    """1 where chosen > rejected, 0.5 in a tie, else 0: each (B,) -> (B,)."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
 def pair_length(example):
@@ -176,178 +207,266 @@ def pair_length(example):
     return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
 
 
-@torch.no_grad()
-def pair_logps(model, examples, args, autocast):
-    """log pi of the chosen and of the rejected completions of N pairs, summed over tokens -> (N, 2), nats."""
-    logps = torch.zeros(len(examples), 2)
-    for rows in micro_batches([pair_length(e) for e in examples], args.micro_batch_tokens // 2):
-        mb = pair_batch([examples[i] for i in rows], model.device)
-        with autocast():
-            logprobs, _ = token_logprobs(model, mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:])
-        logps[rows] = torch.stack(logprobs.sum(1).chunk(2), 1).cpu()
-    return over_ranks(logps)
+def pair_batch(examples, device):
+    """B pairs -> a batch of 2B sequences, each chosen one followed by its rejected one. ref_logps, margins and
+    weights, those of the mean over pairs, are (2B,), the latter two the same for the two of a pair."""
+    prompts = []
+    completions = []
+    ref_logps = []
+    margins = []
+    for example in examples:
+        prompts += [example["prompt_ids"], example["prompt_ids"]]
+        completions += [example["chosen_ids"], example["rejected_ids"]]
+        ref_logps += example.get("ref_logps", [0.0, 0.0])
+        margins += [example["margin"], example["margin"]]
+    batch = completion_batch(prompts, completions, device)
+    batch["ref_logps"] = torch.tensor(ref_logps, device=device)
+    batch["margins"] = torch.tensor(margins, device=device)
+    batch["weights"] = torch.full((len(completions),), 1 / len(examples), device=device)
+    return batch
 
 
-def reference_logps(model, examples, args, autocast, file):
-    """pair_logps of the reference, from `file` if it was written for this model, data and dtype."""
-    weights = whole_weights(model).values()
-
-    def find_cached():
-        digest = hashlib.blake2b(f"{model.config.to_json_string()} {args.dtype} {model.device.type}".encode())
-        for weight in weights:
-            digest.update(weight.cpu().numpy().tobytes())
-        for e in examples:  # tokens, after --max-length has dropped what it drops
-            digest.update(str((e["prompt_ids"], e["chosen_ids"], e["rejected_ids"])).encode())
-        cached = torch.load(file, weights_only=True) if file.exists() else {"key": None}
-        return digest.hexdigest(), cached["logps"] if cached["key"] == digest.hexdigest() else None
-
-    key, logps = on_first_rank(find_cached)
-    if logps is not None:
-        print(f"reference log-probs: read from {file}")
-        return logps
-    logps = pair_logps(model, examples, args, autocast)
-    if rank() == 0:
-        torch.save({"key": key, "logps": logps}, file.with_suffix(".new"))
-        file.with_suffix(".new").rename(file)
-    return logps
+def of_pairs(values):
+    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones (B,)."""
+    return values[0::2], values[1::2]
 
 
-def pair_losses(logps, ref_logps, examples, args):
-    """Log-probs of N pairs, summed over tokens, each (N, 2): chosen, rejected -> losses (N,) and what is
-    logged, a dict of (N,)."""
-    lengths = [[len(e["chosen_ids"]), len(e["rejected_ids"])] for e in examples]
-    lengths = torch.tensor(lengths).to(logps).view(-1, 2)
-    margins = torch.tensor([e["margin"] for e in examples]).to(logps)
+def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
+    """Log-probs of a whole batch, without gradient -> (B, T)."""
+    with autocast():
+        (logprobs,) = in_micro_batches(
+            lambda mb: (token_logprobs(model, mb, temperature),),
+            batch,
+            args.micro_batch_tokens,
+        )
+    return logprobs
+
+
+def add_reference(model, examples, args, autocast):
+    """The examples with ref_logps: log-probs of chosen and rejected, summed over tokens, in nats."""
+    ref_logps = []
+    for start in range(0, len(examples), 1000):
+        batch = pair_batch(examples[start : start + 1000], model.device)
+        logprobs = batch_token_logprobs(model, batch, args, autocast)
+        ref_logps += logprobs.sum(1).view(-1, 2).tolist()
+    return [example | {"ref_logps": logps} for example, logps in zip(examples, ref_logps)]
+
+
+def pair_losses(logprobs, batch, args):
+    """logprobs (2B, T) of a pair_batch -> losses (B,), and what is logged of each pair, a dict of (B,)."""
+    logps = logprobs.sum(1)  # (2B,)
+    ref_logps = batch["ref_logps"]
+    lengths = batch["mask"].sum(1).clamp(min=1)
+    scale = lengths if args.loss_type in LENGTH_AVERAGED else 1
+    chosen_logps, rejected_logps = of_pairs(logps / scale)
+    ref_chosen_logps, ref_rejected_logps = of_pairs(ref_logps / scale)
+    margins, _ = of_pairs(batch["margins"])
     if args.loss_type == "simpo":
-        margins = margins + (1.0 if args.simpo_margin is None else args.simpo_margin)
-    beta = BETA[args.loss_type] if args.beta is None else args.beta
-    scale = lengths if args.loss_type in LENGTH_AVERAGED else torch.ones_like(lengths)
-    inputs = *(logps / scale).unbind(1), *(ref_logps / scale).unbind(1)
-    losses, chosen, rejected = preference_loss(*inputs, beta, args.loss_type, args.label_smoothing, margins)
-    losses = losses - args.sft_coef * logps[:, 0] / lengths[:, 0]
-    accuracy = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # a tie counts half
+        margins = margins + (SIMPO_MARGIN if args.simpo_margin is None else args.simpo_margin)
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        BETA[args.loss_type] if args.beta is None else args.beta,
+        loss_type=args.loss_type,
+        label_smoothing=args.label_smoothing,
+        margin=margins,
+    )
+    chosen_nll, _ = of_pairs(-logps / lengths)
+    losses = losses + args.sft_coef * chosen_nll
+
     # the chosen reward often falls with the rejected one: the loss sees only their difference, and the two
     # share most of their tokens. It is no harm while the margin grows and samples stay good; it is when
     # eval/kl runs away or samples get worse: the mass has gone to answers in neither (Razin et al. 2024)
-    logged = {"loss": losses, "accuracy": accuracy, "margin": chosen - rejected}
-    logged |= {"chosen_reward": chosen, "rejected_reward": rejected}
+    chosen_logratio, rejected_logratio = of_pairs(logps - ref_logps)
+    logged = {
+        "loss": losses,
+        "accuracy": pair_accuracy(chosen_rewards, rejected_rewards),
+        "margin": chosen_rewards - rejected_rewards,
+        "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards,
+    }
     if args.loss_type not in REFERENCE_FREE:
-        ratios = logps - ref_logps
-        logged |= {"chosen_logratio": ratios[:, 0], "rejected_logratio": ratios[:, 1]}
-    return losses, {name: values.detach() for name, values in logged.items()}
+        logged["chosen_logratio"] = chosen_logratio
+        logged["rejected_logratio"] = rejected_logratio
+    return losses, logged
 
 
 @torch.no_grad()
-def evaluate_preferences(policy, kl_from, tokenizer, examples, ref_logps, gold, stop_ids, args, autocast):
-    """Of held-out pairs what training logs, with the accuracy's binomial standard error; of greedy and
-    sampled answers to their prompts how many stop and are right; the sampled ones' KL from the reference, in
-    nats."""
-    logps = pair_logps(policy, examples, args, autocast)
-    _, logged = pair_losses(logps, ref_logps, examples, args)
-    metrics = {f"eval/{name}": values.mean().item() for name, values in logged.items()}
+def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, args, autocast):
+    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt -> the sampled
+    ones, metrics (how many are right, how many of the sampled ones stop), and a row for each prompt with the
+    sampled one."""
+    prompts = [example["prompt_ids"] for example in examples]
+    room = context_of(policy.config) - max(map(len, prompts))
+    metrics = {}
+    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:  # what follows the loop is of the sampled ones
+        with autocast():
+            completions = sample(
+                policy,
+                prompts,
+                num_generations=1,
+                max_new_tokens=min(longest, room),
+                temperature=temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "evaluate"),
+            )
+        if gold is not None:
+            golds = gold(examples, completions)
+            metrics[f"eval/gold{suffix}"] = golds.mean()
+    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+
+    rows = []
+    for i, example in enumerate(examples):
+        text = completion_text(tokenizer, example["prompt_ids"], completions[i])
+        row = {"prompt": example["prompt"], "completion": text}
+        if gold is not None:
+            row["gold"] = golds[i].item()
+        rows.append(row)
+    return completions, metrics, rows
+
+
+@torch.no_grad()
+def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, autocast):
+    """Of held-out pairs what training logs, with the accuracy's binomial standard error; what complete_prompts
+    says of the first 500 prompts; the KL of the sampled completions from the reference, in nats -> metrics,
+    rows."""
+    metrics = Counter()
+    for start in range(0, len(examples), 1000):
+        batch = pair_batch(examples[start : start + 1000], policy.device)
+        logprobs = batch_token_logprobs(policy, batch, args, autocast)
+        _, logged = pair_losses(logprobs, batch, args)
+        for name, values in logged.items():
+            metrics[f"eval/{name}"] += values.sum().item() / len(examples)
     accuracy = metrics["eval/accuracy"]
-    metrics["eval/accuracy_stderr"] = (accuracy * (1 - accuracy) / len(examples)) ** 0.5
+    metrics["eval/accuracy_stderr"] = math.sqrt(accuracy * (1 - accuracy) / len(examples))
+
+    longest = max(pair_length(example) - len(example["prompt_ids"]) for example in examples)
     examples = examples[:500]
-    longest = max(pair_length(e) - len(e["prompt_ids"]) for e in examples)
-    limit = min(longest, context_of(policy.config) - max(len(e["prompt_ids"]) for e in examples))
-
-    def logprobs_of(model, batch):
-        inputs = batch, args.micro_batch_tokens, autocast
-        return over_micro_batches(lambda *x: token_logprobs(model, *x), *inputs)
-
-    inputs = policy, examples, tokenizer, stop_ids, args.seed, autocast, (1, limit, 1.0), dict(gold=gold)
-    more, rows = evaluate_samples(*inputs, (logprobs_of, kl_from))
-    return metrics | more, rows
+    completions, more_metrics, rows = complete_prompts(
+        policy,
+        examples,
+        longest,
+        gold=gold,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        args=args,
+        autocast=autocast,
+    )
+    metrics |= more_metrics
+    batch = completion_batch([example["prompt_ids"] for example in examples], completions, policy.device)
+    logprobs = batch_token_logprobs(policy, batch, args, autocast)
+    ref_logprobs = batch_token_logprobs(load_policy(args.model, policy.device), batch, args, autocast)
+    metrics["eval/kl"] = (logprobs - ref_logprobs).sum(1).mean()
+    return metrics, rows
 
 
 def main(args):
     device, autocast = setup(args)
     if args.label_smoothing and args.loss_type != "sigmoid":
-        stop(f"--label-smoothing is for --loss-type sigmoid, not {args.loss_type}")
+        fail(f"--label-smoothing is for --loss-type sigmoid, not {args.loss_type}")
     if args.simpo_margin is not None and args.loss_type != "simpo":
-        stop(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
+        fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
     if args.beta == 0 or args.label_smoothing > 0.5:
-        stop(f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted")
+        fail(f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted")
 
-    # load: data first, so that a bad file costs no time
+    # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
-    stop_ids = eos_ids(tokenizer, args.model)
-    examples = load_examples(tokenizer, args.dataset, "preference", args)
-    held_out = load_held_out(tokenizer, "preference", args)
-    gold = judge(find_gold(examples + held_out), tokenizer, stop_ids)
-    policy = load_policy(args.model, device, train=args)
-    check_context(policy, max(map(pair_length, examples + held_out)), "--max-length")
-    optimizer = make_optimizer([policy], args)
-    steps = -(-args.epochs * len(examples) // args.batch_size)
-    steps = min(steps, args.steps or steps)
-    run = Run(args, steps)
-    reference, rows = None, (examples if args.precompute_ref else []) + held_out
-    ref_logps = torch.zeros(len(rows), 2)  # of a loss without a reference
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "preference", tokenizer, args)
+    held_out = load_held_out("preference", tokenizer, args)
+    check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
+    gold = load_gold(args, tokenizer, eos_ids)
+
+    # the reference's log-probs change no more: they are taken once, and its weights go
     if args.loss_type not in REFERENCE_FREE:
         reference = load_policy(args.model, device)
-        with run.writing():
-            ref_logps = reference_logps(reference, rows, args, autocast, run.dir / "reference.pt")
-    if args.precompute_ref:
-        reference, examples = None, [e | {"ref_logps": x} for e, x in zip(examples, ref_logps.tolist())]
-    start, metrics = run.restore({"policy": policy}, optimizer), {}
+        examples = add_reference(reference, examples, args, autocast)
+        held_out = add_reference(reference, held_out, args, autocast)
+        del reference
+    policy = load_policy(
+        args.model,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    models = nn.ModuleDict({"policy": policy})
+    optimizer = make_optimizer(models, args)
+    steps = math.ceil(args.epochs * len(examples) / args.batch_size)
+    steps = min(steps, args.steps or steps)
+    run = Run(args, models, optimizer, steps)
 
-    def evaluate(step):
-        inputs = tokenizer, held_out, ref_logps[-len(held_out) :], gold, stop_ids, args, autocast
-        models = policy, lambda: reference or load_policy(args.model, device)
-        metrics, rows = evaluate_preferences(*models, *inputs)
-        run.samples(step, rows)
+    def evaluate_and_log(step):
+        metrics, rows = evaluate_preferences(
+            policy,
+            held_out,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
         return metrics
 
+    metrics = {}
+    start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate(0), show=[])
+        run.log(0, evaluate_and_log(0))
     for step in range(start, steps):
-        # data: the next pairs, in an order of its own for every epoch
+        # take the next pairs, in an order of its own for every epoch
         began = time.time()
         first = step * args.batch_size
         last = min(first + args.batch_size, args.epochs * len(examples))
-        picked = shuffled(examples, args.seed, first, last)
+        batch = pair_batch(stream(examples, args.seed, first, last), device)
 
-        # update: one denominator for the whole batch, however it is cut into micro-batches
-        sums, tokens, padded_tokens = Counter(), 0, 0
-        for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
-            mb_examples = [picked[i] for i in rows]
-            mb = pair_batch(mb_examples, device)
-            mb_inputs = mb.input_ids, mb.attention_mask, mb.completion_mask[:, 1:]
-            if reference is not None:  # before the policy's activations exist
-                with torch.no_grad(), autocast():
-                    mb_ref_logps, _ = token_logprobs(reference, *mb_inputs)
-                mb_ref_logps = torch.stack(mb_ref_logps.sum(1).chunk(2), 1)  # (b, 2)
-            else:
-                mb_ref_logps = [e.get("ref_logps", (0.0, 0.0)) for e in mb_examples]
-                mb_ref_logps = torch.tensor(mb_ref_logps, device=device).view(-1, 2)
+        # update: one normaliser for the whole batch, however it is cut into micro-batches
+        totals = Counter()
+        for mb in micro_batches(batch, args.micro_batch_tokens, together=2):
             with autocast():
-                logprobs, _ = token_logprobs(policy, *mb_inputs)
-            mb_logps = torch.stack(logprobs.sum(1).chunk(2), 1)  # (b, 2)
-            losses, logged = pair_losses(mb_logps, mb_ref_logps, mb_examples, args)
-            (losses.sum() / len(picked)).backward()
-            sums.update({name: values.sum() / len(picked) for name, values in logged.items()})
-            tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
-        sums = {name: over_ranks(total) for name, total in sums.items()}
-        tokens, padded_tokens = over_ranks(tokens, padded_tokens)
-        grad_norm = clip_gradients(policy, args.max_grad_norm)
-        run.stop_unless_finite(step + 1, picked, loss=sums["loss"], grad_norm=grad_norm)
+                mb_logprobs = token_logprobs(policy, mb)
+            losses, logged = pair_losses(mb_logprobs, mb, args)
+            mb_weights, _ = of_pairs(mb["weights"])
+            loss = (mb_weights * losses).sum()
+            loss.backward()
+            for name, values in logged.items():
+                totals[name] += (mb_weights * values.detach()).sum()
+            totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step, steps)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        check_finite(step + 1, grad_norm=grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        # log, eval, save
-        metrics = sums | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        metrics["padding"] = 1 - tokens / padded_tokens
-        metrics["seconds/train"] = time.time() - began
-        metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
-        if held_out and due(args.eval_every, step + 1, steps):
-            metrics |= evaluate(step + 1)
+        # log, evaluate, save
+        seconds = time.time() - began
+        batch_tokens = batch["attention_mask"].sum()
+        totals = {name: all_reduce(total) for name, total in totals.items()}
+        metrics = {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "padding": 1 - batch_tokens / totals.pop("padded_tokens"),
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds/train": seconds,
+        }
+        metrics = totals | metrics
+        if held_out and is_due(args.eval_every, step + 1, steps):
+            metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"])
-        run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
-    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+        run.checkpoint_if_due(step + 1)
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 
 
 if __name__ == "__main__":
-    laptop = dict(model="runs/sft", steps=600, batch_size=32, learning_rate=1e-4, warmup_steps=20)
-    main(cli(Args, laptop=laptop | dict(overwrite=True)))
+    laptop = dict(
+        model="runs/sft",
+        steps=600,
+        batch_size=32,
+        learning_rate=1e-4,
+        warmup_steps=20,
+        overwrite=True,
+    )
+    main(cli(Args, laptop=laptop))

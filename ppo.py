@@ -18,17 +18,49 @@ the truth, and they part when the policy over-optimises. Comments cite "N+" (Hua
 implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
 (openai/lm-human-preferences)."""
 
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from common import Run, as_forward, cli, clip_gradients, completion_batch, due, eos_ids, evaluate_samples
-from common import generator, head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
-from common import load_reward, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, over_ranks
-from common import sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
-from common import RewardModel, check_context, load_scorer, same_ids
+from common import (
+    RewardModel,
+    Run,
+    all_reduce,
+    as_forward,
+    check_context,
+    check_finite,
+    cli,
+    clip_gradients,
+    completion_batch,
+    completion_text,
+    fail,
+    find_eos_ids,
+    generator,
+    head_logits,
+    in_micro_batches,
+    is_due,
+    load_examples,
+    load_gold,
+    load_held_out,
+    load_policy,
+    load_reward,
+    load_scorer,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    same_ids,
+    sample,
+    set_learning_rate,
+    setup,
+    stream,
+    take,
+)
 
 
 @dataclass
@@ -40,15 +72,15 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    """how columns make a text prompt: {column} stands for a column"""
     output_dir: str = "runs/ppo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
-    """go on from the checkpoint in --output-dir"""
+    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
     overwrite: bool = False
     """move a run that is in --output-dir to <output-dir>.old first"""
     seed: int = 1
-    """of data order, sampling and new weights"""
+    """seed of data order, sampling and new weights"""
     steps: int = 1000
     """rollouts, each followed by its updates"""
     learning_rate: float = 3e-6
@@ -56,9 +88,9 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0 at the last step, or not"""
+    """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """of AdamW, on matrices"""
+    """weight decay of AdamW, on matrices only"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -75,8 +107,6 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
-    shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     reward: str | None = None
     """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
     prompts_per_step: int = 512
@@ -84,9 +114,9 @@ class Args:
     num_generations: int = 1
     """completions of each prompt, its group (1: N+; 4: Ahmadian et al. 2024; 16: DeepSeek-R1)"""
     max_prompt_length: int = 512
-    """tokens; longer prompts are dropped and counted"""
+    """tokens of a prompt; longer ones are dropped and counted"""
     max_completion_length: int = 256
-    """tokens; a completion without EOS by then is cut, and counts as unfinished"""
+    """tokens of a completion; one without EOS by then is cut, and counts as unfinished"""
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.05
@@ -95,7 +125,7 @@ class Args:
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
     """passes over a rollout (4: N+; 1: Ahmadian et al. 2024, DeepSeekMath)"""
-    minibatches: int = 1
+    num_minibatches: int = 1
     """optimiser steps per pass (1: N+)"""
     epsilon: float = 0.2
     """clip range of the ratio (Schulman et al. 2017)"""
@@ -109,270 +139,473 @@ class Args:
     """a value moves this far from its old one before its gradient stops (0.2: N+)"""
     gamma: float = 1.0
     """discount per token"""
-    lam: float = 0.95
+    gae_lambda: float = 0.95
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
     """divide rewards by their standard deviation (lmhp does, N+ does not)"""
 
 
 @as_forward
-def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
-    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+def token_logprobs_and_entropy(model, batch, temperature=1.0):
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that softmax's entropy.
 
-    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
-    many, computed again in the backward pass, so that memory does not grow with B*L*V."""
-    mask = mask.bool()
-    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
-    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
-    targets = input_ids[:, 1:][mask]  # (N,)
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each (B, T)
+    float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and where these are many
+    in chunks, computed again in the backward pass, so that memory does not grow with B * T * V."""
+    mask = batch["mask"].bool()
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    targets = batch["targets"][mask]  # (N,)
 
-    if len(targets) <= head_rows(model):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
+    def logprobs_and_entropy_of(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
         logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
-        entropy = -(finite.exp() * finite).sum(-1)
-    else:  # the same, a chunk of tokens at a time
-        logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
+        logps = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
+        entropy = -(logps.exp() * logps).sum(-1)
+        return logprobs, entropy
+
+    chunk = 40_000_000 // model.config.get_text_config().vocab_size
+    if len(targets) <= chunk:
+        logprobs, entropy = logprobs_and_entropy_of(hidden, targets)
+    else:
+        pairs = zip(hidden.split(chunk), targets.split(chunk))
+        results = [checkpoint(logprobs_and_entropy_of, h, t, use_reentrant=False) for h, t in pairs]
+        logprobs = torch.cat([logprobs for logprobs, _ in results])
+        entropy = torch.cat([entropy for _, entropy in results])
     zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = (zeros.masked_scatter(mask, values) for values in (logprobs, entropy))
-    return logprobs, entropy
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+
+def batch_logprobs(model, batch, args, autocast):
+    """Log-probs of a whole batch, without gradient -> (B, T)."""
+    with autocast():
+        logprobs, _ = in_micro_batches(
+            lambda mb: token_logprobs_and_entropy(model, mb, args.temperature),
+            batch,
+            args.micro_batch_tokens,
+        )
+    return logprobs
 
 
 def masked_mean(x, mask):
-    """Mean of x (B, L-1) over the mask -> scalar."""
+    """Mean of x (B, T) over the mask -> scalar."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x (B, L-1) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0 outside the
+    """x (B, T) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0 outside the
     mask. Population variance plus 1e-8 (lmhp)."""
     mean = masked_mean(x, mask)
-    var = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * torch.rsqrt(var + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    variance = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened * mask
 
 
 @as_forward
-def token_values(model, input_ids, attention_mask, mask):
-    """V(tokens 0..t), the rewards still to come: (B, L), (B, L), mask (B, L-1) -> (B, L-1) float32."""
-    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
-    return (hidden[:, :-1].float() * model.score.weight[0]).sum(-1) * mask
+def token_values(model, batch):
+    """V(inputs[:, : t + 1]), the rewards still to come: a batch of (B, T) -> (B, T) float32, 0 outside the
+    mask."""
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state.float()  # (B, T, H)
+    return (hidden * model.score.weight[0]).sum(-1) * batch["mask"]
+
+
+def batch_values(model, batch, args, autocast):
+    """The values of a whole batch (B, T), without gradient -> (B, T)."""
+    with autocast():
+        (values,) = in_micro_batches(
+            lambda mb: (token_values(model, mb),),
+            batch,
+            args.micro_batch_tokens,
+        )
+    return values
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """- kl_coef * (log pi - log pi_ref) at every completion token, the k1 estimate of the KL, and the score
     at the last.
 
-    scores (B,), the others (B, L-1) -> (B, L-1). Ziegler et al. 2019, equation 2; at the last completion
-    token, which is EOS unless the completion was cut, so that one mask serves rewards, values and log-probs
-    (N+ puts the score one token later and needs a second mask)."""
-    from_here = mask.flip(1).cumsum(1).flip(1)  # completion tokens from this one on
-    is_last = (from_here == 1) & mask.bool()
-    return -kl_coef * (logprobs - ref_logprobs) * mask + scores[:, None] * is_last
+    scores (B,), the others (B, T) -> (B, T). Ziegler et al. 2019, equation 2; at the last completion token,
+    which is EOS unless the completion was cut, so that one mask serves rewards, values and log-probs (N+ puts
+    the score one token later and needs a second mask)."""
+    tokens_from_here = mask.flip(1).cumsum(1).flip(1)
+    is_last = (tokens_from_here == 1) & mask.bool()
+    kl = (logprobs - ref_logprobs) * mask
+    return -kl_coef * kl + scores[:, None] * is_last
 
 
-def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16); all (B, L-1) ->
-    advantages, returns.
+def gae(rewards, values, mask, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16): all (B, T) -> advantages,
+    returns.
 
-    delta_t = r_t + gamma V_t+1 - V_t and A_t = delta_t + gamma lam A_t+1, both 0 past the last completion
+    delta_t = r_t + gamma V_t+1 - V_t and A_t = delta_t + gamma lambda A_t+1, both 0 past the last completion
     token. returns = A + V, what the value model is trained on. The mask of a row is one run of ones."""
-    advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    next_advantage = 0.0
+    next_value = 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages[:, t] = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
+        next_advantage = advantages[:, t]
         next_value = values[:, t] * mask[:, t]
-        advantages[:, t] = advantage
-    return advantages, (advantages + values) * mask
+    returns = (advantages + values) * mask
+    return advantages, returns
 
 
-def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):
+def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
     """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 + epsilon_high)).
 
-    Schulman et al. 2017, equation 7, negated. All (B, L-1) -> loss scalar, clipped (B, L-1) bool: tokens
-    whose gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
-    ratio = (logprobs - old_logprobs).exp()
-    high = epsilon if epsilon_high is None else epsilon_high
+    Schulman et al. 2017, equation 7, negated. All (B, T) -> loss scalar, clipped (B, T) bool: tokens whose
+    gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
+    if epsilon_high is None:
+        epsilon_high = epsilon
+    log_ratio = (logprobs - old_logprobs).clamp(max=20)  # else a token that the clip removes could be inf * 0
+    ratio = log_ratio.exp()
     pg_loss1 = -advantages * ratio
-    pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + high)
-    return (weights * torch.max(pg_loss1, pg_loss2)).sum(), (pg_loss2 > pg_loss1) & (weights > 0)
+    pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    loss = (weights * torch.max(pg_loss1, pg_loss2)).sum()
+    clipped = (pg_loss2 > pg_loss1) & (weights > 0)
+    return loss, clipped
 
 
 def value_loss(values, old_values, returns, weights, value_clip):
     """Clipped value loss: sum of weights * 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) (N+,
-    OpenAI's baselines). All (B, L-1) -> loss scalar, clipped (B, L-1) bool."""
-    moved = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    vf_loss1, vf_loss2 = (values - returns) ** 2, (moved - returns) ** 2
-    return 0.5 * (weights * torch.max(vf_loss1, vf_loss2)).sum(), (vf_loss2 > vf_loss1) & (weights > 0)
+    OpenAI's baselines). All (B, T) -> loss scalar, clipped (B, T) bool."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    vf_loss1 = (values - returns) ** 2
+    vf_loss2 = (clipped_values - returns) ** 2
+    loss = 0.5 * (weights * torch.max(vf_loss1, vf_loss2)).sum()
+    clipped = (vf_loss2 > vf_loss1) & (weights > 0)
+    return loss, clipped
+
+
+def explained_variance(returns, values, mask):
+    """1 - variance of (returns - values) / variance of returns, over the mask; all (B, T) -> scalar, NaN where
+    the returns do not vary. 1: the values predict them; 0: no better than their mean."""
+    errors = returns - values
+    unexplained = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - unexplained / variance if variance > 1e-8 else torch.tensor(math.nan)
+
+
+def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
+    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by side: its
+    example with completion_ids, finished, score and reward."""
+    with autocast():
+        completions = sample(
+            policy,
+            [example["prompt_ids"] for example in examples],
+            num_generations=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            eos_ids=eos_ids,
+            rng=rng,
+        )
+    # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+    # 2. it is scored together with its prompt (B)
+    examples = [example for example in examples for _ in range(args.num_generations)]
+    scores = score(examples, completions).tolist()
+    rollouts = []
+    for example, completion_ids, completion_score in zip(examples, completions, scores):
+        finished = completion_ids[-1] in eos_ids
+        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
+        reward = completion_score if finished else completion_score - args.missing_eos_penalty
+        rollouts.append(
+            example
+            | {
+                "completion_ids": completion_ids,
+                "finished": finished,
+                "score": completion_score,
+                "reward": reward,
+            }
+        )
+    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of loss and KL alike
+    judged = []
+    for start in range(0, len(rollouts), args.num_generations):
+        group = rollouts[start : start + args.num_generations]
+        if not any(math.isnan(rollout["score"]) for rollout in group):
+            judged += group
+    return judged
+
+
+@torch.no_grad()
+def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
+    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
+    reference in nats per completion."""
+    prompts = [example["prompt_ids"] for example in examples]
+    metrics = {}
+    # the sampled completions come second: what follows the loop is about them
+    for suffix, num_generations, temperature in [
+        ("_greedy", 1, 0.0),
+        ("", args.num_generations, args.temperature),
+    ]:
+        with autocast():
+            completions = sample(
+                policy,
+                prompts,
+                num_generations=num_generations,
+                max_new_tokens=args.max_completion_length,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "evaluate"),
+            )
+        repeated = [example for example in examples for _ in range(num_generations)]
+        numbers = {"score": score(repeated, completions)}
+        if gold is not None:
+            numbers["gold"] = gold(repeated, completions)
+        for name, values in numbers.items():
+            metrics[f"eval/{name}{suffix}"] = values.nanmean()
+    if gold is not None and args.num_generations > 1:
+        solved = numbers["gold"].view(-1, args.num_generations).amax(1)
+        metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
+    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
+
+    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    logprobs = batch_logprobs(policy, batch, args, autocast)
+    reference = reference or load_policy(args.model, policy.device)
+    ref_logprobs = batch_logprobs(reference, batch, args, autocast)
+    numbers["kl"] = (logprobs - ref_logprobs).sum(1)
+    metrics["eval/kl"] = numbers["kl"].mean()
+    metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
+
+    rows = []
+    for i, example in enumerate(examples):
+        first = i * args.num_generations
+        text = completion_text(tokenizer, example["prompt_ids"], completions[first])
+        row = {"prompt": example["prompt"], "completion": text}
+        rows.append(row | {name: values[first].item() for name, values in numbers.items()})
+    return metrics, rows
 
 
 def main(args):
     device, autocast = setup(args)
     batch_size = args.prompts_per_step * args.num_generations
+    if batch_size < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step")
 
-    # load: data first, so that a bad file costs no time
+    # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
-    stop_ids = eos_ids(tokenizer, args.model)
-    examples = load_examples(tokenizer, args.dataset, "prompt", args)
-    held_out = load_held_out(tokenizer, "prompt", args)
-    score, gold = load_reward(args, tokenizer, examples + held_out, stop_ids, device, autocast)
-    policy = load_policy(args.model, device, train=args)
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "prompt", tokenizer, args)
+    held_out = load_held_out("prompt", tokenizer, args)
+    longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
+    check_context(
+        args.model,
+        longest_prompt + args.max_completion_length,
+        "--max-prompt-length or --max-completion-length",
+    )
+
+    # load the models
+    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    gold = load_gold(args, tokenizer, eos_ids)
+    policy = load_policy(
+        args.model,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     reference = load_policy(args.model, device) if args.kl_coef else None
-    # values start from the reward model (N+), or else from the policy with a head that gives 0 (B)
-    from_reward = isinstance(score, RewardModel) and score.same_ids and score.has_score_head
-    values_from = args.value_model or (args.reward if from_reward else args.model)
-    if not same_ids(tokenizer, load_tokenizer(values_from, "--value-model")):
-        stop(f"--value-model {values_from}: its tokens are not the policy's, so it cannot value them")
-    value_model = load_scorer(values_from, device, "--value-model", train=args, new_head="zero")
-    longest = max(len(e["prompt_ids"]) for e in examples + held_out) + args.max_completion_length
-    check_context(value_model, longest, "--max-prompt-length or --max-completion-length")
-    models = {"policy": policy, "value_model": value_model}
-    optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
+    # values start from the reward model (N+) if it has the policy's tokens, else with a head that gives 0 (B)
+    value_path = args.value_model or args.model
+    if args.value_model is None and isinstance(score, RewardModel) and score.can_give_values:
+        value_path = args.reward
+    if not same_ids(tokenizer, load_tokenizer(value_path, "--value-model")):
+        fail(f"--value-model {value_path}: its tokens are not the policy's, so it cannot value them")
+    value_model = load_scorer(
+        value_path,
+        device,
+        "--value-model",
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        init_head=nn.init.zeros_,
+    )
+    models = nn.ModuleDict({"policy": policy, "value_model": value_model})
+    optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
+    run = Run(args, models, optimizer, args.steps)
 
-    def rollout(picked, draw):
-        """P prompts, G completions each, side by side -> B examples, completions, scores, penalised scores"""
-        lengths = args.num_generations, args.max_completion_length
-        prompts = [e["prompt_ids"] for e in picked]
-        with autocast():
-            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
-        picked = [e for e in picked for _ in range(args.num_generations)]
-        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
-        # 2. it is scored with its prompt (B); NaN: the checker cannot judge it, and it takes no part
-        scores = score(picked, completions).to(device)  # (B,)
-        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
-        unfinished = torch.tensor([c[-1] not in stop_ids for c in completions], device=device)
-        return picked, completions, scores, scores - args.missing_eos_penalty * unfinished
-
-    def logprobs_of(model, batch):
-        """token_logprobs of a whole batch, without gradient"""
-        inputs = batch, args.micro_batch_tokens, autocast
-        return over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-
-    def evaluate(step):
-        sampling = args.num_generations, args.max_completion_length, args.temperature
-        kl_from = logprobs_of, lambda: reference or load_policy(args.model, device)
-        judges = dict(score=score, gold=gold)
-        inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
-        metrics, rows = evaluate_samples(*inputs)
-        run.samples(step, rows)
+    def evaluate_and_log(step):
+        metrics, rows = evaluate(
+            policy,
+            reference,
+            held_out,
+            score=score,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
         return metrics
 
-    run = Run(args, args.steps)
-    start, metrics = run.restore(models, optimizer), {}
+    metrics = {}
+    start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate(0), show=[])
+        run.log(0, evaluate_and_log(0))
     for step in range(start, args.steps):
-        # prompts: the next rows, in an order of its own for every epoch
-        began, first = time.time(), step * args.prompts_per_step
-        picked = shuffled(examples, args.seed, first, first + args.prompts_per_step)
+        # take the next prompts, in an order of its own for every pass over the data
+        began = time.time()
+        first = step * args.prompts_per_step
+        prompts = stream(examples, args.seed, first, first + args.prompts_per_step)
 
-        # rollout and scores
-        picked, completions, scores, penalised = rollout(picked, generator(args.seed, "sample", step))
-        batch = completion_batch([e["prompt_ids"] for e in picked], completions, device)
-        mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
-        train_mask = mask * ~scores.isnan()[:, None]
-        sampled = time.time()
+        # sample completions and score them
+        rollouts = sample_groups(
+            policy,
+            prompts,
+            generator(args.seed, "sample", step),
+            score=score,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        if len(rollouts) < args.num_minibatches:
+            fail(f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged")
+        completions = [rollout["completion_ids"] for rollout in rollouts]
+        batch = completion_batch([rollout["prompt_ids"] for rollout in rollouts], completions, device)
+        mask = batch["mask"]  # (B, T)
+        scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
+        sampling_seconds = time.time() - began
 
-        # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
-        # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
-        old_logprobs, entropy = logprobs_of(policy, batch)  # (B, L-1)
-        ref_logprobs = old_logprobs  # without KL
+        # take log-probs with the forward that trains them: the sampler's differ by rounding
+        # 5. all of them are at the temperature of sampling, else they speak of another distribution (B)
+        batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
+        batch["ref_logprobs"] = batch["old_logprobs"]
         if reference is not None:
-            ref_logprobs, _ = logprobs_of(reference, batch)
-        rolled = [e | {"completion_ids": c} for e, c in zip(picked, completions)]
-        sums = dict(logprobs=old_logprobs.sum(), ref_logprobs=ref_logprobs.sum())
-        run.stop_unless_finite(step + 1, rolled, **sums)
-        inputs = batch, args.micro_batch_tokens, autocast
-        old_values = over_micro_batches(lambda *x: token_values(value_model, *x), *inputs) * train_mask
+            batch["ref_logprobs"] = batch_logprobs(reference, batch, args, autocast)
+        batch["old_values"] = batch_values(value_model, batch, args, autocast)
 
-        # advantages
-        # 5. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
-        # 6. rewards whitened without moving their mean, if asked (lmhp)
-        # 7. returns are taken before 8. advantages are whitened over all tokens of the batch (N+)
-        judged = penalised.nan_to_num()
-        rewards = token_rewards(judged, old_logprobs, ref_logprobs, train_mask, args.kl_coef)
-        reward = rewards.sum(1)[~scores.isnan()].mean()
+        # compute rewards, advantages and returns
+        # 6. the KL is paid token by token, the score at the last token (Ziegler et al. 2019)
+        rewards = token_rewards(
+            torch.tensor([rollout["reward"] for rollout in rollouts], device=device),
+            batch["old_logprobs"],
+            batch["ref_logprobs"],
+            mask,
+            args.kl_coef,
+        )
+        mean_reward = rewards.sum(1).mean()
+        # 7. rewards are whitened without moving their mean, if asked (lmhp)
         if args.whiten_rewards:
-            rewards = masked_whiten(rewards, train_mask, shift_mean=False)
-        advantages, returns = gae(rewards, old_values, train_mask, args.gamma, args.lam)
-        advantages = masked_whiten(advantages, train_mask)
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        # 8. returns are taken before advantages are whitened over all tokens of the batch (N+)
+        advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, args.gamma, args.gae_lambda)
+        batch["advantages"] = masked_whiten(advantages, mask)
 
-        # updates: epochs of minibatches of micro-batches; one normaliser per minibatch, however it is cut
+        # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        losses, clipped_tokens, ratio_max_dev, padded_tokens = [], 0.0, 0.0, 0
+        totals = Counter()
+        ratio_max_dev = 0.0
         for epoch in range(args.update_epochs):
-            order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
-            for minibatch in order.tensor_split(args.minibatches):
-                weights = train_mask / train_mask[minibatch].sum().clamp(min=1)
-                pg_sum, vf_sum = 0.0, 0.0
-                for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
-                    mb = batch.rows(rows)
-                    padded_tokens += mb.input_ids.numel()
-                    part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_mask = train_mask[part]
-                    mb_inputs = mb.input_ids, mb.attention_mask, mb_mask
-                    mb_advantages, mb_weights = advantages[part], weights[part]
+            order = torch.randperm(len(rollouts), generator=generator(args.seed, "minibatch", step, epoch))
+            for minibatch_rows in order.tensor_split(args.num_minibatches):
+                minibatch = take(batch, minibatch_rows)
+                minibatch["weights"] = minibatch["mask"] / minibatch["mask"].sum()
+                for mb in micro_batches(minibatch, args.micro_batch_tokens):
                     with autocast():
-                        mb_logprobs, _ = token_logprobs(policy, *mb_inputs, args.temperature)
-                    mb_old_logprobs = old_logprobs[part] * mb_mask
-                    clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
-                    pg_loss, clipped = policy_loss(mb_logprobs, mb_old_logprobs, *clip)
+                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                    pg_loss, clipped = policy_loss(
+                        mb_logprobs,
+                        mb["old_logprobs"],
+                        mb["advantages"],
+                        mb["weights"],
+                        args.epsilon,
+                        epsilon_high=args.epsilon_high,
+                    )
                     pg_loss.backward()  # before the value model's activations exist
                     with autocast():
-                        mb_values = token_values(value_model, *mb_inputs)
-                    target = old_values[part], returns[part], mb_weights, args.value_clip
-                    vf_loss, _ = value_loss(mb_values, *target)
+                        mb_values = token_values(value_model, mb)
+                    vf_loss, _ = value_loss(
+                        mb_values,
+                        mb["old_values"],
+                        mb["returns"],
+                        mb["weights"],
+                        args.value_clip,
+                    )
                     (args.value_coef * vf_loss).backward()
-                    pg_sum, vf_sum = pg_sum + pg_loss.detach(), vf_sum + vf_loss.detach()
-                    clipped_tokens += clipped.sum()
-                    if rows and not losses:  # before the first update the ratio is 1, up to rounding
-                        ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                    totals["policy_loss"] += pg_loss.detach()
+                    totals["value_loss"] += vf_loss.detach()
+                    totals["entropy"] += mb_entropy.sum()
+                    totals["clipped"] += clipped.sum()
+                    totals["padded_tokens"] += mb["inputs"].numel()
+                    if totals["updates"] == 0:  # before the first update the ratio is 1, up to rounding
+                        ratio = (mb_logprobs - mb["old_logprobs"]).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                pg_sum, vf_sum = over_ranks(pg_sum, vf_sum)
-                # the two norms are clipped apart: with one for both the value loss would slow the policy down
+                # 9. the two norms are clipped apart: with one for both the value loss would slow the policy down
                 grad_norm = clip_gradients(policy, args.max_grad_norm)
                 value_grad_norm = clip_gradients(value_model, args.max_grad_norm)
-                norms = dict(grad_norm=grad_norm, value_grad_norm=value_grad_norm)
-                run.stop_unless_finite(step + 1, rolled, loss=pg_sum + vf_sum, **norms)
+                check_finite(step + 1, grad_norm=grad_norm, value_grad_norm=value_grad_norm)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append([float(x) for x in (pg_sum, grad_norm, vf_sum, value_grad_norm)])
+                optimizer.zero_grad()
+                totals["grad_norm"] += grad_norm
+                totals["value_grad_norm"] += value_grad_norm
+                totals["updates"] += 1
 
-        # log, eval, save
-        clipped_tokens, padded_tokens = over_ranks(clipped_tokens, padded_tokens)
-        ratio_max_dev = over_ranks(ratio_max_dev, op="max")
-        losses, errors = torch.tensor(losses), returns - old_values
-        unexplained = masked_mean((errors - masked_mean(errors, train_mask)) ** 2, train_mask)
-        variance = masked_mean((returns - masked_mean(returns, train_mask)) ** 2, train_mask)
-        metrics = {"loss": losses[:, 0].mean() + args.value_coef * losses[:, 2].mean()}
-        metrics |= {"loss/policy": losses[:, 0].mean(), "loss/value": losses[:, 2].mean(), "reward": reward}
-        metrics |= {"score": scores.nanmean(), "entropy": masked_mean(entropy, mask)}
-        metrics["ratio_max_dev"] = ratio_max_dev
-        metrics["clip_fraction"] = clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs)
-        metrics["explained_variance"] = 1 - unexplained / variance if variance > 1e-8 else float("nan")
-        metrics["completion_length"] = mask.sum(1).float().mean()
-        metrics["eos_rate"] = sum(c[-1] in stop_ids for c in completions) / batch_size
-        metrics |= {"grad_norm": losses[:, 1].mean(), "value_grad_norm": losses[:, 3].mean()}
-        metrics["learning_rate"] = learning_rate
-        metrics["padding"] = 1 - args.update_epochs * sum(batch.lengths) / padded_tokens
-        metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
-        metrics |= {"seconds/sample": sampled - began, "seconds/train": time.time() - sampled}
+        # log, evaluate, save
+        for name in ("policy_loss", "value_loss", "entropy", "clipped", "padded_tokens"):
+            totals[name] = all_reduce(totals[name])
+        updates = totals["updates"]
+        trained_tokens = args.update_epochs * mask.sum()
+        batch_tokens = batch["attention_mask"].sum()
+        metrics = {
+            "loss": (totals["policy_loss"] + args.value_coef * totals["value_loss"]) / updates,
+            "loss/policy": totals["policy_loss"] / updates,
+            "loss/value": totals["value_loss"] / updates,
+            "reward": mean_reward,
+            "score": scores.mean(),
+            "entropy": totals["entropy"] / trained_tokens,
+            "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
+            "clip_fraction": totals["clipped"] / trained_tokens,
+            "explained_variance": explained_variance(batch["returns"], batch["old_values"], mask),
+            "completion_length": mask.sum(1).float().mean(),
+            "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
+            "unjudged": 1 - len(rollouts) / batch_size,
+            "grad_norm": totals["grad_norm"] / updates,
+            "value_grad_norm": totals["value_grad_norm"] / updates,
+            "learning_rate": learning_rate,
+            "padding": 1 - args.update_epochs * batch_tokens / totals["padded_tokens"],
+            "tokens_per_second": batch_tokens / (time.time() - began),
+            "seconds/sample": sampling_seconds,
+            "seconds/train": time.time() - began - sampling_seconds,
+        }
         if reference is not None:
-            metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
+            metrics["kl"] = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean()
         if gold is not None:
-            metrics["gold"] = gold(picked, completions).mean()
-        if held_out and due(args.eval_every, step + 1, args.steps):
-            metrics |= evaluate(step + 1)
+            metrics["gold"] = gold(rollouts, completions).mean()
+        if held_out and is_due(args.eval_every, step + 1, args.steps):
+            metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])
-        run.checkpoint_if_due(step + 1, models, optimizer)
-    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+        run.checkpoint_if_due(step + 1)
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 
 
 if __name__ == "__main__":
     # the reward model never saw text without EOS, and PPO finds that out unless such text costs something
-    laptop = dict(model="runs/sft", reward="runs/reward_model", steps=80, prompts_per_step=512, minibatches=4)
-    laptop |= dict(max_completion_length=10, update_epochs=1, learning_rate=1.5e-4, warmup_steps=5)
-    laptop |= dict(kl_coef=0.03, missing_eos_penalty=5.0, value_clip=2.0, eval_every=20, overwrite=True)
+    laptop = dict(
+        model="runs/sft",
+        reward="runs/reward_model",
+        steps=80,
+        prompts_per_step=512,
+        num_minibatches=4,
+        max_completion_length=10,
+        update_epochs=1,
+        learning_rate=1.5e-4,
+        warmup_steps=5,
+        kl_coef=0.03,
+        missing_eos_penalty=5.0,
+        value_clip=2.0,
+        eval_every=20,
+        overwrite=True,
+    )
     main(cli(Args, laptop=laptop))

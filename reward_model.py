@@ -14,16 +14,40 @@ Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin 
 epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human preferences, more in
 the laptop run."""
 
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from common import Run, as_forward, backbone, check_context, cli, clip_gradients, completion_batch
-from common import completion_text, due, eos_ids, load_examples, load_held_out, load_scorer, load_tokenizer
-from common import make_optimizer, micro_batches, over_ranks, set_learning_rate, setup, shuffled
+from common import (
+    Run,
+    all_reduce,
+    as_forward,
+    check_context,
+    check_finite,
+    cli,
+    clip_gradients,
+    completion_text,
+    find_eos_ids,
+    generator,
+    in_micro_batches,
+    is_due,
+    load_examples,
+    load_held_out,
+    load_scorer,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    pad_rows,
+    set_learning_rate,
+    setup,
+    stream,
+)
 
 
 @dataclass
@@ -35,15 +59,15 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    """how columns make a text prompt: {column} stands for a column"""
     output_dir: str = "runs/reward_model"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
-    """go on from the checkpoint in --output-dir"""
+    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
     overwrite: bool = False
     """move a run that is in --output-dir to <output-dir>.old first"""
     seed: int = 1
-    """of data order, sampling and new weights"""
+    """seed of data order, sampling and new weights"""
     steps: int | None = None
     """optimiser steps at most; without it, --epochs decides"""
     learning_rate: float = 9e-6
@@ -51,9 +75,9 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0 at the last step, or not"""
+    """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """of AdamW, on matrices"""
+    """weight decay of AdamW, on matrices only"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -70,8 +94,6 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
-    shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -79,34 +101,41 @@ class Args:
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
     center_coef: float = 0.0
-    """weight of (score of chosen + of rejected)^2, which keeps scores near 0 (Eisenstein et al. 2023:
+    """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et al. 2023:
     0.01)"""
 
 
 @as_forward
-def sequence_scores(model, input_ids, attention_mask):
+def sequence_scores(model, batch):
     """The scalar head at the last real token, found by length: neither padding nor a PAD inside the text
     moves it.
 
-    input_ids, attention_mask (B, L), right-padded -> (B,) float32. The head's product is in float32 under
-    autocast too: in bfloat16 scores near 4 would be 0.03 apart at least, and close pairs ties."""
-    hidden = backbone(model, input_ids, attention_mask)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]  # (B, H)
-    return (last.float() * model.score.weight[0]).sum(-1)
+    batch: inputs, here whole sequences, and attention_mask, (B, T), right-padded -> (B,) float32. The head's
+    product is in float32 under autocast too: in bfloat16 scores near 4 would be 0.03 apart at least, and close
+    pairs ties."""
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state  # (B, T, H)
+    last = batch["attention_mask"].sum(1) - 1  # (B,)
+    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, H)
+    return (hidden.float() * model.score.weight[0]).sum(-1)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=None):
     """- log sigmoid(r_chosen - r_rejected - margin), each (B,) -> (B,). Ouyang et al. 2022, equation 1; the
     margin, how much better the chosen one was judged, is Llama 2's (Touvron et al. 2023, equation 2)."""
     difference = chosen_scores - rejected_scores
-    return -F.logsigmoid(difference if margin is None else difference - margin)
+    if margin is not None:
+        difference = difference - margin
+    return -F.logsigmoid(difference)
 
 
-def pair_batch(examples, device):
-    """B pairs as one batch of 2B sequences, chosen ones first: one forward scores both."""
-    prompts = [e["prompt_ids"] for e in examples]
-    completions = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-    return completion_batch(prompts + prompts, completions, device)
+def pair_accuracy(chosen, rejected):
+    """1 where chosen > rejected, 0.5 in a tie, else 0: each (B,) -> (B,)."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
 def pair_length(example):
@@ -114,33 +143,64 @@ def pair_length(example):
     return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
 
 
+def score_batch(examples, device):
+    """B pairs -> a batch of 2B whole sequences, each chosen one followed by its rejected one; margins and
+    weights, those of the mean over pairs, are (2B,), the same for the two."""
+    sequences = []
+    for example in examples:
+        sequences.append(example["prompt_ids"] + example["chosen_ids"])
+        sequences.append(example["prompt_ids"] + example["rejected_ids"])
+    margins = torch.tensor([example["margin"] for example in examples], device=device)
+    return {
+        "inputs": pad_rows(sequences, device),
+        "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], device),
+        "margins": margins.repeat_interleave(2),
+        "weights": torch.full((len(sequences),), 1 / len(examples), device=device),
+    }
+
+
+def of_pairs(values):
+    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones (B,)."""
+    return values[0::2], values[1::2]
+
+
 @torch.no_grad()
-def evaluate_pairs(model, tokenizer, examples, args, autocast):
-    """Held-out accuracy (a tie counts half), its binomial standard error, margin, the scores' spread."""
-    chosen, rejected = torch.zeros(len(examples)), torch.zeros(len(examples))
-    for rows in micro_batches([pair_length(e) for e in examples], args.micro_batch_tokens // 2):
-        batch = pair_batch([examples[i] for i in rows], model.device)
+def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
+    """Held-out accuracy (a tie counts half), its binomial standard error, margin and the scores' spread ->
+    metrics, and a row for each sequence of the first 500 pairs with its score."""
+    scores = []
+    for start in range(0, len(examples), 1000):
+        batch = score_batch(examples[start : start + 1000], model.device)
         with autocast():
-            scores = sequence_scores(model, batch.input_ids, batch.attention_mask).cpu()
-        chosen[rows], rejected[rows] = scores.chunk(2)
-    chosen, rejected = over_ranks(chosen, rejected)
-    scores = torch.cat([chosen, rejected])
-    accuracy = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
-    margins = torch.tensor([e["margin"] for e in examples])
+            (batch_scores,) = in_micro_batches(
+                lambda mb: (sequence_scores(model, mb),),
+                batch,
+                args.micro_batch_tokens,
+            )
+        scores.append(batch_scores)
+    scores = torch.cat(scores)
+    chosen, rejected = of_pairs(scores)
+    margins = torch.tensor([example["margin"] for example in examples], device=scores.device)
+    accuracy = pair_accuracy(chosen, rejected).mean().item()
     metrics = {
-        "eval/loss": bradley_terry_loss(chosen, rejected, margins).mean().item(),
+        "eval/loss": bradley_terry_loss(chosen, rejected, margins).mean(),
         "eval/accuracy": accuracy,
-        "eval/accuracy_stderr": (accuracy * (1 - accuracy) / len(examples)) ** 0.5,
-        "eval/margin": (chosen - rejected).mean().item(),
-        "eval/score_mean": scores.mean().item(),
-        "eval/score_std": scores.std(correction=0).item(),
+        "eval/accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(examples)),
+        "eval/margin": (chosen - rejected).mean(),
+        "eval/score_mean": scores.mean(),
+        "eval/score_std": scores.std(correction=0),
     }
     rows = []
     for i, example in enumerate(examples[:500]):
-        for kind, score in (("chosen", chosen[i]), ("rejected", rejected[i])):
+        for kind, score in [("chosen", chosen[i]), ("rejected", rejected[i])]:
             text = completion_text(tokenizer, example["prompt_ids"], example[f"{kind}_ids"])
             rows.append(
-                {"prompt": example["prompt"], "completion": text, "kind": kind, "score": score.item()}
+                {
+                    "prompt": example["prompt"],
+                    "completion": text,
+                    "kind": kind,
+                    "score": score.item(),
+                }
             )
     return metrics, rows
 
@@ -148,75 +208,109 @@ def evaluate_pairs(model, tokenizer, examples, args, autocast):
 def main(args):
     device, autocast = setup(args)
 
-    # load: data first, so that a bad file costs no time
+    # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
-    stop_ids = eos_ids(tokenizer, args.model)
-    examples = load_examples(tokenizer, args.dataset, "preference", args)
-    held_out = load_held_out(tokenizer, "preference", args)
-    pad = tokenizer, stop_ids
-    model = load_scorer(args.model, device, "--model", train=args, new_head="normal", pad=pad)
-    check_context(model, max(map(pair_length, examples + held_out)), "--max-length")
-    optimizer = make_optimizer([model], args)
-    steps = -(-args.epochs * len(examples) // args.batch_size)
-    steps = min(steps, args.steps or steps)
-    run = Run(args, steps)
-    start, metrics = run.restore({"model": model}, optimizer), {}
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "preference", tokenizer, args)
+    held_out = load_held_out("preference", tokenizer, args)
+    check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
 
-    def evaluate(step):
-        metrics, rows = evaluate_pairs(model, tokenizer, held_out, args, autocast)
-        run.samples(step, rows)
+    def init_head(weight):
+        """Of variance 1 / (H + 1) (Stiennon et al. 2020)."""
+        std = 1 / math.sqrt(weight.shape[1] + 1)
+        nn.init.normal_(weight, std=std, generator=generator(args.seed, "head"))
+
+    model = load_scorer(
+        args.model,
+        device,
+        "--model",
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        init_head=init_head,
+        pad_for=(tokenizer, eos_ids),
+    )
+    models = nn.ModuleDict({"model": model})
+    optimizer = make_optimizer(models, args)
+    steps = math.ceil(args.epochs * len(examples) / args.batch_size)
+    steps = min(steps, args.steps or steps)
+    run = Run(args, models, optimizer, steps)
+
+    def evaluate_and_log(step):
+        metrics, rows = evaluate_pairs(
+            model,
+            held_out,
+            tokenizer=tokenizer,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
         return metrics
 
+    metrics = {}
+    start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate(0), show=[])
+        run.log(0, evaluate_and_log(0))
     for step in range(start, steps):
-        # data: the next pairs, in an order of its own for every epoch
+        # take the next pairs, in an order of its own for every epoch
         began = time.time()
         first = step * args.batch_size
         last = min(first + args.batch_size, args.epochs * len(examples))
-        picked = shuffled(examples, args.seed, first, last)
+        batch = score_batch(stream(examples, args.seed, first, last), device)
 
-        # update: one denominator for the whole batch, however it is cut into micro-batches
-        loss_sum, accuracy, margin, tokens, padded_tokens = 0.0, 0.0, 0.0, 0, 0
-        for rows in micro_batches([pair_length(e) for e in picked], args.micro_batch_tokens // 2):
-            mb = pair_batch([picked[i] for i in rows], device)
+        # update: one normaliser for the whole batch, however it is cut into micro-batches
+        totals = Counter()
+        for mb in micro_batches(batch, args.micro_batch_tokens, together=2):
             with autocast():
-                scores = sequence_scores(model, mb.input_ids, mb.attention_mask)
-            chosen_scores, rejected_scores = scores.chunk(2)
-            margins = torch.tensor([picked[i]["margin"] for i in rows], device=device)
-            losses = bradley_terry_loss(chosen_scores, rejected_scores, margins)
+                scores = sequence_scores(model, mb)
+            chosen_scores, rejected_scores = of_pairs(scores)
+            mb_margins, _ = of_pairs(mb["margins"])
+            mb_weights, _ = of_pairs(mb["weights"])
+            losses = bradley_terry_loss(chosen_scores, rejected_scores, mb_margins)
             losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
-            loss = losses.sum() / len(picked)
+            loss = (mb_weights * losses).sum()
             loss.backward()
-            difference = (chosen_scores - rejected_scores).detach()
-            loss_sum += loss.detach()
-            accuracy += ((difference > 0).float() + 0.5 * (difference == 0).float()).sum() / len(picked)
-            margin += difference.sum() / len(picked)
-            tokens, padded_tokens = tokens + sum(mb.lengths), padded_tokens + mb.input_ids.numel()
-        sums = over_ranks(loss_sum, accuracy, margin, tokens, padded_tokens)
-        loss_sum, accuracy, margin, tokens, padded_tokens = sums
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
+            totals["loss"] += loss.detach()
+            totals["accuracy"] += (mb_weights * pair_accuracy(chosen_scores, rejected_scores)).sum()
+            totals["margin"] += (mb_weights * (chosen_scores - rejected_scores).detach()).sum()
+            totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step, steps)
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        check_finite(step + 1, grad_norm=grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        # log, eval, save
-        metrics = {"loss": loss_sum, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm}
-        metrics |= {"learning_rate": learning_rate, "padding": 1 - tokens / padded_tokens}
-        metrics["seconds/train"] = time.time() - began
-        metrics["tokens_per_second"] = tokens / metrics["seconds/train"]
-        if held_out and due(args.eval_every, step + 1, steps):
-            metrics |= evaluate(step + 1)
+        # log, evaluate, save
+        seconds = time.time() - began
+        batch_tokens = batch["attention_mask"].sum()
+        metrics = {
+            "loss": all_reduce(totals["loss"]),
+            "accuracy": all_reduce(totals["accuracy"]),
+            "margin": all_reduce(totals["margin"]),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "padding": 1 - batch_tokens / all_reduce(totals["padded_tokens"]),
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds/train": seconds,
+        }
+        if held_out and is_due(args.eval_every, step + 1, steps):
+            metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
-        run.checkpoint_if_due(step + 1, {"model": model}, optimizer)
+        run.checkpoint_if_due(step + 1)
     is_laptop = args.model == "runs/sft" and args.output_dir == "runs/reward_model" and args.dataset == "sort"
-    then = "" if is_laptop else f" --model {args.model} --reward {args.output_dir} --dataset ..."
-    run.finish(model, tokenizer, stop_ids, f"python ppo.py{then}")
+    flags = "" if is_laptop else f" --model {args.model} --reward {args.output_dir} --dataset ..."
+    run.finish(model, tokenizer, eos_ids, f"python ppo.py{flags}")
     return metrics
 
 
 if __name__ == "__main__":
     # Bradley-Terry leaves a constant per prompt open, which PPO would have to learn first: centre the scores
-    laptop = dict(model="runs/sft", steps=1100, batch_size=32, learning_rate=4e-4, warmup_steps=100)
-    main(cli(Args, laptop=laptop | dict(center_coef=0.03, overwrite=True)))
+    laptop = dict(
+        model="runs/sft",
+        steps=1100,
+        batch_size=32,
+        learning_rate=4e-4,
+        warmup_steps=100,
+        center_coef=0.03,
+        overwrite=True,
+    )
+    main(cli(Args, laptop=laptop))

@@ -5,7 +5,7 @@
 Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one action.
 Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the baseline: the mean
 reward of the other completions of its prompt, which keeps the gradient unbiased. The loss is - advantage *
-log pi(completion), stepped on once per rollout. More steps (--update-epochs, --minibatches) add to it a
+log pi(completion), stepped on once per rollout. More steps (--update-epochs, --num-minibatches) add to it a
 clipped importance ratio of the whole completion, since the policy has moved. Left out: a value model,
 reward and advantage normalisation, generation engines, LoRA.
 
@@ -18,16 +18,46 @@ the truth, and they part when the policy over-optimises. Comments cite "N+" (Hua
 implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
 (openai/lm-human-preferences)."""
 
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from common import Run, as_forward, cli, clip_gradients, completion_batch, due, eos_ids, evaluate_samples
-from common import generator, head_logits, head_rows, hidden_states, load_examples, load_held_out, load_policy
-from common import load_reward, load_tokenizer, make_optimizer, micro_batches, over_micro_batches, over_ranks
-from common import sample, set_learning_rate, setup, shuffled, stop, stream_logprobs
+from common import (
+    Run,
+    all_reduce,
+    as_forward,
+    check_context,
+    check_finite,
+    cli,
+    clip_gradients,
+    completion_batch,
+    completion_text,
+    fail,
+    find_eos_ids,
+    generator,
+    head_logits,
+    in_micro_batches,
+    is_due,
+    load_examples,
+    load_gold,
+    load_held_out,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    sample,
+    set_learning_rate,
+    setup,
+    stream,
+    take,
+)
 
 
 @dataclass
@@ -39,15 +69,15 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    """how columns make a text prompt: {column} stands for a column"""
     output_dir: str = "runs/rloo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
-    """go on from the checkpoint in --output-dir"""
+    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
     overwrite: bool = False
     """move a run that is in --output-dir to <output-dir>.old first"""
     seed: int = 1
-    """of data order, sampling and new weights"""
+    """seed of data order, sampling and new weights"""
     steps: int = 1000
     """rollouts, each followed by its updates"""
     learning_rate: float = 1e-6
@@ -55,9 +85,9 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0 at the last step, or not"""
+    """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """of AdamW, on matrices"""
+    """weight decay of AdamW, on matrices only"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -74,8 +104,6 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
-    shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     reward: str | None = None
     """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
     prompts_per_step: int = 128
@@ -83,9 +111,9 @@ class Args:
     num_generations: int = 4
     """completions of each prompt, its group (1: N+; 4: Ahmadian et al. 2024; 16: DeepSeek-R1)"""
     max_prompt_length: int = 512
-    """tokens; longer prompts are dropped and counted"""
+    """tokens of a prompt; longer ones are dropped and counted"""
     max_completion_length: int = 256
-    """tokens; a completion without EOS by then is cut, and counts as unfinished"""
+    """tokens of a completion; one without EOS by then is cut, and counts as unfinished"""
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.03
@@ -94,7 +122,7 @@ class Args:
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
     """passes over a rollout (4: N+; 1: Ahmadian et al. 2024, DeepSeekMath)"""
-    minibatches: int = 1
+    num_minibatches: int = 1
     """optimiser steps per pass (1: N+)"""
     epsilon: float = 0.2
     """clip range of the ratio (Schulman et al. 2017)"""
@@ -105,212 +133,352 @@ class Args:
 
 
 @as_forward
-def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
-    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+def token_logprobs_and_entropy(model, batch, temperature=1.0):
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that softmax's entropy.
 
-    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
-    many, computed again in the backward pass, so that memory does not grow with B*L*V."""
-    mask = mask.bool()
-    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
-    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
-    targets = input_ids[:, 1:][mask]  # (N,)
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each (B, T)
+    float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and where these are many
+    in chunks, computed again in the backward pass, so that memory does not grow with B * T * V."""
+    mask = batch["mask"].bool()
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    targets = batch["targets"][mask]  # (N,)
 
-    if len(targets) <= head_rows(model):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
+    def logprobs_and_entropy_of(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
         logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
-        entropy = -(finite.exp() * finite).sum(-1)
-    else:  # the same, a chunk of tokens at a time
-        logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
+        logps = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
+        entropy = -(logps.exp() * logps).sum(-1)
+        return logprobs, entropy
+
+    chunk = 40_000_000 // model.config.get_text_config().vocab_size
+    if len(targets) <= chunk:
+        logprobs, entropy = logprobs_and_entropy_of(hidden, targets)
+    else:
+        pairs = zip(hidden.split(chunk), targets.split(chunk))
+        results = [checkpoint(logprobs_and_entropy_of, h, t, use_reentrant=False) for h, t in pairs]
+        logprobs = torch.cat([logprobs for logprobs, _ in results])
+        entropy = torch.cat([entropy for _, entropy in results])
     zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = (zeros.masked_scatter(mask, values) for values in (logprobs, entropy))
-    return logprobs, entropy
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
-def masked_mean(x, mask):
-    """Mean of x (B, L-1) over the mask -> scalar."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+def batch_logprobs(model, batch, args, autocast):
+    """Log-probs of a whole batch, without gradient -> (B, T)."""
+    with autocast():
+        logprobs, _ = in_micro_batches(
+            lambda mb: token_logprobs_and_entropy(model, mb, args.temperature),
+            batch,
+            args.micro_batch_tokens,
+        )
+    return logprobs
 
 
 def equal_groups(rewards, group_size):
-    """True for groups whose rewards are all equal: (B,), NaN if not judged -> (P,) bool."""
+    """True for groups whose rewards are all equal, so that all their advantages are 0: (B,) -> (P,) bool."""
     groups = rewards.view(-1, group_size)
-    return groups.nan_to_num(-torch.inf).amax(1) <= groups.nan_to_num(torch.inf).amin(1)
+    return groups.amax(1) == groups.amin(1)
 
 
 def leave_one_out_advantages(rewards, group_size):
     """A_i = r_i - mean of the other rewards of its group (Kool et al. 2019; Ahmadian et al. 2024).
 
-    rewards (B,), groups side by side, NaN if not judged -> (B,): those get 0 and are nobody's baseline."""
+    rewards (B,), groups side by side -> (B,)."""
     groups = rewards.view(-1, group_size)
-    groups = groups - groups.nanmedian(1, keepdim=True).values  # equal rewards: 0, whatever the rounding
-    others = (~groups.isnan()).sum(1, keepdim=True) - 1
-    advantages = groups - (groups.nansum(1, keepdim=True) - groups) / others.clamp(min=1)
-    return advantages.flatten().nan_to_num()
+    groups = groups - groups[:, :1]  # equal rewards: exactly 0, whatever the rounding of their mean
+    others_mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others_mean).flatten()
 
 
-def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):
+def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
     """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one action.
 
-    Williams 1992. All (B, L-1), advantages equal along a row -> loss scalar, clipped (B, L-1) bool. The ratio
+    Williams 1992. All (B, T), advantages equal along a row -> loss scalar, clipped (B, T) bool. The ratio
     pi / pi_old of the whole completion is a constant here, 1 at the first update. Later, where PPO's clip
     would remove a completion's gradient, it is removed: for long completions after small steps already."""
-    ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach().clamp(max=20).exp()  # (B, 1)
-    high = epsilon if epsilon_high is None else epsilon_high
-    clipped = (advantages > 0) & (ratio > 1 + high) | (advantages < 0) & (ratio < 1 - epsilon)
-    return (weights * -advantages * ratio * ~clipped * logprobs).sum(), clipped & (weights > 0)
+    if epsilon_high is None:
+        epsilon_high = epsilon
+    log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach()  # (B, 1)
+    ratio = log_ratio.clamp(max=20).exp()
+    is_too_high = (advantages > 0) & (ratio > 1 + epsilon_high)
+    is_too_low = (advantages < 0) & (ratio < 1 - epsilon)
+    clipped = is_too_high | is_too_low
+    loss = (weights * -advantages * ratio * ~clipped * logprobs).sum()
+    return loss, clipped & (weights > 0)
+
+
+def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
+    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by side: its
+    example with completion_ids, finished, score and reward."""
+    with autocast():
+        completions = sample(
+            policy,
+            [example["prompt_ids"] for example in examples],
+            num_generations=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            eos_ids=eos_ids,
+            rng=rng,
+        )
+    # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+    # 2. it is scored together with its prompt (B)
+    examples = [example for example in examples for _ in range(args.num_generations)]
+    scores = score(examples, completions).tolist()
+    rollouts = []
+    for example, completion_ids, completion_score in zip(examples, completions, scores):
+        finished = completion_ids[-1] in eos_ids
+        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
+        reward = completion_score if finished else completion_score - args.missing_eos_penalty
+        rollouts.append(
+            example
+            | {
+                "completion_ids": completion_ids,
+                "finished": finished,
+                "score": completion_score,
+                "reward": reward,
+            }
+        )
+    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of loss and KL alike
+    judged = []
+    for start in range(0, len(rollouts), args.num_generations):
+        group = rollouts[start : start + args.num_generations]
+        if not any(math.isnan(rollout["score"]) for rollout in group):
+            judged += group
+    return judged
+
+
+@torch.no_grad()
+def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
+    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
+    reference in nats per completion."""
+    prompts = [example["prompt_ids"] for example in examples]
+    metrics = {}
+    # the sampled completions come second: what follows the loop is about them
+    for suffix, num_generations, temperature in [
+        ("_greedy", 1, 0.0),
+        ("", args.num_generations, args.temperature),
+    ]:
+        with autocast():
+            completions = sample(
+                policy,
+                prompts,
+                num_generations=num_generations,
+                max_new_tokens=args.max_completion_length,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "evaluate"),
+            )
+        repeated = [example for example in examples for _ in range(num_generations)]
+        numbers = {"score": score(repeated, completions)}
+        if gold is not None:
+            numbers["gold"] = gold(repeated, completions)
+        for name, values in numbers.items():
+            metrics[f"eval/{name}{suffix}"] = values.nanmean()
+    if gold is not None and args.num_generations > 1:
+        solved = numbers["gold"].view(-1, args.num_generations).amax(1)
+        metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
+    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
+
+    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    logprobs = batch_logprobs(policy, batch, args, autocast)
+    reference = reference or load_policy(args.model, policy.device)
+    ref_logprobs = batch_logprobs(reference, batch, args, autocast)
+    numbers["kl"] = (logprobs - ref_logprobs).sum(1)
+    metrics["eval/kl"] = numbers["kl"].mean()
+    metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
+
+    rows = []
+    for i, example in enumerate(examples):
+        first = i * args.num_generations
+        text = completion_text(tokenizer, example["prompt_ids"], completions[first])
+        row = {"prompt": example["prompt"], "completion": text}
+        rows.append(row | {name: values[first].item() for name, values in numbers.items()})
+    return metrics, rows
 
 
 def main(args):
     device, autocast = setup(args)
-    batch_size = args.prompts_per_step * args.num_generations
     if args.baseline == "leave-one-out" and args.num_generations < 2:
-        stop("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
+        fail("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
+    batch_size = args.prompts_per_step * args.num_generations
+    if batch_size < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step")
 
-    # load: data first, so that a bad file costs no time
+    # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
-    stop_ids = eos_ids(tokenizer, args.model)
-    examples = load_examples(tokenizer, args.dataset, "prompt", args)
-    held_out = load_held_out(tokenizer, "prompt", args)
-    score, gold = load_reward(args, tokenizer, examples + held_out, stop_ids, device, autocast)
-    policy = load_policy(args.model, device, train=args)
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "prompt", tokenizer, args)
+    held_out = load_held_out("prompt", tokenizer, args)
+    longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
+    check_context(
+        args.model,
+        longest_prompt + args.max_completion_length,
+        "--max-prompt-length or --max-completion-length",
+    )
+
+    # load the models
+    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    gold = load_gold(args, tokenizer, eos_ids)
+    policy = load_policy(
+        args.model,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     reference = load_policy(args.model, device) if args.kl_coef else None
-    models = {"policy": policy}
-    optimizer = make_optimizer(models.values(), args, eps=1e-5)  # B: as OpenAI's PPO has it
+    models = nn.ModuleDict({"policy": policy})
+    optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
+    run = Run(args, models, optimizer, args.steps)
 
-    def rollout(picked, draw):
-        """P prompts, G completions each, side by side -> B examples, completions, scores, penalised scores"""
-        lengths = args.num_generations, args.max_completion_length
-        prompts = [e["prompt_ids"] for e in picked]
-        with autocast():
-            completions, _ = sample(policy, prompts, *lengths, args.temperature, stop_ids, draw)
-        picked = [e for e in picked for _ in range(args.num_generations)]
-        # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
-        # 2. it is scored with its prompt (B); NaN: the checker cannot judge it, and it takes no part
-        scores = score(picked, completions).to(device)  # (B,)
-        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
-        unfinished = torch.tensor([c[-1] not in stop_ids for c in completions], device=device)
-        return picked, completions, scores, scores - args.missing_eos_penalty * unfinished
-
-    def logprobs_of(model, batch):
-        """token_logprobs of a whole batch, without gradient"""
-        inputs = batch, args.micro_batch_tokens, autocast
-        return over_micro_batches(lambda *x: token_logprobs(model, *x, args.temperature), *inputs)
-
-    def evaluate(step):
-        sampling = args.num_generations, args.max_completion_length, args.temperature
-        kl_from = logprobs_of, lambda: reference or load_policy(args.model, device)
-        judges = dict(score=score, gold=gold)
-        inputs = policy, held_out, tokenizer, stop_ids, args.seed, autocast, sampling, judges, kl_from
-        metrics, rows = evaluate_samples(*inputs)
-        run.samples(step, rows)
+    def evaluate_and_log(step):
+        metrics, rows = evaluate(
+            policy,
+            reference,
+            held_out,
+            score=score,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
         return metrics
 
-    run = Run(args, args.steps)
-    start, metrics = run.restore(models, optimizer), {}
+    metrics = {}
+    start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate(0), show=[])
+        run.log(0, evaluate_and_log(0))
     for step in range(start, args.steps):
-        # prompts: the next rows, in an order of its own for every epoch
-        began, first = time.time(), step * args.prompts_per_step
-        picked = shuffled(examples, args.seed, first, first + args.prompts_per_step)
+        # take the next prompts, in an order of its own for every pass over the data
+        began = time.time()
+        first = step * args.prompts_per_step
+        prompts = stream(examples, args.seed, first, first + args.prompts_per_step)
 
-        # rollout and scores
-        picked, completions, scores, penalised = rollout(picked, generator(args.seed, "sample", step))
-        batch = completion_batch([e["prompt_ids"] for e in picked], completions, device)
-        mask = batch.completion_mask[:, 1:]  # (B, L-1) column t speaks of token t+1
-        train_mask = mask * ~scores.isnan()[:, None]
-        sampled = time.time()
+        # sample completions and score them
+        rollouts = sample_groups(
+            policy,
+            prompts,
+            generator(args.seed, "sample", step),
+            score=score,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        if len(rollouts) < args.num_minibatches:
+            fail(f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged")
+        completions = [rollout["completion_ids"] for rollout in rollouts]
+        batch = completion_batch([rollout["prompt_ids"] for rollout in rollouts], completions, device)
+        mask = batch["mask"]  # (B, T)
+        scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
+        sampling_seconds = time.time() - began
 
-        # log-probs: the policy's by the forward that trains it (the sampler's differ by rounding)
-        # 4. all of them at the temperature of sampling, else they speak of another distribution (B)
-        # where a single update is all that needs them, it fills them in by its own forward
-        needs_old = args.kl_coef or args.update_epochs * args.minibatches > 1
-        old_logprobs, entropy = torch.zeros(2, *mask.shape, device=device)  # (B, L-1)
-        if needs_old:
-            old_logprobs, entropy = logprobs_of(policy, batch)
-        ref_logprobs = old_logprobs  # without KL
+        # compute advantages
+        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at the temperature
+        # of sampling, else they speak of another distribution (B)
+        is_stepped_on_once = args.update_epochs * args.num_minibatches == 1
+        if reference is not None or not is_stepped_on_once:
+            batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
+        rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
+        zero_std_groups = equal_groups(rewards, args.num_generations).float().mean()
+        # 6. the KL of the whole completion (k1) is part of its reward, before the baseline
         if reference is not None:
-            ref_logprobs, _ = logprobs_of(reference, batch)
-        rolled = [e | {"completion_ids": c} for e, c in zip(picked, completions)]
-        sums = dict(logprobs=old_logprobs.sum(), ref_logprobs=ref_logprobs.sum())
-        run.stop_unless_finite(step + 1, rolled, **sums)
-
-        # advantages
-        # 5. the KL of the whole completion (k1) is part of its reward, before the baseline
-        rewards = penalised - args.kl_coef * (old_logprobs - ref_logprobs).sum(1)  # (B,)
-        advantages = rewards.nan_to_num()
+            ref_logprobs = batch_logprobs(reference, batch, args, autocast)
+            kl = (batch["old_logprobs"] - ref_logprobs).sum(1)
+            rewards = rewards - args.kl_coef * kl
+        advantages = rewards
         if args.baseline == "leave-one-out":
             advantages = leave_one_out_advantages(rewards, args.num_generations)
-        advantages = advantages[:, None] * train_mask  # (B, L-1)
+        batch["advantages"] = advantages[:, None] * mask
 
-        # updates: epochs of minibatches of micro-batches; one normaliser per minibatch, however it is cut
+        # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        losses, clipped_tokens, ratio_max_dev, padded_tokens = [], 0.0, 0.0, 0
+        totals = Counter()
+        ratio_max_dev = 0.0
         for epoch in range(args.update_epochs):
-            order = torch.randperm(batch_size, generator=generator(args.seed, "minibatch", (step, epoch)))
-            for minibatch in order.tensor_split(args.minibatches):
-                weights = train_mask / train_mask[minibatch].any(1).sum().clamp(min=1)
-                loss_sum = 0.0
-                for rows in micro_batches(batch.lengths, args.micro_batch_tokens, minibatch.tolist()):
-                    mb = batch.rows(rows)
-                    padded_tokens += mb.input_ids.numel()
-                    part = rows, slice(mb.input_ids.shape[1] - 1)
-                    mb_mask = train_mask[part] if needs_old else mask[part]
-                    mb_inputs = mb.input_ids, mb.attention_mask, mb_mask
-                    mb_advantages, mb_weights = advantages[part], weights[part]
+            order = torch.randperm(len(rollouts), generator=generator(args.seed, "minibatch", step, epoch))
+            for minibatch_rows in order.tensor_split(args.num_minibatches):
+                minibatch = take(batch, minibatch_rows)
+                minibatch["weights"] = minibatch["mask"] / len(minibatch_rows)  # a mean over completions
+                for mb in micro_batches(minibatch, args.micro_batch_tokens):
                     with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs(policy, *mb_inputs, args.temperature)
-                    if not needs_old:
-                        old_logprobs[part], entropy[part] = mb_logprobs.detach(), mb_entropy
-                    mb_old_logprobs = old_logprobs[part] * mb_mask
-                    clip = mb_advantages, mb_weights, args.epsilon, args.epsilon_high
-                    loss, clipped = reinforce_loss(mb_logprobs, mb_old_logprobs, *clip)
+                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                    # where a rollout is stepped on once, its old log-probs are the update's own
+                    mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
+                    loss, clipped = reinforce_loss(
+                        mb_logprobs,
+                        mb_old_logprobs,
+                        mb["advantages"],
+                        mb["weights"],
+                        args.epsilon,
+                        epsilon_high=args.epsilon_high,
+                    )
                     loss.backward()
-                    loss_sum += loss.detach()
-                    clipped_tokens += clipped.sum()
-                    if rows and not losses:  # before the first update the ratio is 1, up to rounding
+                    totals["loss"] += loss.detach()
+                    totals["entropy"] += mb_entropy.sum()
+                    totals["clipped"] += clipped.sum()
+                    totals["padded_tokens"] += mb["inputs"].numel()
+                    if totals["updates"] == 0:  # before the first update the ratio is 1, up to rounding
                         ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                loss_sum = over_ranks(loss_sum)
                 grad_norm = clip_gradients(policy, args.max_grad_norm)
-                run.stop_unless_finite(step + 1, rolled, loss=loss_sum, grad_norm=grad_norm)
+                check_finite(step + 1, grad_norm=grad_norm)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append([float(x) for x in (loss_sum, grad_norm)])
+                optimizer.zero_grad()
+                totals["grad_norm"] += grad_norm
+                totals["updates"] += 1
 
-        # log, eval, save
-        clipped_tokens, padded_tokens = over_ranks(clipped_tokens, padded_tokens)
-        ratio_max_dev = over_ranks(ratio_max_dev, op="max")
-        if not needs_old:
-            old_logprobs, entropy = over_ranks(old_logprobs, entropy)
-        losses = torch.tensor(losses)
-        metrics = {"loss": losses[:, 0].mean(), "reward": rewards.nanmean(), "score": scores.nanmean()}
-        metrics |= {"entropy": masked_mean(entropy, mask), "ratio_max_dev": ratio_max_dev}
-        metrics["clip_fraction"] = clipped_tokens / (train_mask.sum().clamp(min=1) * args.update_epochs)
-        metrics["completion_length"] = mask.sum(1).float().mean()
-        metrics["eos_rate"] = sum(c[-1] in stop_ids for c in completions) / batch_size
-        metrics |= {"grad_norm": losses[:, 1].mean(), "learning_rate": learning_rate}
-        metrics["padding"] = 1 - args.update_epochs * sum(batch.lengths) / padded_tokens
-        metrics["tokens_per_second"] = sum(batch.lengths) / (time.time() - began)
-        metrics |= {"seconds/sample": sampled - began, "seconds/train": time.time() - sampled}
-        if args.num_generations > 1:
-            metrics["zero_std_groups"] = equal_groups(penalised, args.num_generations).float().mean()
+        # log, evaluate, save
+        for name in ("loss", "entropy", "clipped", "padded_tokens"):
+            totals[name] = all_reduce(totals[name])
+        batch_tokens = batch["attention_mask"].sum()
+        metrics = {
+            "loss": totals["loss"] / totals["updates"],
+            "reward": rewards.mean(),
+            "score": scores.mean(),
+            "entropy": totals["entropy"] / (args.update_epochs * mask.sum()),
+            "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
+            "clip_fraction": totals["clipped"] / (args.update_epochs * mask.sum()),
+            "completion_length": mask.sum(1).float().mean(),
+            "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
+            "unjudged": 1 - len(rollouts) / batch_size,
+            "zero_std_groups": zero_std_groups,
+            "grad_norm": totals["grad_norm"] / totals["updates"],
+            "learning_rate": learning_rate,
+            "padding": 1 - args.update_epochs * batch_tokens / totals["padded_tokens"],
+            "tokens_per_second": batch_tokens / (time.time() - began),
+            "seconds/sample": sampling_seconds,
+            "seconds/train": time.time() - began - sampling_seconds,
+        }
         if reference is not None:
-            metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
+            metrics["kl"] = kl.mean()
         if gold is not None:
-            metrics["gold"] = gold(picked, completions).mean()
-        if held_out and due(args.eval_every, step + 1, args.steps):
-            metrics |= evaluate(step + 1)
+            metrics["gold"] = gold(rollouts, completions).mean()
+        if held_out and is_due(args.eval_every, step + 1, args.steps):
+            metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"])
-        run.checkpoint_if_due(step + 1, models, optimizer)
-    run.finish(policy, tokenizer, stop_ids, f"look at {args.output_dir}/samples.jsonl")
+        run.checkpoint_if_due(step + 1)
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics
 
 
 if __name__ == "__main__":
-    laptop = dict(model="runs/sft", reward="sort", steps=160, prompts_per_step=32, num_generations=8)
-    laptop |= dict(max_completion_length=10, learning_rate=3e-4, warmup_steps=5, kl_coef=0.02)
-    laptop |= dict(eval_every=40, overwrite=True)
+    laptop = dict(
+        model="runs/sft",
+        reward="sort",
+        steps=160,
+        prompts_per_step=32,
+        num_generations=8,
+        max_completion_length=10,
+        learning_rate=3e-4,
+        warmup_steps=5,
+        kl_coef=0.02,
+        eval_every=40,
+        overwrite=True,
+    )
     main(cli(Args, laptop=laptop))

@@ -10,21 +10,50 @@ at load_policy).
     python sft.py                     laptop run: a tiny model from scratch, a quarter of a minute, two cores
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
 
-Data: rows of prompt and completion, messages, Alpaca's instruction, input and output, or GSM8K's question and
-answer. Expect the held-out loss to fall, and to rise again once the rows are learnt by heart: stop there. The
-laptop run ends near 35% exact match (`gold`): 165 demonstrations do not teach more, and the next stages
-shall."""
+Data: rows of prompt and completion (or instruction and output, question and answer), or of messages. Expect
+the held-out loss to fall, and to rise again once the rows are learnt by heart: stop there. The laptop run ends
+near 35% exact match (`gold`): 165 demonstrations do not teach more, and the next stages shall."""
 
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from common import Run, as_forward, check_context, cli, clip_gradients, context_of, due, eos_ids
-from common import evaluate_samples, find_gold, head_logits, head_rows, hidden_states, judge, load_examples
-from common import load_held_out, load_policy, load_tokenizer, make_optimizer, micro_batches, over_ranks
-from common import pad_batch, set_learning_rate, setup, shuffled, stream_logprobs, tiny_policy, tiny_tokenizer
+from common import (
+    Run,
+    all_reduce,
+    as_forward,
+    check_context,
+    check_finite,
+    cli,
+    clip_gradients,
+    completion_text,
+    context_of,
+    find_eos_ids,
+    generator,
+    head_logits,
+    in_micro_batches,
+    is_due,
+    load_examples,
+    load_gold,
+    load_held_out,
+    load_policy,
+    load_tokenizer,
+    make_batch,
+    make_optimizer,
+    micro_batches,
+    sample,
+    set_learning_rate,
+    setup,
+    stream,
+    tiny_config,
+    tiny_tokenizer,
+)
 
 
 @dataclass
@@ -36,15 +65,15 @@ class Args:
     eval_dataset: str | None = None
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
-    """for text prompts, {column} stands for a column; Alpaca and GSM8K rows have their own default"""
+    """how columns make a text prompt: {column} stands for a column"""
     output_dir: str = "runs/sft"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
-    """go on from the checkpoint in --output-dir"""
+    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
     overwrite: bool = False
     """move a run that is in --output-dir to <output-dir>.old first"""
     seed: int = 1
-    """of data order, sampling and new weights"""
+    """seed of data order, sampling and new weights"""
     steps: int | None = None
     """optimiser steps at most; without it, --epochs decides"""
     learning_rate: float = 2e-5
@@ -52,9 +81,9 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0 at the last step, or not"""
+    """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """of AdamW, on matrices"""
+    """weight decay of AdamW, on matrices only"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -71,8 +100,6 @@ class Args:
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
-    shard: Literal["auto", "full", "none"] = "auto"
-    """with torchrun: split models over processes (FSDP), or not; auto: those that take much of a GPU"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -84,123 +111,203 @@ class Args:
 
 
 @as_forward
-def token_logprobs(model, input_ids, attention_mask, mask, temperature=1.0):
-    """log pi(token t+1 | tokens 0..t) of softmax(logits / temperature), and the entropy of that softmax.
+def token_logprobs(model, batch, temperature=1.0):
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature).
 
-    input_ids, attention_mask (B, L), mask (B, L-1) -> logprobs, entropy (detached), each (B, L-1) float32, 0
-    outside the mask, in nats. Head and softmax run at mask positions only, and in chunks where these are
-    many, computed again in the backward pass, so that memory does not grow with B*L*V."""
-    mask = mask.bool()
-    hidden = hidden_states(model, input_ids, attention_mask, mask)  # (B, L, H)
-    hidden = hidden[:, :-1][mask]  # (N, H): column t predicts token t+1
-    targets = input_ids[:, 1:][mask]  # (N,)
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside the mask.
+    Head and softmax run at mask positions only, and where these are many in chunks, computed again in the
+    backward pass, so that memory does not grow with B * T * V."""
+    mask = batch["mask"].bool()
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    targets = batch["targets"][mask]  # (N,)
 
-    if len(targets) <= head_rows(model):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V) float32
-        logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        finite = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
-        entropy = -(finite.exp() * finite).sum(-1)
-    else:  # the same, a chunk of tokens at a time
-        logprobs, entropy = stream_logprobs(model, hidden, targets, temperature)
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = (zeros.masked_scatter(mask, values) for values in (logprobs, entropy))
-    return logprobs, entropy
+    def logprobs_of(hidden, targets):
+        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        return logps.gather(-1, targets[:, None])[:, 0]
+
+    chunk = 40_000_000 // model.config.get_text_config().vocab_size
+    if len(targets) <= chunk:
+        logprobs = logprobs_of(hidden, targets)
+    else:
+        pairs = zip(hidden.split(chunk), targets.split(chunk))
+        logprobs = torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False) for h, t in pairs])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
+    """Log-probs of a whole batch, without gradient -> (B, T)."""
+    with autocast():
+        (logprobs,) = in_micro_batches(
+            lambda mb: (token_logprobs(model, mb, temperature),),
+            batch,
+            args.micro_batch_tokens,
+        )
+    return logprobs
 
 
 def sft_loss(logprobs, weights):
     """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole batch, their
-    mean NLL. logprobs, weights (B, L-1) -> scalar, nats per token."""
+    mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
     return -(weights * logprobs).sum()
 
 
 @torch.no_grad()
-def evaluate_answers(policy, tokenizer, examples, gold, stop_ids, args, autocast):
-    """Held-out loss (nats per token); of greedy and sampled completions: how many stop, and are right."""
-    total, tokens = 0.0, 0
-    for rows in micro_batches([len(e["ids"]) for e in examples], args.micro_batch_tokens):
-        picked = [examples[i] for i in rows]
-        masks = [e["mask"] for e in picked]
-        batch = pad_batch([e["ids"] for e in picked], masks, policy.device)
-        mask = batch.completion_mask[:, 1:]
+def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, args, autocast):
+    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt -> the sampled
+    ones, metrics (how many are right, how many of the sampled ones stop), and a row for each prompt with the
+    sampled one."""
+    prompts = [example["prompt_ids"] for example in examples]
+    room = context_of(policy.config) - max(map(len, prompts))
+    metrics = {}
+    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:  # what follows the loop is of the sampled ones
         with autocast():
-            logprobs, _ = token_logprobs(policy, batch.input_ids, batch.attention_mask, mask)
-        total, tokens = total - logprobs.sum().item(), tokens + mask.sum().item()
-    total, tokens = over_ranks(total, tokens)
-    examples = examples[:500]
-    longest = max(len(e["ids"]) - len(e["prompt_ids"]) for e in examples)
-    limit = min(longest, context_of(policy.config) - max(len(e["prompt_ids"]) for e in examples))
-    inputs = policy, examples, tokenizer, stop_ids, args.seed, autocast, (1, limit, 1.0), dict(gold=gold)
-    metrics, rows = evaluate_samples(*inputs)
-    return {"eval/loss": total / tokens} | metrics, rows
+            completions = sample(
+                policy,
+                prompts,
+                num_generations=1,
+                max_new_tokens=min(longest, room),
+                temperature=temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "evaluate"),
+            )
+        if gold is not None:
+            golds = gold(examples, completions)
+            metrics[f"eval/gold{suffix}"] = golds.mean()
+    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
+    metrics["eval/completion_length"] = sum(map(len, completions)) / len(completions)
+
+    rows = []
+    for i, example in enumerate(examples):
+        text = completion_text(tokenizer, example["prompt_ids"], completions[i])
+        row = {"prompt": example["prompt"], "completion": text}
+        if gold is not None:
+            row["gold"] = golds[i].item()
+        rows.append(row)
+    return completions, metrics, rows
+
+
+@torch.no_grad()
+def evaluate_answers(policy, examples, *, gold, tokenizer, eos_ids, args, autocast):
+    """Held-out loss, in nats per token, and what complete_prompts says of the first 500 prompts -> metrics,
+    rows."""
+    batch = make_batch(
+        [example["ids"] for example in examples],
+        [example["mask"] for example in examples],
+        policy.device,
+    )
+    logprobs = batch_token_logprobs(policy, batch, args, autocast)
+    loss = sft_loss(logprobs, batch["mask"] / batch["mask"].sum())
+    _, metrics, rows = complete_prompts(
+        policy,
+        examples[:500],
+        max(len(example["ids"]) - len(example["prompt_ids"]) for example in examples),
+        gold=gold,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        args=args,
+        autocast=autocast,
+    )
+    return {"eval/loss": loss} | metrics, rows
 
 
 def main(args):
     device, autocast = setup(args)
+    torch.manual_seed(args.seed)  # of new weights
 
-    # load: data first, so that a bad file costs no time
+    # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model) if args.model else tiny_tokenizer()
-    stop_ids = eos_ids(tokenizer, args.model)
-    examples = load_examples(tokenizer, args.dataset, "sft", args)
-    held_out = load_held_out(tokenizer, "sft", args)
-    gold = judge(find_gold(examples + held_out), tokenizer, stop_ids)
-    options = dict(device=device, train=args)
-    policy = load_policy(args.model, **options) if args.model else tiny_policy(tokenizer, **options)
-    check_context(policy, max(len(e["ids"]) for e in examples + held_out), "--max-length")
-    optimizer = make_optimizer([policy], args)
-    steps = -(-args.epochs * len(examples) // args.batch_size)
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "sft", tokenizer, args)
+    held_out = load_held_out("sft", tokenizer, args)
+    longest = max(len(example["ids"]) for example in examples + held_out)
+    if args.model is not None:
+        check_context(args.model, longest, "--max-length")
+    gold = load_gold(args, tokenizer, eos_ids)
+    policy = load_policy(
+        args.model,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        config=tiny_config(tokenizer),
+    )
+    models = nn.ModuleDict({"policy": policy})
+    optimizer = make_optimizer(models, args)
+    steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
-    run = Run(args, steps)
-    start, metrics = run.restore({"policy": policy}, optimizer), {}
+    run = Run(args, models, optimizer, steps)
 
-    def evaluate(step):
-        metrics, rows = evaluate_answers(policy, tokenizer, held_out, gold, stop_ids, args, autocast)
-        run.samples(step, rows)
+    def evaluate_and_log(step):
+        metrics, rows = evaluate_answers(
+            policy,
+            held_out,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
         return metrics
 
+    metrics = {}
+    start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate(0), show=[])
+        run.log(0, evaluate_and_log(0))
     for step in range(start, steps):
-        # data: the next rows, in an order of its own for every epoch
+        # take the next rows, in an order of its own for every epoch
         began = time.time()
         first = step * args.batch_size
         last = min(first + args.batch_size, args.epochs * len(examples))
-        picked = shuffled(examples, args.seed, first, last)
-        masks = [e["mask"] for e in picked]
-        batch = pad_batch([e["ids"] for e in picked], masks, device)
+        rows = stream(examples, args.seed, first, last)
+        batch = make_batch([row["ids"] for row in rows], [row["mask"] for row in rows], device)
 
-        # update: one denominator for the whole batch, however it is cut into micro-batches
-        tokens, padded_tokens, loss_sum = batch.completion_mask[:, 1:].sum(), 0, 0.0
-        for rows in micro_batches(batch.lengths, args.micro_batch_tokens):
-            mb = batch.rows(rows)
-            padded_tokens += mb.input_ids.numel()
-            mask = mb.completion_mask[:, 1:]
+        # update: one normaliser for the whole batch, however it is cut into micro-batches
+        batch["weights"] = batch["mask"] / batch["mask"].sum()
+        totals = Counter()
+        for mb in micro_batches(batch, args.micro_batch_tokens):
             with autocast():
-                logprobs, _ = token_logprobs(policy, mb.input_ids, mb.attention_mask, mask)
-            loss = sft_loss(logprobs, mask / tokens)
+                mb_logprobs = token_logprobs(policy, mb)
+            loss = sft_loss(mb_logprobs, mb["weights"])
             loss.backward()
-            loss_sum += loss.detach()
-        loss_sum, padded_tokens = over_ranks(loss_sum, padded_tokens)
-        grad_norm = clip_gradients(policy, args.max_grad_norm)
-        run.stop_unless_finite(step + 1, picked, loss=loss_sum, grad_norm=grad_norm)
+            totals["loss"] += loss.detach()
+            totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step, steps)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        check_finite(step + 1, grad_norm=grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        # log, eval, save
-        metrics = {"loss": loss_sum, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        metrics["padding"] = 1 - sum(batch.lengths) / padded_tokens
-        metrics["seconds/train"] = time.time() - began
-        metrics["tokens_per_second"] = sum(batch.lengths) / metrics["seconds/train"]
-        if held_out and due(args.eval_every, step + 1, steps):
-            metrics |= evaluate(step + 1)
+        # log, evaluate, save
+        seconds = time.time() - began
+        batch_tokens = batch["attention_mask"].sum()
+        metrics = {
+            "loss": all_reduce(totals["loss"]),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "padding": 1 - batch_tokens / all_reduce(totals["padded_tokens"]),
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds/train": seconds,
+        }
+        if held_out and is_due(args.eval_every, step + 1, steps):
+            metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
-        run.checkpoint_if_due(step + 1, {"policy": policy}, optimizer)
+        run.checkpoint_if_due(step + 1)
     is_laptop = args.model is None and args.output_dir == "runs/sft"
-    then = "" if is_laptop else f" --model {args.output_dir} --dataset ..."
-    run.finish(policy, tokenizer, stop_ids, f"python reward_model.py{then}")
+    flags = "" if is_laptop else f" --model {args.output_dir} --dataset ..."
+    run.finish(policy, tokenizer, eos_ids, f"python reward_model.py{flags}")
     return metrics
 
 
 if __name__ == "__main__":
-    laptop = dict(epochs=120, learning_rate=1e-3, warmup_steps=20, overwrite=True)
+    laptop = dict(
+        epochs=120,
+        learning_rate=1e-3,
+        warmup_steps=20,
+        overwrite=True,
+    )
     main(cli(Args, laptop=laptop))
