@@ -1323,10 +1323,8 @@ class Run:
             set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=options)
             step = state["step"]
         for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = on_first_rank(lambda name=name: read_whole_lines(self.dir / name))
-            text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-            if rank() == 0:
-                replace_file(self.dir / name, lambda file, text=text: file.write(text.encode()))
+            rows = on_first_rank(lambda name=name: read_rows(self.dir / name))
+            self.rewrite(name, [row for row in rows if row["step"] <= step])
         print(f"resumed after step {max(0, step)} of {self.steps}")
         self.bar.update(max(0, step))
         return max(0, step)
@@ -1366,12 +1364,15 @@ class Run:
 
     # ------------------------------------------------ logs
     def append(self, name, rows):
-        """Rows as JSON lines at the end of a log, numbers that are not finite as null."""
+        """Rows as JSON lines at the end of a log."""
         if rank() == 0:
             with open(self.dir / name, "a") as file:
-                for row in rows:
-                    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-                    file.write(json.dumps(row, default=str) + "\n")
+                file.write(json_lines(rows))
+
+    def rewrite(self, name, rows):
+        """Rows as JSON lines instead of what a log held."""
+        if rank() == 0:
+            replace_file(self.dir / name, lambda file: file.write(json_lines(rows).encode()))
 
     def log(self, step, metrics, show=()):
         """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log, a line."""
@@ -1424,7 +1425,16 @@ class Run:
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
 
 
-def read_whole_lines(path):
+def json_lines(rows):
+    """Rows as JSON lines; a number that is not finite, which JSON does not have, as null."""
+    text = ""
+    for row in rows:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        text += json.dumps(row, default=str) + "\n"
+    return text
+
+
+def read_rows(path):
     """Rows of a .jsonl log of ours; a last line that was cut off when the run was killed is left out."""
     if not path.exists():
         return []

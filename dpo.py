@@ -333,13 +333,14 @@ def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, au
     """Of held-out pairs what training logs, with the accuracy's binomial standard error; what complete_prompts
     says of the first 500 prompts; the KL of the sampled completions from the reference, in nats -> metrics,
     rows."""
-    metrics = Counter()
+    totals = Counter()
     for start in range(0, len(examples), 1000):
         batch = pair_batch(examples[start : start + 1000], policy.device)
         logprobs = batch_token_logprobs(policy, batch, args, autocast)
         _, logged = pair_losses(logprobs, batch, args)
         for name, values in logged.items():
-            metrics[f"eval/{name}"] += values.sum().item() / len(examples)
+            totals[name] += values.sum().item()
+    metrics = {f"eval/{name}": total / len(examples) for name, total in totals.items()}
     accuracy = metrics["eval/accuracy"]
     metrics["eval/accuracy_stderr"] = math.sqrt(accuracy * (1 - accuracy) / len(examples))
 

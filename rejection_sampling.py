@@ -49,6 +49,8 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
+    on_first_rank,
+    read_rows,
     sample,
     set_learning_rate,
     setup,
@@ -76,8 +78,8 @@ class Args:
     """seed of data order, sampling and new weights"""
     steps: int | None = None
     """optimiser steps at most; without it, --epochs decides"""
-    learning_rate: float = 1e-5
-    """peak, of AdamW (2e-5: RAFT)"""
+    learning_rate: float = 2e-5
+    """peak, of AdamW (2e-5: Touvron et al. 2023 for SFT)"""
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -215,7 +217,326 @@ def best_of_n_metrics(scores, values, name):
     return metrics
 
 
-def sample_groups(policy, examples, iteration, run, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """Sample and score N completions of each prompt, 64 prompts at a time -> one record a prompt, as
-    rollouts.jsonl has them. What that file already holds of the iteration, from before a --resume, is read."""
-    records = [r for r in run.read("rollouts.jsonl") if r["iteration"] == iteration]
+CHUNK = 64  # prompts that are sampled, scored and written at a time
+
+
+def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_ids, args, autocast):
+    """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has them.
+
+    What that file holds of this iteration, from before a --resume, is read; a chunk that was cut off is sampled
+    again. A score is None where the reward cannot judge."""
+    records = on_first_rank(lambda: read_rows(run.dir / "rollouts.jsonl"))
+    earlier = [record for record in records if record["iteration"] < iteration]
+    records = [record for record in records if record["iteration"] == iteration]
+    if len(records) < len(examples):
+        records = records[: len(records) // CHUNK * CHUNK]
+        run.rewrite("rollouts.jsonl", earlier + records)
+    N = args.num_generations
+    for first in range(len(records), len(examples), CHUNK):
+        chunk = examples[first : first + CHUNK]
+        with autocast():
+            completions = sample(
+                policy,
+                [example["prompt_ids"] for example in chunk],
+                num_generations=N,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "sample", iteration, first),
+            )
+        repeated = [example for example in chunk for _ in range(N)]
+        scores = score(repeated, completions).tolist()
+        golds = [math.nan] * len(scores) if gold is None else gold(repeated, completions).tolist()
+        for i, example in enumerate(chunk):
+            row_ids = completions[i * N : (i + 1) * N]
+            row_scores = scores[i * N : (i + 1) * N]
+            row_golds = golds[i * N : (i + 1) * N]
+            records.append(
+                {
+                    "iteration": iteration,
+                    "row": example["row"],
+                    "completions": [completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids],
+                    "scores": [None if math.isnan(x) else x for x in row_scores],
+                    "gold": [None if math.isnan(x) else x for x in row_golds],
+                    "solve_rate": sum(row_golds) / N,
+                    "ids": row_ids,
+                }
+            )
+        run.append("rollouts.jsonl", records[first:])
+        done = f"{len(records)} of {len(examples)} prompts of iteration {iteration + 1}"
+        run.bar.set_postfix_str(f"sampled {done}")
+        if run.is_interrupted():
+            run.exit(done)
+    return records
+
+
+def select(rewards, ids, iteration, args):
+    """Choose what to train on: rewards (M, N), NaN where there is no score, and the completions' ids, M lists of
+    N -> (row, column) of each. The controls choose by random numbers, and are the same otherwise."""
+    if args.min_score is not None:
+        rewards = rewards.masked_fill(rewards < args.min_score, math.nan)
+    num_usable = int((~rewards.isnan()).sum())
+    num_wanted = args.select_k or 1
+    if num_usable < num_wanted:
+        fail(f"{num_usable} completions have a usable score, and at least {num_wanted} are wanted")
+    noise = torch.rand(rewards.shape, generator=generator(args.seed, "select", iteration))
+    noise = noise.masked_fill(rewards.isnan(), math.nan)
+    if args.select in ("top-per-prompt", "random-per-prompt"):
+        columns = select_top_per_prompt(rewards if args.select == "top-per-prompt" else noise)
+        return [(row, column) for row, column in enumerate(columns.tolist()) if column >= 0]
+    selected = distinct(select_top_k(rewards, args.select_k), ids)
+    if args.select == "random-k":  # as many as top-k keeps
+        selected = distinct(select_top_k(noise, num_usable), ids)[: len(selected)]
+    return selected
+
+
+def distinct(flat, ids):
+    """Flat indices of (M, N) -> (row, column) of each; of equal completions of a row the first only."""
+    pairs = {}
+    for index in flat.tolist():
+        row, column = divmod(index, len(ids[0]))
+        pairs.setdefault((row, tuple(ids[row][column])), (row, column))
+    return list(pairs.values())
+
+
+def fine_tune(policy, optimizer, examples, run, *, iteration, first_step, start, log_first, evaluate_and_log, args, autocast):
+    """sft.py on the selected completions, with a learning rate schedule of its own -> steps done at its end,
+    metrics of the last step. Steps before `start` were made before the run was resumed; the metrics
+    `log_first` are of the first step."""
+    steps = math.ceil(args.epochs * len(examples) / args.batch_size)
+    if args.steps is not None:
+        steps = min(steps, args.steps - first_step)
+    metrics = {}
+    for step in range(max(start, first_step), first_step + steps):
+        # take the next completions, in an order of its own for every epoch
+        began = time.time()
+        first = (step - first_step) * args.batch_size
+        last = min(first + args.batch_size, args.epochs * len(examples))
+        rows = stream(examples, f"{args.seed}/{iteration}", first, last)
+        batch = completion_batch(
+            [row["prompt_ids"] for row in rows],
+            [row["completion_ids"] for row in rows],
+            policy.device,
+        )
+
+        # update: one normaliser for the whole batch, however it is cut into micro-batches
+        batch["weights"] = batch["mask"] / batch["mask"].sum()
+        totals = Counter()
+        for mb in micro_batches(batch, args.micro_batch_tokens):
+            with autocast():
+                mb_logprobs = token_logprobs(policy, mb)
+            loss = sft_loss(mb_logprobs, mb["weights"])
+            loss.backward()
+            totals["loss"] += loss.detach()
+            totals["padded_tokens"] += mb["inputs"].numel()
+        learning_rate = set_learning_rate(optimizer, args, step - first_step, steps)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        check_finite(step + 1, grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # log, evaluate, save
+        seconds = time.time() - began
+        batch_tokens = batch["attention_mask"].sum()
+        metrics = {
+            "loss": all_reduce(totals["loss"]),
+            "iteration": iteration + 1,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "padding": 1 - batch_tokens / all_reduce(totals["padded_tokens"]),
+            "tokens_per_second": batch_tokens / seconds,
+            "seconds/train": seconds,
+        }
+        if step == first_step:
+            metrics |= log_first
+        is_last = step + 1 == first_step + steps
+        is_evaluation_due = is_last or is_due(args.eval_every, step + 1, run.steps)
+        if evaluate_and_log is not None and is_evaluation_due:
+            metrics |= evaluate_and_log(step + 1)
+        run.log(step + 1, metrics, show=["iteration", "loss", "grad_norm", "tokens_per_second"])
+        # an iteration ends with a checkpoint, since the next one samples from its policy
+        run.checkpoint_if_due(step + 1, is_last)
+    return first_step + steps, metrics
+
+
+@torch.no_grad()
+def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
+    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
+    model at the start in nats per completion."""
+    prompts = [example["prompt_ids"] for example in examples]
+    metrics = {}
+    # the sampled completions come second: what follows the loop is about them
+    for suffix, num_generations, temperature in [
+        ("_greedy", 1, 0.0),
+        ("", args.num_generations, args.temperature),
+    ]:
+        with autocast():
+            completions = sample(
+                policy,
+                prompts,
+                num_generations=num_generations,
+                max_new_tokens=args.max_completion_length,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                rng=generator(args.seed, "evaluate"),
+            )
+        repeated = [example for example in examples for _ in range(num_generations)]
+        numbers = {"score": score(repeated, completions)}
+        if gold is not None:
+            numbers["gold"] = gold(repeated, completions)
+        for name, values in numbers.items():
+            metrics[f"eval/{name}{suffix}"] = values.nanmean()
+    if gold is not None and args.num_generations > 1:
+        solved = numbers["gold"].view(-1, args.num_generations).amax(1)
+        metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
+    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
+
+    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    logprobs = batch_token_logprobs(policy, batch, args, autocast, args.temperature)
+    reference = load_policy(args.model, policy.device)
+    ref_logprobs = batch_token_logprobs(reference, batch, args, autocast, args.temperature)
+    numbers["kl"] = (logprobs - ref_logprobs).sum(1)
+    metrics["eval/kl"] = numbers["kl"].mean()
+    metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
+
+    rows = []
+    for i, example in enumerate(examples):
+        first = i * args.num_generations
+        text = completion_text(tokenizer, example["prompt_ids"], completions[first])
+        row = {"prompt": example["prompt"], "completion": text}
+        rows.append(row | {name: values[first].item() for name, values in numbers.items()})
+    return metrics, rows
+
+
+def main(args):
+    device, autocast = setup(args)
+    if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
+        fail(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it, others do not")
+
+    # load the data first, so that a bad file costs no time
+    tokenizer = load_tokenizer(args.model)
+    eos_ids = find_eos_ids(tokenizer, args.model)
+    examples = load_examples(args.dataset, "prompt", tokenizer, args)
+    held_out = load_held_out("prompt", tokenizer, args)
+    longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
+    check_context(
+        args.model,
+        longest_prompt + args.max_completion_length,
+        "--max-prompt-length or --max-completion-length",
+    )
+
+    # load the models
+    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    gold = load_gold(args, tokenizer, eos_ids)
+    policy = load_policy(
+        args.model,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    models = nn.ModuleDict({"policy": policy})
+    optimizer = make_optimizer(models, args)
+    M = args.prompts_per_iteration or len(examples)
+    N = args.num_generations
+    if (args.select_k or 0) > M * N:
+        fail(f"--select-k is {args.select_k}, more than the {M * N} completions of an iteration")
+    steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
+    run = Run(args, models, optimizer, min(steps, args.steps or steps))  # fewer if some prompts have no score
+
+    def evaluate_and_log(step):
+        metrics, rows = evaluate_policy(
+            policy,
+            held_out,
+            score=score,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        run.log_samples(step, rows)
+        return metrics
+
+    metrics = {}
+    step = 0
+    start = run.restore()
+    if start == 0 and held_out:
+        run.log(0, evaluate_and_log(0))
+    for iteration in range(args.iterations):
+        # take the next M prompts, in an order of its own for every pass over the data
+        began = time.time()
+        prompts = stream(examples, args.seed, iteration * M, (iteration + 1) * M)
+
+        # sample N completions of each and score them
+        records = roll_out(
+            policy,
+            prompts,
+            iteration,
+            run,
+            score=score,
+            gold=gold,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            args=args,
+            autocast=autocast,
+        )
+        sampling_seconds = time.time() - began
+        ids = [record["ids"] for record in records]
+        rewards = torch.tensor([[math.nan if x is None else x for x in record["scores"]] for record in records])
+        golds = torch.tensor([[math.nan if x is None else x for x in record["gold"]] for record in records])
+
+        # select some of them
+        pairs = select(rewards, ids, iteration, args)
+        selected = [prompts[row] | {"completion_ids": ids[row][column]} for row, column in pairs]
+        rows, columns = torch.tensor(pairs).T
+        selection = {
+            "score": rewards.nanmean(),
+            "selected_score": rewards[rows, columns].mean(),
+            "seconds/sample": sampling_seconds,
+        }
+        selection |= best_of_n_metrics(rewards, rewards, "score")
+        if gold is not None:
+            selection["gold"] = golds.mean()
+            selection["selected_gold"] = golds[rows, columns].mean()
+            selection |= best_of_n_metrics(rewards, golds, "gold")
+        without_score = int(rewards.isnan().all(1).sum())
+        print(
+            f"iteration {iteration + 1}: {len(pairs)} of {M * N} completions selected; "
+            f"{without_score} of {M} prompts without a score"
+        )
+
+        # train on them
+        step, last_metrics = fine_tune(
+            policy,
+            optimizer,
+            selected,
+            run,
+            iteration=iteration,
+            first_step=step,
+            start=start,
+            log_first=selection,
+            evaluate_and_log=evaluate_and_log if held_out else None,
+            args=args,
+            autocast=autocast,
+        )
+        metrics = last_metrics or metrics
+        if step == args.steps:
+            break
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl")
+    return metrics
+
+
+if __name__ == "__main__":
+    laptop = dict(
+        model="runs/sft",
+        reward="runs/reward_model",
+        prompts_per_iteration=2000,
+        iterations=3,
+        epochs=4,
+        max_completion_length=10,
+        batch_size=32,
+        learning_rate=3e-4,
+        overwrite=True,
+    )
+    main(cli(Args, laptop=laptop))
