@@ -6,7 +6,6 @@ Log-probs, advantages, losses, evaluation and update loops stand in the scripts.
 
 import atexit
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -16,17 +15,14 @@ import numbers
 import os
 import random
 import re
+import runpy
 import signal
-import string
 import sys
-import textwrap
 import time
 import zlib
 from collections import Counter
-from decimal import Decimal
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
 import tyro
@@ -42,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,54 +58,46 @@ def fail(message):
 def cli(Args, laptop):
     """Command line -> Args.
 
-    Without --model it is the laptop run, for which `laptop` replaces the defaults. With --resume the flags
-    saved in --output-dir are the defaults. What stands on the command line wins."""
-    flags = {flag.partition("=")[0] for flag in sys.argv[1:]}
-    is_laptop = "--model" not in flags
-    laptop_flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in laptop.items())
+    Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved in
+    --output-dir are the defaults. What stands on the command line wins."""
+    is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
-        sys.modules[Args.__module__].__doc__
-        + f"\n\nThe defaults below hold with --model. Without it, the laptop run: {laptop_flags}"
+        f"{sys.modules[Args.__module__].__doc__}\n\n"
+        "The defaults below are those of the run that the other flags ask for: without --model the laptop run."
     )
-    default = Args(**laptop) if is_laptop and not flags & {"-h", "--help"} else Args()
-    args = tyro.cli(Args, default=default, description=description)
+    args = tyro.cli(Args, default=Args(**laptop) if is_laptop else Args(), description=description)
     if args.resume:
-        return tyro.cli(Args, default=saved_args(Args, args.output_dir))
+        return tyro.cli(Args, default=Args(**saved_flags(args)))
     if is_laptop and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
         fail("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
-    for path, script in {"runs/sft": "sft.py", "runs/reward_model": "reward_model.py"}.items():
-        is_needed = path in (args.model, getattr(args, "reward", None))
-        if is_needed and not Path(path, "config.json").is_file():
-            fail(f"{path} is not there: run `python {script}` first")
     return args
 
 
-def saved_args(Args, output_dir):
-    """The flags that the run in output_dir was started with."""
-    path = Path(output_dir, "args.json")
+def saved_flags(args):
+    """The flags of the run in --output-dir."""
+    path = Path(args.output_dir, "args.json")
     if not path.is_file():
-        fail(f"--resume: {output_dir} holds no run; start it without --resume")
+        fail(f"--resume: {args.output_dir} holds no run; start it without --resume")
     saved = json.loads(path.read_text())
-    if saved.keys() != {field.name for field in dataclasses.fields(Args)}:
-        fail(f"--resume: {output_dir} holds a run of another script, or of another version of it")
-    return Args(**saved)
+    if saved.keys() != vars(args).keys():
+        fail(f"--resume: {args.output_dir} holds a run of another script, or of another version of it")
+    return saved
 
 
 def setup(args):
     """Choose the device and check --output-dir before anything loads -> device, autocast (a context)."""
     device = start_processes()
     folder = Path(args.output_dir)
-    is_run = (folder / "args.json").is_file()
-    if args.resume and not is_run:
-        fail(f"--resume: {folder} holds no run; start it without --resume")
-    if is_run and not args.resume and not args.overwrite:
-        fail(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
-    if not is_run and folder.exists() and any(folder.iterdir()):
+    if args.resume:
+        saved_flags(args)
+    elif (folder / "args.json").is_file():
+        if not args.overwrite:
+            fail(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
+    elif folder.exists() and any(folder.iterdir()):
         fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         fail(f"--track {args.track}: that package is not installed; run `pip install {args.track}`")
-    if world_size() > 1:
-        distributed.barrier()  # no process has written yet what another one looks for
+    barrier()  # no process has written yet what another one looks for
 
     is_cuda = device.type == "cuda"
     if args.micro_batch_tokens is None:
@@ -117,8 +106,7 @@ def setup(args):
     if dtype == "auto":  # emulated, as on older cards, bfloat16 is slower than float32
         has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float32"
-    name = torch.cuda.get_device_name() if is_cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"device: {world_size()} x {name}; weights float32, compute {dtype}")
+    print(f"device: {world_size()} x {device.type}; weights float32, compute {dtype}")
 
     def autocast():
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
@@ -128,8 +116,8 @@ def setup(args):
 
 def generator(seed, *purpose):
     """A torch.Generator that its arguments determine: a resumed run has no generator state to restore."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).hexdigest()
+    return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
 # ---------------------------------------------------------------- 2. processes
@@ -154,7 +142,7 @@ def start_processes():
     if not distributed.is_initialized():
         if kind == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        distributed.init_process_group()
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -167,6 +155,12 @@ def all_reduce(value, op="sum"):
     total = torch.as_tensor(value).clone()
     distributed.all_reduce(total, distributed.ReduceOp.SUM if op == "sum" else distributed.ReduceOp.MAX)
     return total if isinstance(value, torch.Tensor) else total.item()
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        distributed.barrier()
 
 
 def on_first_rank(function):
@@ -228,9 +222,11 @@ def clip_gradients(model, max_norm):
 # ---------------------------------------------------------------- 3. models
 def from_pretrained(cls, path, flag, **options):
     """cls.from_pretrained(path), a failure as one sentence that names the flag."""
+    if path.startswith("runs/") and not Path(path).exists():
+        fail(f"{flag} {path} is not there: run `python {Path(path).name}.py` first")
     try:
         return cls.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         fail(f"{flag} {path}: no directory or Hub id that can be loaded ({reason})")
 
@@ -260,24 +256,13 @@ def end_of_turn_id(tokenizer):
 
 def find_eos_ids(tokenizer, path):
     """All ids that end a completion, sorted: of tokenizer, chat template and generation config."""
+    try:
+        configured = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without one
+        configured = None
     eos_ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
-    if path is not None:
-        try:
-            configured = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:  # a model without a generation config
-            configured = from_pretrained(AutoConfig, path, "--model").eos_token_id
-        eos_ids |= set(configured if isinstance(configured, list) else [configured])
+    eos_ids |= set(configured if isinstance(configured, list) else [configured])
     return sorted(eos_ids - {None})
-
-
-def load_config(path, flag):
-    """Its config, dropout and jitter off: else two forwards differ, and the first update's ratio is not 1."""
-    config = from_pretrained(AutoConfig, path, flag)
-    for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
-            if re.search("drop|jitter", name) and type(value) in (int, float):
-                setattr(part, name, 0.0)
-    return config
 
 
 def context_of(config):
@@ -292,21 +277,15 @@ def check_context(path, tokens, flag):
         fail(f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
 
 
-def load_policy(path, device, trainable=False, gradient_checkpointing=False, config=None):
-    """A causal language model with float32 weights, on its device.
-
-    Without a path a model with random weights of that config, for the laptop run."""
-    if path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else:
-        model = from_pretrained(
-            AutoModelForCausalLM,
-            path,
-            "--model",
-            config=load_config(path, "--model"),
-            dtype=torch.float32,
-            use_safetensors=True,  # nothing is unpickled
-        )
+def load_policy(path, device, trainable=False, gradient_checkpointing=False):
+    """A causal language model with float32 weights, on its device."""
+    model = from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        "--model",
+        dtype=torch.float32,
+        use_safetensors=True,  # nothing is unpickled
+    )
     check_head(model)
     return prepare(model, device, trainable, gradient_checkpointing)
 
@@ -316,13 +295,10 @@ def load_scorer(path, device, flag, *, trainable=False, gradient_checkpointing=F
 
     init_head: a function that fills the weight (1, H) of the new head of a language model; without it a
     language model is an error. pad_for: tokenizer and EOS ids, for a PAD of its own (see choose_pad)."""
-    config = load_config(path, flag)
-    architecture = (config.architectures or ["model of unknown architecture"])[0]
-    is_scorer = architecture.endswith("ForSequenceClassification")
+    config = from_pretrained(AutoConfig, path, flag)
+    is_scorer = "SequenceClassification" in str(config.architectures)
     if not is_scorer and init_head is None:
-        fail(f"{flag} {path}: a {architecture}, not a reward model; train one with reward_model.py")
-    if is_scorer and config.num_labels != 1:
-        fail(f"{flag} {path}: a classifier with {config.num_labels} labels; a reward model has one output")
+        fail(f"{flag} {path}: {config.architectures} is no reward model; train one with reward_model.py")
     config.num_labels = 1
     model = from_pretrained(
         AutoModelForSequenceClassification,
@@ -348,15 +324,15 @@ def has_score_head(model):
     return isinstance(head, nn.Linear) and head.bias is None
 
 
-def prepare(model, device, trainable, gradient_checkpointing):
-    """Dropout off, gradients on or off, split over processes if there are several."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    model.train(trainable)
+def prepare(model, device, trainable, gradient_checkpointing=False):
+    """Gradients on or off; split over processes if there are several."""
+    model.eval()  # dropout and jitter stay off: else two forwards differ, and the first update's ratio is not 1
     model.requires_grad_(trainable)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # what turns it on; the parts of this module stay as they are
     return shard(model, device)
 
 
@@ -375,36 +351,28 @@ def head_logits(model, hidden):
 
 @torch.no_grad()
 def check_head(model):
-    """Stop if head_logits, or left padding, gives other log-probs than the model's own forward."""
+    """Stop if head_logits of the body, or left padding, gives other log-probs than the model's own forward."""
     name = type(model).__name__
     if model.base_model is model:
         fail(f"{name} does not say which part of it is without the head (base_model)")
     ids = torch.arange(1, 5)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    if not torch.allclose(head_logits(model, hidden).log_softmax(-1), expected, atol=1e-3):
-        fail(f"{name} changes its logits in a way that head_logits in common.py does not know: add it")
     attention_mask = F.pad(torch.ones_like(ids), (2, 0))
-    padded = model(
+    logits = model(
         input_ids=F.pad(ids, (2, 0)),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     ).logits[0, 2:]
-    if not torch.allclose(padded.float().log_softmax(-1), expected, atol=1e-3):
-        fail(f"{name} counts positions in a way of its own: its prompts cannot be padded")
+    difference = head_logits(model, hidden).log_softmax(-1) - logits.float().log_softmax(-1)
+    if difference.abs().max() > 1e-3:
+        fail(f"{name} scales its logits or counts positions in a way that common.py does not know: see head_logits")
 
 
 def choose_pad(model, tokenizer, eos_ids):
     """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not PAD."""
-    added = tokenizer.added_tokens_decoder
-    named = [i for i, token in added.items() if token.special and "pad" in token.content.lower()]
-    candidates = [tokenizer.pad_token_id, *named, tokenizer.unk_token_id]
-    pad_id = next((i for i in candidates if i is not None and i not in eos_ids), None)
-    if pad_id is None:
+    if tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    else:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -442,27 +410,18 @@ def task_rows(kind, held_out, seed, chat=False):
 
 
 def wrong_answer(answer, rng):
-    """A rejected answer: a slip or two, and most are put into order again."""
+    """A rejected answer: letters replaced, swapped, left out or put in; most are put into order again."""
     wrong = answer
     while wrong == answer:
-        wrong = slip(wrong if rng.random() < 0.7 else slip(wrong, rng), rng)
-        wrong = "".join(sorted(wrong)) if rng.random() < 0.6 else wrong
-    return wrong
-
-
-def slip(text, rng):
-    """`text` with one slip: a wrong letter, two neighbours swapped, a letter left out, doubled or put in."""
-    wrong = text
-    while wrong == text:
-        i = rng.randrange(len(text))
+        i = rng.randrange(len(wrong))
+        before, here, after = wrong[:i], wrong[i], wrong[i + 1 :]
         letter = rng.choice(LETTERS)
-        before, here, after = text[:i], text[i], text[i + 1 :]
-        swapped = before + after[:1] + here + after[1:]
         replaced = before + letter + after
-        left_out = before + after
-        doubled = before + here + here + after
+        swapped = before + after[:1] + here + after[1:]
         put_in = before + letter + here + after
-        wrong = rng.choice([swapped, replaced, replaced, left_out, doubled, put_in])
+        wrong = rng.choice([replaced, replaced, swapped, before + after, put_in])
+        if rng.random() < 0.6:
+            wrong = "".join(sorted(wrong))
     return wrong
 
 
@@ -471,39 +430,9 @@ def task_checker(prompts, completions, rows):
     return [float(row["finished"] and text.strip() == row["answer"]) for text, row in zip(completions, rows)]
 
 
-def tiny_tokenizer():
-    """One token a letter, `>`, PAD, EOS and UNK; no BOS, no chat template."""
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[UNK]", ">", *LETTERS])}
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    letters.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=letters,
-        pad_token="[PAD]",
-        eos_token="[EOS]",
-        unk_token="[UNK]",
-        model_max_length=64,
-    )
-
-
-def tiny_config(tokenizer):
-    """A Llama of 0.8M parameters."""
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-
-
 # ---------------------------------------------------------------- 5. data
-PROMPT_COLUMNS = ("prompt", "instruction", "question")
-COMPLETION_COLUMNS = ("completion", "output", "answer")
+PROMPT_COLUMNS = ["prompt", "instruction", "question"]
+COMPLETION_COLUMNS = ["completion", "output", "answer"]
 READ_COLUMNS = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, "messages", "chosen", "rejected", "margin"}
 
 
@@ -515,20 +444,15 @@ class DroppedRow(Exception):
     """Why a row is left out and counted: it is well-formed, and cannot be used whole."""
 
 
-def load_examples(dataset, kind, tokenizer, args, held_out=False):
-    """Read, check and tokenise a data set -> list of examples, dicts with `prompt` as in the file, `row`,
-    `where` (file and line) and, by kind,
-
-        sft         prompt_ids, ids, mask (1 on trained tokens; of one length with ids)
-        preference  prompt_ids, chosen_ids, rejected_ids, margin
-        prompt      prompt_ids
+def load_examples(dataset, make_example, tokenizer, args, held_out=False):
+    """Read, check and tokenise a data set -> list of examples: what make_example (sft_example,
+    preference_example or prompt_example) gives, with `row` as in the file and `where` it stands.
 
     A row that cannot be used whole is dropped and counted, never cut."""
-    make_example = {"sft": sft_example, "preference": preference_example, "prompt": prompt_example}[kind]
+    kind = make_example.__name__.removesuffix("_example")
     end_id = end_of_turn_id(tokenizer)
     if dataset == TASK:
         rows = task_rows(kind, held_out, args.seed, chat=tokenizer.chat_template is not None)
-        rows = [(f"{TASK} row {number}", row) for number, row in enumerate(rows, 1)]
     elif dataset.endswith((".jsonl", ".json")):
         rows = read_file(dataset)
     else:
@@ -537,120 +461,83 @@ def load_examples(dataset, kind, tokenizer, args, held_out=False):
     examples = []
     dropped = Counter()
     columns = set()
-    for where, row in rows:
+    for number, row in enumerate(rows, 1):
+        where = f"{dataset} {'line' if dataset.endswith('.jsonl') else 'row'} {number}"
+        if row is None:  # an empty line
+            continue
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"is a {type(row).__name__}, not an object")
-            examples.append({"row": row, "where": where} | make_example(row, tokenizer, end_id, args))
+            example = make_example(row, tokenizer, end_id, args)
+            examples.append({"row": row, "where": where} | example)
         except BadRow as error:
             fail(f"{where}: {error}")
         except DroppedRow as error:
             dropped[str(error)] += 1
         columns |= row.keys()
 
-    report = f"{dataset}{' (held out)' if held_out else ''}: {len(examples)} of {len(rows)} rows"
+    report = f"{dataset}{' (held out)' if held_out else ''}: {len(examples)} rows"
     for reason, count in dropped.items():
         report += f"; {count} dropped {reason}"
     if not examples:
         fail(f"{report}: nothing is left")
     print(report)
-    template_columns = {name for _, name, _, _ in string.Formatter().parse(args.prompt_template)}
-    unread = columns - READ_COLUMNS - template_columns
+    unread = [name for name in columns - READ_COLUMNS if "{" + name not in args.prompt_template]
     if kind != "prompt" and unread and dataset != TASK:
         print(f"{dataset}: columns that are not used: {', '.join(sorted(unread))}")
     return examples
 
 
-def load_held_out(kind, tokenizer, args):
+def load_held_out(make_example, tokenizer, args):
     """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line says so."""
     dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
     if dataset is None:
         print("no --eval-dataset: nothing is held out")
         return []
-    return load_examples(dataset, kind, tokenizer, args, held_out=True)
+    return load_examples(dataset, make_example, tokenizer, args, held_out=True)
 
 
 def read_file(path):
-    """(file and line, row) of a .jsonl file, or of a .json file that holds one list."""
-    if not Path(path).is_file():
-        fail(f"{path}: there is no such file")
-    number = 0
+    """Rows of a .jsonl file, None for an empty line, or of a .json file that holds one list."""
+    where = path
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
             rows = json.loads(text)
             if not isinstance(rows, list):
-                fail(f"{path}: holds one {type(rows).__name__}, not a list of objects")
-            return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+                raise ValueError(f"it holds one {type(rows).__name__}, not a list of objects")
+            return rows
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                rows.append((f"{path} line {number}", json.loads(line)))
+            where = f"{path} line {number}"
+            rows.append(json.loads(line) if line.strip() else None)
         return rows
-    except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror})")
-    except UnicodeDecodeError as error:
-        fail(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})")
-    except (ValueError, RecursionError) as error:
-        where = f"{path} line {number}" if number else path
-        fail(f"{where}: broken JSON ({error}); wanted one object a line, or in .json one list of objects")
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{where}: cannot be read ({error}); wanted one JSON object a line, or in .json one list of them")
 
 
 def read_hub(dataset):
-    """(name and row, row) of a Hub data set, `name` or `name:split`."""
+    """Rows of a Hub data set, `name` or `name:split`."""
     if importlib.util.find_spec("datasets") is None:
         fail(f"{dataset}: no .jsonl or .json file; to read it from the Hub, run `pip install datasets`")
     import datasets
 
     name, _, split = dataset.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        fail(f"{dataset}: cannot be loaded from the Hub ({reason})")
-    return [(f"{dataset} row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def sft_example(row, tokenizer, end_id, args):
-    """Prompt and completion, or messages, of which the last assistant turn is trained, or all of them."""
-    if "messages" in row:
-        messages = text_or_messages(row, "messages")
-        roles = [message["role"] for message in messages] if isinstance(messages, list) else []
-        turns = [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
-        if not turns:
-            raise BadRow("`messages` has no assistant turn after the first message: nothing to train on")
-        if args.train_on == "last":
-            turns = turns[-1:]
-        pairs = [(messages[:i], messages[i : i + 1]) for i in turns]
-    else:
-        pairs = [(prompt_of(row, args), text_or_messages(row, *COMPLETION_COLUMNS))]
-    encoded = [encode_pair(tokenizer, prompt, completion, end_id) for prompt, completion in pairs]
-    prompt_ids, completion_ids = encoded[-1]
-    ids = prompt_ids + completion_ids
-    check_length(ids, args.max_length, "--max-length")
-    mask = [0] * len(ids)
-    for turn_prompt_ids, turn_ids in encoded:
-        end = len(turn_prompt_ids) + len(turn_ids)
-        if ids[:end] != turn_prompt_ids + turn_ids:
-            raise DroppedRow("whose turns the chat template does not render as prefixes")
-        mask[len(turn_prompt_ids) : end] = [1] * len(turn_ids)
-    return {"prompt": pairs[-1][0], "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
+    return list(datasets.load_dataset(name, split=split or "train"))
 
 
 def preference_example(row, tokenizer, end_id, args):
     """Prompt, chosen and rejected, or chosen and rejected that begin alike; `margin` is optional."""
-    chosen = text_or_messages(row, "chosen")
-    rejected = text_or_messages(row, "rejected")
-    has_prompt = any(name in row for name in PROMPT_COLUMNS)
-    if isinstance(chosen, list) and isinstance(row.get("prompt"), str):
-        has_prompt = False  # UltraFeedback's form: the prompt stands in both conversations, too
-    if has_prompt:
+    chosen = text_or_messages(row, ["chosen"])
+    rejected = text_or_messages(row, ["rejected"])
+    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
+    if row.keys() & set(PROMPT_COLUMNS) and not is_whole:
         prompt = prompt_of(row, args)
     else:
         prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
-    margin = 0.0 if row.get("margin") is None else row["margin"]
-    if type(margin) not in (int, float) or not abs(margin) < 1e9:
-        raise BadRow(f"`margin` must be a number, found {str(margin)[:60]}")
+    margin = row.get("margin") or 0.0
+    if not isinstance(margin, (int, float)):
+        raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
     prompt_ids, chosen_ids = encode_pair(tokenizer, prompt, chosen, end_id)
     _, rejected_ids = encode_pair(tokenizer, prompt, rejected, end_id)
     check_length(prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length")
@@ -679,35 +566,31 @@ def prompt_example(row, tokenizer, end_id, args):
     return {"prompt": prompt, "prompt_ids": prompt_ids}
 
 
-def text_or_messages(row, *names):
+def text_or_messages(row, names):
     """The first of these columns that the row has: a text, or a list of {"role", "content"}."""
     name = next((name for name in names if name in row), None)
     if name is None:
-        raise BadRow(f"no column {' or '.join(names)} among {', '.join(row) or 'none'}")
+        raise BadRow(f"no column {' or '.join(names)} among {', '.join(row)}")
     value = row[name]
-    messages = value if isinstance(value, list) and value else [None]
-    texts = [value]
-    if not isinstance(value, str):
-        texts = [m.get(key) if isinstance(m, dict) else m for m in messages for key in ("role", "content")]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
-    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
-        raise BadRow(f"`{name}` holds half of a surrogate pair, which is no text")
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    for message in messages or [None]:
+        texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [message]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
     return value
 
 
 def prompt_of(row, args):
     """The prompt of a row: a column as it is, or several through --prompt-template."""
     if args.prompt_template == "{prompt}":
-        return text_or_messages(row, *PROMPT_COLUMNS)
+        return text_or_messages(row, PROMPT_COLUMNS)
     if isinstance(row.get("prompt"), list):
         raise BadRow("--prompt-template is for texts, and `prompt` is a list of messages")
     try:
-        prompt = args.prompt_template.format(**row)
+        return args.prompt_template.format(**row)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
-        found = ", ".join(row)
-        raise BadRow(f"--prompt-template {args.prompt_template!r} does not fit {found} ({error!r})") from error
-    return text_or_messages({"--prompt-template": prompt}, "--prompt-template")
+        template = f"--prompt-template {args.prompt_template!r}"
+        raise BadRow(f"{template} does not fit the columns {', '.join(row)} ({error!r})") from error
 
 
 def split_shared_prefix(chosen, rejected):
@@ -715,10 +598,8 @@ def split_shared_prefix(chosen, rejected):
 
     Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:" that they
     share (Anthropic's form), or up to the last white space."""
-    if type(chosen) is not type(rejected):
-        raise BadRow("`chosen` and `rejected` must both be texts or both be lists of messages")
-    same = [a == b for a, b in zip(chosen, rejected)]
-    cut = (same + [False]).index(False)
+    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    cut = is_same.index(False)
     if isinstance(chosen, list):
         cut = min(cut, len(chosen) - 1, len(rejected) - 1)
     else:
@@ -743,7 +624,10 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 def encode(tokenizer, text, is_chat):
     """A text's ids. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
-    ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False).input_ids
+    try:
+        ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False).input_ids
+    except TypeError as error:
+        raise BadRow("half of a surrogate pair (\\ud800 to \\udfff) is no text") from error
     eos_added = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if eos_added else ids  # (some tokenizers add EOS, to prompts too)
 
@@ -808,12 +692,11 @@ def check_length(ids, limit, flag):
 def stream(examples, seed, start, stop):
     """Examples start to stop - 1 of an endless stream: each pass over the data has an order of its own."""
     n = len(examples)
-    found = []
-    for epoch in range(start // n, (stop - 1) // n + 1):
-        order = torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
-        first = max(0, start - epoch * n)
-        found += [examples[i] for i in order[first : stop - epoch * n]]
-    return found
+    first_epoch = start // n
+    order = []
+    for epoch in range(first_epoch, (stop - 1) // n + 1):
+        order += torch.randperm(n, generator=generator(seed, "shuffle", epoch)).tolist()
+    return [examples[i] for i in order[start - first_epoch * n : stop - first_epoch * n]]
 
 
 # ---------------------------------------------------------------- 6. batches
@@ -821,10 +704,10 @@ def stream(examples, seed, start, stop):
 SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
 
 
-def pad_rows(rows, device, value=0):
-    """Lists of numbers -> (B, T), right-padded."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+def pad_rows(rows, device, value=0, side="right"):
+    """Lists of numbers -> (B, T), `value` where a row is shorter."""
+    rows = [torch.tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side).to(device)
 
 
 def make_batch(sequences, masks, device):
@@ -854,28 +737,28 @@ def take(batch, rows):
     Of no rows it makes two that count for nothing, all 0: where there are several processes, each must go
     through the model as often as the others."""
     if len(rows) == 0:
-        nothing = {name: torch.zeros_like(x[:1]).repeat_interleave(2, 0) for name, x in batch.items()}
-        nothing["attention_mask"][:, 0] = 1
-        rows = [0, 1]
-        batch = nothing
+        batch = {name: torch.zeros_like(x) for name, x in batch.items()}
+        batch["attention_mask"][:, 0] = 1
+        rows = [0, 0]
     width = batch["attention_mask"][rows].sum(1).max()
     return {name: x[rows, :width] if x.ndim == 2 else x[rows] for name, x in batch.items()}
 
 
 def micro_batch_rows(batch, budget, together):
     """Row numbers of the micro-batches of this process: lists, of which the last may be empty."""
-    lengths = batch["attention_mask"].sum(1).view(-1, together).amax(1).tolist()
-    order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
+    lengths = batch["attention_mask"].sum(1).view(-1, together).amax(1)
+    groups = lengths.sort(descending=True, stable=True).indices[rank() :: world_size()].tolist()
+    lengths = lengths.tolist()
     lists = []
-    for group in order[rank() :: world_size()]:
-        longest = lengths[lists[-1][0]] if lists else math.inf
-        tokens = longest * together * (len(lists[-1]) + 1) if lists else math.inf
+    longest = 0
+    for group in groups:
+        tokens = longest * together + longest * len(lists[-1]) if lists else math.inf
         is_uneven = lengths[group] < 0.9 * longest and tokens > SMALL_BATCH
         if tokens > budget or is_uneven:
             lists.append([])
-        lists[-1].append(group)
-    lists += [[]] * (all_reduce(len(lists), op="max") - len(lists))
-    return [[group * together + i for group in groups for i in range(together)] for groups in lists]
+            longest = lengths[group]
+        lists[-1] += range(group * together, (group + 1) * together)
+    return lists + [[]] * (all_reduce(len(lists), op="max") - len(lists))
 
 
 def micro_batches(batch, budget, together=1):
@@ -931,82 +814,69 @@ def sample(
     order = order[rank() :: world_size()]
     row_tokens = max(map(len, prompts)) + max_new_tokens
     prompts_at_a_time = max(1, token_budget // (num_generations * row_tokens))
-    completions = {}
-    was_training = model.training
-    model.eval()  # in train mode gradient checkpointing would drop the cache
+    tokens = torch.zeros(noise.shape, dtype=torch.long, device=model.device)
     with unsharded(model):
         for start in range(0, len(order), prompts_at_a_time):
             indices = order[start : start + prompts_at_a_time]
-            tokens = sample_rows(
+            rows = sample_rows(
                 model,
                 [prompts[i] for i in indices],
                 noise[indices].flatten(0, 1).to(model.device),
                 temperature,
                 torch.tensor(eos_ids, device=model.device),
             )
-            for i, group in zip(indices, tokens.view(len(indices), num_generations, -1).tolist()):
-                completions[i] = [cut_at_eos(ids, eos_ids) for ids in group]
-    model.train(was_training)
-    if world_size() > 1:
-        parts = [None] * world_size()
-        distributed.all_gather_object(parts, completions)
-        completions = {i: group for part in parts for i, group in part.items()}
-    return [ids for i in range(len(prompts)) for ids in completions[i]]
+            tokens[indices] = rows.view(len(indices), num_generations, max_new_tokens)
+    tokens = all_reduce(tokens).flatten(0, 1).tolist()
+    return [cut_at_eos(ids, eos_ids) for ids in tokens]
 
 
 def sample_rows(model, prompts, noise, temperature, eos_ids):
-    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), 0 after a row's EOS.
+    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after a row's EOS.
 
     Each prompt, left-padded, goes through the model once; its generations start from copies of its keys and
     values. Rows that have ended leave the batch when they are a quarter of it: each time copies the cache."""
     device = noise.device
     B, max_new_tokens = noise.shape
     num_generations = B // len(prompts)
-    width = max(map(len, prompts))
-    inputs = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    inputs = pad_rows(prompts, device, side="left")
+    attention_mask = pad_rows([[1] * len(ids) for ids in prompts], device, side="left")
     # left padding without positions of its own is wrong for learned ones (GPT-2)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=model.config)
-    logits = model(
-        input_ids=inputs,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cache=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(num_generations)
-    logits = logits.repeat_interleave(num_generations, 0)
-    attention_mask = attention_mask.repeat_interleave(num_generations, 0)
-    position_ids = position_ids[:, -1:].repeat_interleave(num_generations, 0)
-
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     row = torch.arange(B, device=device)  # which row of `tokens` each row of the cache belongs to
-    unfinished = torch.ones(B, dtype=torch.bool, device=device)
+    is_finished = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        token = draw(logits.float(), temperature, noise[row, t])
-        tokens[row[unfinished], t] = token[unfinished]
-        unfinished = unfinished & ~torch.isin(token, eos_ids)
-        number_unfinished = int(unfinished.sum())
-        if number_unfinished == 0 or t + 1 == max_new_tokens:
-            break
-        if number_unfinished <= 0.75 * len(row):
-            cache.batch_select_indices(unfinished.nonzero()[:, 0])
-            attention_mask = attention_mask[unfinished]
-            position_ids = position_ids[unfinished]
-            token = token[unfinished]
-            row = row[unfinished]
-            unfinished = unfinished[unfinished]
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        position_ids = position_ids + 1
         logits = model(
-            input_ids=token[:, None],
+            input_ids=inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]
+        if t == 0:
+            cache.batch_repeat_interleave(num_generations)
+            logits = logits.repeat_interleave(num_generations, 0)
+            attention_mask = attention_mask.repeat_interleave(num_generations, 0)
+            position_ids = position_ids[:, -1:].repeat_interleave(num_generations, 0)
+        token = draw(logits.float(), temperature, noise[row, t])
+        tokens[row, t] = token
+        is_finished = is_finished | torch.isin(token, eos_ids)
+        num_finished = int(is_finished.sum())
+        if num_finished == len(row):
+            break
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        position_ids = position_ids + 1
+        if num_finished >= len(row) / 4:
+            unfinished = (~is_finished).nonzero()[:, 0]
+            cache.batch_select_indices(unfinished)
+            attention_mask = attention_mask[unfinished]
+            position_ids = position_ids[unfinished]
+            token = token[unfinished]
+            row = row[unfinished]
+            is_finished = is_finished[unfinished]
+        inputs = token[:, None]
     return tokens
 
 
@@ -1037,26 +907,17 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 
 
 # ---------------------------------------------------------------- 8. rewards
-# a number that stands alone, not in a fraction: sign and `$` in either order, thousands commas, decimals
-SIGN = r"(?<![\w.^/])(?:(?<![-−])[-−]\$?|\$[-−]?)?"
-NUMBER = SIGN + r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?!\d|,\d{3}|\s*/\s*\d)"
-FORMULA = r"\\[dt]?frac|\\sqrt|\d\s*(?:[-−+*/^×÷·=x]|\\times|\\div|\\cdot)\s*[\d(.$\\]"
+NUMBER = r"[-−]?\$?[-−]?\d[\d,]*(?:\.\d+)?"
 
 
 def gsm8k_number(text):
-    """The answer that a worked solution ends in, a Decimal: the first number in the last `####` line or
-    \\boxed{}, else the last number of all; None without one, or for a formula there: nothing is evaluated."""
-    text = re.sub(r"\{,\}|\\,", ",", text)  # LaTeX's thousands commas
-    marked = re.findall(r"####([^\n]*)|\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
-    answer = "".join(marked[-1]) if marked else ""
-    if re.search(FORMULA, answer):
-        return None
-    found = re.search(NUMBER, answer)
-    if found is None:
-        found = ([None] + list(re.finditer(NUMBER, text)))[-1]
-    if found is None:
-        return None
-    return Decimal(re.sub(r"[$,]", "", found[0]).replace("−", "-"))
+    """The answer that a worked solution ends in: the first number after the last `####` or in the
+    last \\boxed{}, else the last number of all; None without one. Nothing is evaluated."""
+    text = re.sub(r"\{,\}|\\,|\\!", "", text)  # LaTeX's thousands commas
+    marked = re.findall(r"####([^\n]*)|\\boxed\{([^{}]*)\}", text)
+    found = re.findall(NUMBER, "".join(marked[-1]))[:1] if marked else []
+    found = found or re.findall(NUMBER, text)[-1:]
+    return float(re.sub("[$,]", "", found[0]).replace("−", "-")) if found else None
 
 
 def gsm8k_checker(prompts, completions, rows):
@@ -1068,54 +929,26 @@ def gsm8k_checker(prompts, completions, rows):
 CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # they read the column `answer` of the data set
 
 
-def load_checker(reward, examples):
-    """--reward -> function(prompts, completions, rows) -> list[float | None]; None if it names a model."""
-    if reward is None:
-        fail(f"--reward is missing: a reward model, {', '.join(CHECKERS)}, or path/file.py:function")
-    if reward in CHECKERS:
-        for example in examples:
-            answer = example["row"].get("answer")
-            rows = [{"answer": answer, "finished": True}]
-            if not isinstance(answer, str) or CHECKERS[reward]([""], [answer], rows) != [1.0]:
-                fail(f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}")
-        return CHECKERS[reward]
-    path, _, name = reward.rpartition(":")
-    if reward.endswith(".py"):
-        fail(f"--reward {reward}: say which function of it, {reward}:function")
-    if not path.endswith(".py"):
-        return None
-    if not Path(path).is_file():
-        fail(f"--reward {reward}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # (dataclasses in that file look themselves up)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        fail(f"--reward {reward}: {path} has no function {name}")
-    return getattr(module, name)
+def checker_reward(function, tokenizer, eos_ids):
+    """A checker -> score(examples, completions) -> (B,), as load_reward has it. Only the first process calls it."""
 
-
-class Checker:
-    """A checker as a reward: examples and completions (lists of ids) -> scores (B,) float32 on the CPU, NaN
-    where it returns None, which means that it cannot judge. Only the first process calls it."""
-
-    def __init__(self, function, tokenizer, eos_ids):
-        self.function = function
-        self.tokenizer = tokenizer
-        self.eos_ids = eos_ids
-
-    def __call__(self, examples, completions):
-        pairs = list(zip(examples, completions))
+    def score(examples, completions):
         prompts = [example["prompt"] for example in examples]
-        texts = [completion_text(self.tokenizer, example["prompt_ids"], ids) for example, ids in pairs]
-        rows = [example["row"] | {"finished": ids[-1] in self.eos_ids} for example, ids in pairs]
-        scores = on_first_rank(lambda: self.function(prompts, texts, rows))
-        if not isinstance(scores, (list, tuple)) or len(scores) != len(texts):
-            fail(f"the reward returned {scores!r:.80}; wanted a list of {len(texts)}, one for each completion")
-        for text, score in zip(texts, scores):
-            if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
-                fail(f"the reward returned {score!r} for {text!r:.60}; return None where it cannot judge")
-        return torch.tensor([math.nan if score is None else float(score) for score in scores])
+        texts = []
+        rows = []
+        for example, ids in zip(examples, completions):
+            texts.append(completion_text(tokenizer, example["prompt_ids"], ids))
+            rows.append(example["row"] | {"finished": ids[-1] in eos_ids})
+        scores = on_first_rank(lambda: list(function(prompts, texts, rows)))
+        if len(scores) != len(texts):
+            fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")
+        for value in scores:
+            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+            if value is not None and not is_number:
+                fail(f"the reward returned {value!r}: wanted numbers, and None where it cannot judge")
+        return torch.tensor([math.nan if value is None else float(value) for value in scores])
+
+    return score
 
 
 def same_ids(tokenizer, other):
@@ -1140,72 +973,81 @@ class RewardModel:
     another tokenizer gets the text, or messages through its own chat template."""
 
     def __init__(self, args, policy_tokenizer, eos_ids, device, autocast):
-        self.path = args.reward
-        self.budget = args.micro_batch_tokens
-        self.autocast = autocast
+        self.args = args
         self.policy_tokenizer = policy_tokenizer
         self.eos_ids = eos_ids
+        self.autocast = autocast
         self.tokenizer = load_tokenizer(args.reward, "--reward")
-        self.end_id = end_of_turn_id(self.tokenizer)
-        self.control_tokens = control_tokens(self.tokenizer)
-        self.same_ids = same_ids(policy_tokenizer, self.tokenizer)
         self.model = load_scorer(args.reward, device, "--reward")
-        self.can_give_values = self.same_ids and has_score_head(self.model)
+        self.has_policy_tokens = same_ids(policy_tokenizer, self.tokenizer)
+        self.can_give_values = self.has_policy_tokens and has_score_head(self.model)
 
     def __call__(self, examples, completions):
-        translate = self.join if self.same_ids else self.translate
-        sequences = [translate(example, ids) for example, ids in zip(examples, completions)]
-        pad_id = self.tokenizer.pad_token_id or 0  # (a model's own forward may look for it)
+        sequences = []
+        for example, completion_ids in zip(examples, completions):
+            ids = example["prompt_ids"] + completion_ids
+            sequences.append(ids if self.has_policy_tokens else self.translate(example, completion_ids))
+        pad_id = self.model.config.get_text_config().pad_token_id or 0  # a model's own forward may look for it
         batch = {
-            "inputs": pad_rows(sequences, self.model.device, pad_id),
+            "inputs": pad_rows(sequences, self.model.device, value=pad_id),
             "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], self.model.device),
         }
         with self.autocast():
-            (scores,) = in_micro_batches(lambda mb: (last_token_scores(self.model, mb),), batch, self.budget)
+            (scores,) = in_micro_batches(
+                lambda mb: (last_token_scores(self.model, mb),),
+                batch,
+                self.args.micro_batch_tokens,
+            )
         if not scores.isfinite().all():
-            fail(f"--reward {self.path} gave a score that is not finite")
+            fail(f"--reward {self.args.reward} gave a score that is not finite")
         return scores.cpu()
 
-    def join(self, example, completion_ids):
-        return example["prompt_ids"] + completion_ids
-
     def translate(self, example, completion_ids):
-        """Prompt and completion in this model's own tokens. Control tokens that a text spells are content, not
-        control: a space breaks them."""
+        """Prompt and completion in this model's own tokens."""
         prompt = example["prompt"]
-        text = self.defuse(completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids))
+        text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids)
+        for token in control_tokens(self.tokenizer):  # in a completion it is text, and could end the turn
+            text = text.replace(token, " ".join(token))
         is_chat = isinstance(prompt, list)
-        if is_chat:
-            prompt = [message | {"content": self.defuse(message["content"])} for message in prompt]
-            whole = render(self.tokenizer, join_messages(prompt, text))
-        else:
-            whole = prompt + text
-        ids = self.tokenizer(whole, add_special_tokens=not is_chat, verbose=False).input_ids
-        ids = end_once(self.tokenizer, ids, self.end_id, is_chat)
-        if completion_ids[-1] not in self.eos_ids and ids[-1] == self.end_id:
-            ids = ids[:-1]  # a completion that was cut has no end
-        if len(ids) > self.tokenizer.model_max_length:
-            fail(f"--reward {self.path}: {len(ids)} tokens are too long for it")
-        return ids
-
-    def defuse(self, text):
-        for token in self.control_tokens:
-            text = text.replace(token, f"{token[:1]} {token[1:]}")
-        return text
+        whole = render(self.tokenizer, join_messages(prompt, text)) if is_chat else prompt + text
+        end_id = end_of_turn_id(self.tokenizer)
+        ids = end_once(self.tokenizer, encode(self.tokenizer, whole, is_chat), end_id, is_chat)
+        is_cut = completion_ids[-1] not in self.eos_ids
+        return ids[:-1] if is_cut and ids[-1] == end_id else ids
 
 
 def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
     """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot judge."""
-    checker = load_checker(args.reward, examples)
-    if checker is not None:
-        return Checker(checker, tokenizer, eos_ids)
+    reward = args.reward
+    if reward is None:
+        fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function")
+    path, _, name = reward.rpartition(":")
+    if reward.endswith(".py"):
+        fail(f"--reward {reward}: say which function of it, {reward}:function")
+    if path.endswith(".py"):
+        functions = runpy.run_path(path) if Path(path).is_file() else {}
+        if name not in functions:
+            fail(f"--reward {reward}: no such file, or no function {name} in it")
+        return checker_reward(functions[name], tokenizer, eos_ids)
+    if reward in CHECKERS:
+        check_answers(examples, reward)
+        return checker_reward(CHECKERS[reward], tokenizer, eos_ids)
     return RewardModel(args, tokenizer, eos_ids, device, autocast)
+
+
+def check_answers(examples, reward):
+    """Stop at a row whose own answer a built-in checker does not find right."""
+    for example in examples:
+        answer = example["row"].get("answer")
+        rows = [{"answer": answer, "finished": True}]
+        if not isinstance(answer, str) or CHECKERS[reward]([""], [answer], rows) != [1.0]:
+            fail(f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}")
 
 
 def load_gold(args, tokenizer, eos_ids):
     """The exact checker of --dataset or --reward, to be logged beside the score; None if there is none."""
-    checker = CHECKERS.get(args.dataset) or CHECKERS.get(getattr(args, "reward", None))
-    return Checker(checker, tokenizer, eos_ids) if checker else None
+    name = args.dataset if args.dataset in CHECKERS else getattr(args, "reward", None)
+    return checker_reward(CHECKERS[name], tokenizer, eos_ids) if name in CHECKERS else None
 
 
 # ---------------------------------------------------------------- 9. runs
@@ -1243,8 +1085,10 @@ def check_finite(step, **quantities):
 
 
 def replace_file(path, write):
-    """Write a file whole or not at all: under another name, flushed, then renamed."""
-    new = path.with_name(path.name + ".new")
+    """Write a file whole or not at all: under another name, flushed, then renamed. The first process does."""
+    if rank() > 0:
+        return
+    new = Path(f"{path}.new")
     with open(new, "wb") as file:
         write(file)
         file.flush()
@@ -1252,9 +1096,22 @@ def replace_file(path, write):
     os.replace(new, path)
 
 
-def one_line(text, width):
-    """`text` in at most `width` characters, control characters as Python writes them: for a terminal."""
-    return textwrap.shorten(repr(text)[1:-1], width, placeholder="…") if text.strip() else repr(text)
+def make_tracker(args):
+    """--track -> function(metrics, step) that sends them there."""
+    if rank() > 0 or args.track == "none":
+        return lambda metrics, step: None
+    if args.track == "wandb":
+        import wandb
+
+        return wandb.init(project="onefile-rlhf", config=vars(args)).log
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(args.output_dir)
+    atexit.register(writer.close)
+    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
@@ -1265,49 +1122,40 @@ class Run:
 
     def __init__(self, args, models, optimizer, steps):
         self.args = args
-        self.models = nn.ModuleDict(models)
+        self.models = models
         self.optimizer = optimizer
         self.steps = steps
         self.dir = Path(args.output_dir)
-        self.signal = None
+        self.signal = 0
         self.started = time.time()
         on_first_rank(self.make_folder)
-        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty())
         self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.tracker = None
-        if args.track == "wandb" and rank() == 0:
-            import wandb
-
-            self.tracker = wandb.init(project="onefile-rlhf", dir=self.dir, config=dataclasses.asdict(args))
-        if args.track == "tensorboard" and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tracker = SummaryWriter(self.dir)
+        self.tracker = make_tracker(args)
 
     def make_folder(self):
-        if (self.dir / "args.json").exists() and not self.args.resume:  # --overwrite, else setup had stopped
-            names = [f"{self.dir.name}.old{number}" for number in ("", *range(2, 10_000))]
-            old = next(p for p in map(self.dir.with_name, names) if not p.exists())
+        """A new folder; an earlier run that is there, which --overwrite allows, gets another name."""
+        if (self.dir / "args.json").exists() and not self.args.resume:
+            old = Path(f"{self.dir}.old")
+            while old.exists():
+                old = Path(f"{old}.old")
             self.dir.rename(old)
             print(f"{self.dir} held an earlier run; it is now {old}")
         self.dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self.args) | {"resume": False}, indent=1) + "\n"
-        replace_file(self.dir / "args.json", lambda file: file.write(text.encode()))
+        flags = json.dumps(vars(self.args) | {"resume": False}, indent=1)
+        replace_file(self.dir / "args.json", lambda file: file.write(flags.encode()))
 
     # ------------------------------------------------ checkpoints
     def checkpoint(self, step):
         """Write what --resume needs, whole or not at all. All processes call it."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
             "step": step,
-            "models": get_model_state_dict(self.models, options=options),
-            "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=options),
+            "models": get_model_state_dict(self.models, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=WHOLE),
         }
-        if rank() == 0:
-            (self.dir / "checkpoint").mkdir(exist_ok=True)
-            replace_file(self.dir / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
-        if world_size() > 1:
-            distributed.barrier()
+        (self.dir / "checkpoint").mkdir(exist_ok=True)
+        replace_file(self.dir / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
+        barrier()
 
     def restore(self):
         """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps done, 0
@@ -1318,16 +1166,16 @@ class Run:
         step = -1  # without a checkpoint the run begins again, and so do its logs
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(self.models, state["models"], options=options)
-            set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=options)
+            set_model_state_dict(self.models, state["models"], options=WHOLE)
+            set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=WHOLE)
             step = state["step"]
         for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = on_first_rank(lambda name=name: read_rows(self.dir / name))
+            rows = read_rows(self.dir / name)
             self.rewrite(name, [row for row in rows if row["step"] <= step])
-        print(f"resumed after step {max(0, step)} of {self.steps}")
-        self.bar.update(max(0, step))
-        return max(0, step)
+        step = max(0, step)
+        print(f"resumed after step {step} of {self.steps}")
+        self.bar.update(step)
+        return step
 
     def checkpoint_if_due(self, step, is_last=False):
         """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
@@ -1340,16 +1188,14 @@ class Run:
     # ------------------------------------------------ signals
     def interrupt(self, number, frame):
         """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
+        self.signal = number
         for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
             signal.signal(each, signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN)
-        self.signal = number
-        if rank() == 0:
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def is_interrupted(self):
         """True in all processes if a signal came to one of them."""
-        self.signal = all_reduce(self.signal or 0, op="max") or None
-        return self.signal is not None
+        self.signal = all_reduce(self.signal, op="max")
+        return self.signal > 0
 
     def exit(self, done):
         """End the process with the status that shells expect after a signal; `done` says how far it came."""
@@ -1371,8 +1217,7 @@ class Run:
 
     def rewrite(self, name, rows):
         """Rows as JSON lines instead of what a log held."""
-        if rank() == 0:
-            replace_file(self.dir / name, lambda file: file.write(json_lines(rows).encode()))
+        replace_file(self.dir / name, lambda file: file.write(json_lines(rows).encode()))
 
     def log(self, step, metrics, show=()):
         """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log, a line."""
@@ -1380,27 +1225,20 @@ class Run:
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.append("metrics.jsonl", [{"step": step} | metrics])
-        if self.args.track == "wandb" and self.tracker:
-            self.tracker.log(metrics, step=step)
-        if self.args.track == "tensorboard" and self.tracker:
-            for name, value in metrics.items():
-                self.tracker.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
+        self.tracker(metrics, step=step)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(shown)
-        if self.bar.disable and shown and is_due(self.args.log_every, step, self.steps):
-            print(f"step {step}/{self.steps}  {shown}  {time.time() - self.started:.0f} s", flush=True)
-        held_out = [f"{name.removeprefix('eval/')} {v:.3f}" for name, v in metrics.items() if "eval/" in name]
-        if held_out and rank() == 0:
-            tqdm.write(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
+        self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
+        if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
+            print(f"step {step}/{self.steps}: {self.bar.postfix}, {time.time() - self.started:.0f} s", flush=True)
+        held_out = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
+        if held_out:
+            tqdm.write(f"step {step}/{self.steps}: {', '.join(held_out)}", file=sys.stdout)
 
     def log_samples(self, step, rows):
         """Rows of prompt, completion and numbers go to samples.jsonl; the first three are shown."""
         self.append("samples.jsonl", [{"step": step} | row for row in rows])
-        for row in rows[:3] if rank() == 0 else []:
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            found = "  ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
-            tqdm.write(f"  {one_line(prompt, 30)} | {one_line(row['completion'], 60)} | {found}")
+        for row in rows[:3]:
+            tqdm.write(f"  {row['prompt']!r:.60} -> {row['completion']!r:.60}", file=sys.stdout)
 
     def finish(self, model, tokenizer, eos_ids, then):
         """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
@@ -1409,19 +1247,16 @@ class Run:
             model.generation_config = transformers.GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
+                eos_token_id=eos_ids,
             )
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options) if isinstance(model, FSDPModule) else None
+        weights = get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else None
         if rank() == 0:
             model.save_pretrained(self.dir, state_dict=weights)
             tokenizer.save_pretrained(self.dir)
+        barrier()
         if world_size() > 1:
-            distributed.barrier()
             atexit.register(distributed.destroy_process_group)  # (after a failure it could wait for others)
         self.close()
-        if self.tracker is not None:
-            self.tracker.finish() if self.args.track == "wandb" else self.tracker.close()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
 
 

@@ -48,6 +48,7 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
+    preference_example,
     sample,
     set_learning_rate,
     setup,
@@ -376,8 +377,8 @@ def main(args):
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
     eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, "preference", tokenizer, args)
-    held_out = load_held_out("preference", tokenizer, args)
+    examples = load_examples(args.dataset, preference_example, tokenizer, args)
+    held_out = load_held_out(preference_example, tokenizer, args)
     check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
     gold = load_gold(args, tokenizer, eos_ids)
 

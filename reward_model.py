@@ -44,6 +44,7 @@ from common import (
     make_optimizer,
     micro_batches,
     pad_rows,
+    preference_example,
     set_learning_rate,
     setup,
     stream,
@@ -211,8 +212,8 @@ def main(args):
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
     eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, "preference", tokenizer, args)
-    held_out = load_held_out("preference", tokenizer, args)
+    examples = load_examples(args.dataset, preference_example, tokenizer, args)
+    held_out = load_held_out(preference_example, tokenizer, args)
     check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
 
     def init_head(weight):

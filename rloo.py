@@ -52,6 +52,7 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
+    prompt_example,
     sample,
     set_learning_rate,
     setup,
@@ -312,8 +313,8 @@ def main(args):
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
     eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, "prompt", tokenizer, args)
-    held_out = load_held_out("prompt", tokenizer, args)
+    examples = load_examples(args.dataset, prompt_example, tokenizer, args)
+    held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
     check_context(
         args.model,

@@ -20,20 +20,28 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import tokenizers
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    COMPLETION_COLUMNS,
+    LETTERS,
+    BadRow,
+    DroppedRow,
     Run,
     all_reduce,
     as_forward,
     check_context,
     check_finite,
+    check_length,
     cli,
     clip_gradients,
     completion_text,
     context_of,
+    encode_pair,
     find_eos_ids,
     generator,
     head_logits,
@@ -47,12 +55,13 @@ from common import (
     make_batch,
     make_optimizer,
     micro_batches,
+    prepare,
+    prompt_of,
     sample,
     set_learning_rate,
     setup,
     stream,
-    tiny_config,
-    tiny_tokenizer,
+    text_or_messages,
 )
 
 
@@ -108,6 +117,61 @@ class Args:
     """tokens of prompt and completion; longer rows are dropped and counted"""
     train_on: Literal["last", "all"] = "last"
     """assistant turns of `messages` that are trained"""
+
+
+def sft_example(row, tokenizer, end_id, args):
+    """Prompt and completion, or messages, of which the last assistant turn is trained, or all of them."""
+    if "messages" in row:
+        messages = text_or_messages(row, ["messages"])
+        roles = [] if isinstance(messages, str) else [message["role"] for message in messages]
+        turns = [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
+        if not turns:
+            raise BadRow("`messages` has no assistant turn after the first message: nothing to train on")
+        if args.train_on == "last":
+            turns = turns[-1:]
+        pairs = [(messages[:i], messages[i : i + 1]) for i in turns]
+    else:
+        pairs = [(prompt_of(row, args), text_or_messages(row, COMPLETION_COLUMNS))]
+    ids = []
+    mask = []
+    for prompt, completion in pairs:
+        prompt_ids, completion_ids = encode_pair(tokenizer, prompt, completion, end_id)
+        if prompt_ids[: len(ids)] != ids:
+            raise DroppedRow("whose turns the chat template does not render as prefixes")
+        mask += [0] * (len(prompt_ids) - len(ids)) + [1] * len(completion_ids)
+        ids = prompt_ids + completion_ids
+    check_length(ids, args.max_length, "--max-length")
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
+
+
+def tiny_tokenizer():
+    """One token a letter, `>`, PAD, EOS and UNK; no BOS, no chat template."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[UNK]", ">", *LETTERS])}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    letters.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        model_max_length=64,
+    )
+
+
+def tiny_config(tokenizer):
+    """A Llama of 0.8M parameters."""
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
 
 
 @as_forward
@@ -217,24 +281,27 @@ def evaluate_answers(policy, examples, *, gold, tokenizer, eos_ids, args, autoca
 
 def main(args):
     device, autocast = setup(args)
-    torch.manual_seed(args.seed)  # of new weights
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model) if args.model else tiny_tokenizer()
-    eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, "sft", tokenizer, args)
-    held_out = load_held_out("sft", tokenizer, args)
+    eos_ids = find_eos_ids(tokenizer, args.model) if args.model else [tokenizer.eos_token_id]
+    examples = load_examples(args.dataset, sft_example, tokenizer, args)
+    held_out = load_held_out(sft_example, tokenizer, args)
     longest = max(len(example["ids"]) for example in examples + held_out)
     if args.model is not None:
         check_context(args.model, longest, "--max-length")
     gold = load_gold(args, tokenizer, eos_ids)
-    policy = load_policy(
-        args.model,
-        device,
-        trainable=True,
-        gradient_checkpointing=args.gradient_checkpointing,
-        config=tiny_config(tokenizer),
-    )
+    if args.model is None:  # new weights
+        torch.manual_seed(args.seed)
+        model = transformers.LlamaForCausalLM(tiny_config(tokenizer))
+        policy = prepare(model, device, trainable=True)
+    else:
+        policy = load_policy(
+            args.model,
+            device,
+            trainable=True,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
     models = nn.ModuleDict({"policy": policy})
     optimizer = make_optimizer(models, args)
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
