@@ -87,14 +87,13 @@ def saved_flags(args):
 def setup(args):
     """Choose the device and check --output-dir before anything loads -> device, autocast (a context)."""
     device = start_processes()
-    folder = Path(args.output_dir)
+    names = os.listdir(args.output_dir) if os.path.exists(args.output_dir) else []
     if args.resume:
         saved_flags(args)
-    elif (folder / "args.json").is_file():
-        if not args.overwrite:
-            fail(f"{folder} holds a run: go on with --resume, or set it aside with --overwrite")
-    elif folder.exists() and any(folder.iterdir()):
-        fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
+    elif "args.json" in names and not args.overwrite:
+        fail(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
+    elif names and "args.json" not in names:
+        fail(f"--output-dir {args.output_dir}: holds files, and they are no run; name a new folder")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         fail(f"--track {args.track}: that package is not installed; run `pip install {args.track}`")
     barrier()  # no process has written yet what another one looks for
@@ -108,9 +107,12 @@ def setup(args):
         dtype = "bfloat16" if has_bfloat16 else "float32"
     print(f"device: {world_size()} x {device.type}; weights float32, compute {dtype}")
 
-    def autocast():
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
+    autocast = functools.partial(
+        torch.autocast,
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=dtype == "bfloat16",
+    )
     return device, autocast
 
 
@@ -247,11 +249,9 @@ def end_of_turn_id(tokenizer):
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
     after = render(tokenizer, messages).rpartition("good-bye")[2]
-    added = tokenizer.added_tokens_decoder
-    for token_id in tokenizer(after, add_special_tokens=False).input_ids:
-        if token_id in added and added[token_id].special:
-            return token_id
-    return tokenizer.eos_token_id
+    special_ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in special_ids), tokenizer.eos_token_id)
 
 
 def find_eos_ids(tokenizer, path):
@@ -483,7 +483,7 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
         fail(f"{report}: nothing is left")
     print(report)
     unread = [name for name in columns - READ_COLUMNS if "{" + name not in args.prompt_template]
-    if kind != "prompt" and unread and dataset != TASK:
+    if unread and kind != "prompt" and dataset != TASK:
         print(f"{dataset}: columns that are not used: {', '.join(sorted(unread))}")
     return examples
 
@@ -538,8 +538,8 @@ def preference_example(row, tokenizer, end_id, args):
     margin = row.get("margin") or 0.0
     if not isinstance(margin, (int, float)):
         raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
-    prompt_ids, chosen_ids = encode_pair(tokenizer, prompt, chosen, end_id)
-    _, rejected_ids = encode_pair(tokenizer, prompt, rejected, end_id)
+    prompt_ids, completions = encode_completions(tokenizer, prompt, [chosen, rejected], end_id)
+    chosen_ids, rejected_ids = completions
     check_length(prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length")
     if chosen_ids == rejected_ids:
         raise DroppedRow("whose chosen and rejected are the same in tokens")
@@ -555,11 +555,7 @@ def preference_example(row, tokenizer, end_id, args):
 def prompt_example(row, tokenizer, end_id, args):
     """A prompt; the further columns are the checker's."""
     prompt = prompt_of(row, args)
-    if isinstance(prompt, list):
-        check_control_tokens(tokenizer, prompt)
-        prompt_ids = encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True), is_chat=True)
-    else:
-        prompt_ids = encode(tokenizer, prompt, is_chat=False)
+    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
     if not prompt_ids:
         raise DroppedRow("whose prompt is empty")
     check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
@@ -572,11 +568,11 @@ def text_or_messages(row, names):
     if name is None:
         raise BadRow(f"no column {' or '.join(names)} among {', '.join(row)}")
     value = row[name]
-    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-    for message in messages or [None]:
-        texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [message]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
+    texts = [value]
+    if isinstance(value, list) and value:
+        texts = [m.get(key) if isinstance(m, dict) else None for m in value for key in ("role", "content")]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
     return value
 
 
@@ -622,37 +618,44 @@ def render(tokenizer, messages, add_generation_prompt=False):
         raise BadRow(f"the chat template refuses these messages ({' '.join(str(error).split())})") from error
 
 
-def encode(tokenizer, text, is_chat):
-    """A text's ids. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
+def encode(tokenizer, texts, is_chat):
+    """The ids of each text. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
     try:
-        ids = tokenizer(text, add_special_tokens=not is_chat, verbose=False).input_ids
+        encoded = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids
     except TypeError as error:
         raise BadRow("half of a surrogate pair (\\ud800 to \\udfff) is no text") from error
-    eos_added = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if eos_added else ids  # (some tokenizers add EOS, to prompts too)
+    for text, ids in zip(texts, encoded):
+        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+            ids.pop()  # (some tokenizers add EOS, to prompts too)
+    return encoded
 
 
-def encode_pair(tokenizer, prompt, completion, end_id):
-    """prompt and completion, texts or messages -> prompt_ids, completion_ids, the latter with one EOS.
+def encode_completions(tokenizer, prompt, completions, end_id):
+    """A prompt and completions of it, texts or messages -> prompt_ids, and of each completion its ids with one
+    EOS.
 
-    Both are tokenised as one text and split where the prompt's tokens end, so that the boundary is the one
-    that the model sees when it samples."""
+    Prompt and completion are tokenised as one text and split where the prompt's tokens end, so that the
+    boundary is the one that the model sees when it samples."""
     is_chat = isinstance(prompt, list)
     if is_chat:
-        messages = join_messages(prompt, completion)
-        check_control_tokens(tokenizer, messages)
-        text = render(tokenizer, prompt, add_generation_prompt=True)
-        whole = render(tokenizer, messages)
-    elif isinstance(completion, str):
-        text = prompt
-        whole = prompt + completion
+        check_control_tokens(tokenizer, prompt)
+        texts = [render(tokenizer, prompt, add_generation_prompt=True)]
     else:
-        raise BadRow("the prompt is a text, so the answer must be a text too, not messages")
-    prompt_ids = encode(tokenizer, text, is_chat)
-    ids = encode(tokenizer, whole, is_chat)
-    if not prompt_ids or ids[: len(prompt_ids)] != prompt_ids:
-        raise DroppedRow("whose prompt is empty or, in tokens, no prefix of prompt and completion")
-    return prompt_ids, end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat)
+        texts = [prompt]
+    for completion in completions:
+        if is_chat:
+            messages = join_messages(prompt, completion)
+            check_control_tokens(tokenizer, messages)
+            texts.append(render(tokenizer, messages))
+        elif isinstance(completion, str):
+            texts.append(prompt + completion)
+        else:
+            raise BadRow("the prompt is a text, so the answer must be a text too, not messages")
+    prompt_ids, *sequences = encode(tokenizer, texts, is_chat)
+    for ids in sequences:
+        if not prompt_ids or ids[: len(prompt_ids)] != prompt_ids:
+            raise DroppedRow("whose prompt is empty or, in tokens, no prefix of prompt and completion")
+    return prompt_ids, [end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat) for ids in sequences]
 
 
 def join_messages(prompt, completion):
@@ -701,7 +704,7 @@ def stream(examples, seed, start, stop):
 
 # ---------------------------------------------------------------- 6. batches
 # tokens below which a pass takes as long as a smaller one. CPU: measured; GPU: an estimate for 0.5B parameters
-SMALL_BATCH = 4096 if torch.cuda.is_available() else 256
+SMALL_BATCH = 4096 if torch.cuda.is_available() else 512
 
 
 def pad_rows(rows, device, value=0, side="right"):
@@ -752,7 +755,7 @@ def micro_batch_rows(batch, budget, together):
     lists = []
     longest = 0
     for group in groups:
-        tokens = longest * together + longest * len(lists[-1]) if lists else math.inf
+        tokens = longest * (len(lists[-1]) + together) if lists else math.inf
         is_uneven = lengths[group] < 0.9 * longest and tokens > SMALL_BATCH
         if tokens > budget or is_uneven:
             lists.append([])
@@ -781,9 +784,8 @@ def in_micro_batches(function, batch, budget):
             shape = batch["inputs"].shape
             results = [x.new_zeros(shape[: x.ndim]) for x in values]
         for result, x in zip(results, values):
-            if x.ndim == 2:
-                x = F.pad(x, (0, result.shape[1] - x.shape[1]))
-            result[rows] = x[: len(rows)]
+            cells = (rows, slice(x.shape[1])) if x.ndim == 2 else rows
+            result[cells] = x[: len(rows)]
     return [all_reduce(result) for result in results]
 
 
@@ -944,7 +946,7 @@ def checker_reward(function, tokenizer, eos_ids):
             fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")
         for value in scores:
             is_number = isinstance(value, numbers.Real) and math.isfinite(value)
-            if value is not None and not is_number:
+            if not is_number and value is not None:
                 fail(f"the reward returned {value!r}: wanted numbers, and None where it cannot judge")
         return torch.tensor([math.nan if value is None else float(value) for value in scores])
 
@@ -980,7 +982,6 @@ class RewardModel:
         self.tokenizer = load_tokenizer(args.reward, "--reward")
         self.model = load_scorer(args.reward, device, "--reward")
         self.has_policy_tokens = same_ids(policy_tokenizer, self.tokenizer)
-        self.can_give_values = self.has_policy_tokens and has_score_head(self.model)
 
     def __call__(self, examples, completions):
         sequences = []
@@ -1011,7 +1012,8 @@ class RewardModel:
         is_chat = isinstance(prompt, list)
         whole = render(self.tokenizer, join_messages(prompt, text)) if is_chat else prompt + text
         end_id = end_of_turn_id(self.tokenizer)
-        ids = end_once(self.tokenizer, encode(self.tokenizer, whole, is_chat), end_id, is_chat)
+        (ids,) = encode(self.tokenizer, [whole], is_chat)
+        ids = end_once(self.tokenizer, ids, end_id, is_chat)
         is_cut = completion_ids[-1] not in self.eos_ids
         return ids[:-1] if is_cut and ids[-1] == end_id else ids
 
@@ -1129,7 +1131,7 @@ class Run:
         self.signal = 0
         self.started = time.time()
         on_first_rank(self.make_folder)
-        self.bar = tqdm(total=steps, disable=rank() > 0 or not sys.stderr.isatty())
+        self.bar = tqdm(total=steps, disable=None if rank() == 0 else True)
         self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         self.tracker = make_tracker(args)
 
@@ -1261,10 +1263,10 @@ class Run:
 
 
 def json_lines(rows):
-    """Rows as JSON lines; a number that is not finite, which JSON does not have, as null."""
+    """Rows as JSON lines; NaN, which JSON does not have, as null."""
     text = ""
     for row in rows:
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {name: None if value != value else value for name, value in row.items()}
         text += json.dumps(row, default=str) + "\n"
     return text
 

@@ -42,6 +42,7 @@ from common import (
     fail,
     find_eos_ids,
     generator,
+    has_score_head,
     head_logits,
     in_micro_batches,
     is_due,
@@ -419,7 +420,8 @@ def main(args):
     reference = load_policy(args.model, device) if args.kl_coef else None
     # values start from the reward model (N+) if it has the policy's tokens, else with a head that gives 0 (B)
     value_path = args.value_model or args.model
-    if args.value_model is None and isinstance(score, RewardModel) and score.can_give_values:
+    is_reward_model = isinstance(score, RewardModel) and has_score_head(score.model)
+    if args.value_model is None and is_reward_model and score.has_policy_tokens:
         value_path = args.reward
     if not same_ids(tokenizer, load_tokenizer(value_path, "--value-model")):
         fail(f"--value-model {value_path}: its tokens are not the policy's, so it cannot value them")

@@ -41,7 +41,7 @@ from common import (
     clip_gradients,
     completion_text,
     context_of,
-    encode_pair,
+    encode_completions,
     find_eos_ids,
     generator,
     head_logits,
@@ -135,7 +135,7 @@ def sft_example(row, tokenizer, end_id, args):
     ids = []
     mask = []
     for prompt, completion in pairs:
-        prompt_ids, completion_ids = encode_pair(tokenizer, prompt, completion, end_id)
+        prompt_ids, (completion_ids,) = encode_completions(tokenizer, prompt, [completion], end_id)
         if prompt_ids[: len(ids)] != ids:
             raise DroppedRow("whose turns the chat template does not render as prefixes")
         mask += [0] * (len(prompt_ids) - len(ids)) + [1] * len(completion_ids)
