@@ -40,7 +40,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -69,7 +74,9 @@ def cli(Args, laptop):
     if args.resume:
         return tyro.cli(Args, default=Args(**saved_flags(args)))
     if is_laptop and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
-        fail("--dataset of your own needs --model: the laptop run's model reads only the built-in task")
+        fail(
+            "--dataset of your own needs --model: the laptop run's model reads only the built-in task"
+        )
     return args
 
 
@@ -80,7 +87,9 @@ def saved_flags(args):
         fail(f"--resume: {args.output_dir} holds no run; start it without --resume")
     saved = json.loads(path.read_text())
     if saved.keys() != vars(args).keys():
-        fail(f"--resume: {args.output_dir} holds a run of another script, or of another version of it")
+        fail(
+            f"--resume: {args.output_dir} holds a run of another script, or of another version of it"
+        )
     return saved
 
 
@@ -91,7 +100,9 @@ def setup(args):
     if args.resume:
         saved_flags(args)
     elif "args.json" in names and not args.overwrite:
-        fail(f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite")
+        fail(
+            f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite"
+        )
     elif names and "args.json" not in names:
         fail(f"--output-dir {args.output_dir}: holds files, and they are no run; name a new folder")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
@@ -140,7 +151,9 @@ def start_processes():
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() == 1:
         return torch.device(kind)
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    device = (
+        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    )
     if not distributed.is_initialized():
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -155,7 +168,9 @@ def all_reduce(value, op="sum"):
     if world_size() == 1:
         return value
     total = torch.as_tensor(value).clone()
-    distributed.all_reduce(total, distributed.ReduceOp.SUM if op == "sum" else distributed.ReduceOp.MAX)
+    distributed.all_reduce(
+        total, distributed.ReduceOp.SUM if op == "sum" else distributed.ReduceOp.MAX
+    )
     return total if isinstance(value, torch.Tensor) else total.item()
 
 
@@ -237,7 +252,9 @@ def load_tokenizer(path, flag="--model"):
     """The tokenizer of a directory or Hub id. One without PAD pads with EOS: masks come from lengths."""
     tokenizer = from_pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None and flag == "--model":
-        fail(f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token")
+        fail(
+            f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -274,7 +291,9 @@ def check_context(path, tokens, flag):
     """Stop if sequences of that many tokens do not fit the positions that a model was made for."""
     context = context_of(from_pretrained(AutoConfig, path, "--model"))
     if tokens > context:
-        fail(f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
+        fail(
+            f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}"
+        )
 
 
 def load_policy(path, device, trainable=False, gradient_checkpointing=False):
@@ -290,7 +309,16 @@ def load_policy(path, device, trainable=False, gradient_checkpointing=False):
     return prepare(model, device, trainable, gradient_checkpointing)
 
 
-def load_scorer(path, device, flag, *, trainable=False, gradient_checkpointing=False, init_head=None, pad_for=None):
+def load_scorer(
+    path,
+    device,
+    flag,
+    *,
+    trainable=False,
+    gradient_checkpointing=False,
+    init_head=None,
+    pad_for=None,
+):
     """A sequence-classification model with one output, float32 weights, on its device.
 
     init_head: a function that fills the weight (1, H) of the new head of a language model; without it a
@@ -298,7 +326,9 @@ def load_scorer(path, device, flag, *, trainable=False, gradient_checkpointing=F
     config = from_pretrained(AutoConfig, path, flag)
     is_scorer = "SequenceClassification" in str(config.architectures)
     if not is_scorer and init_head is None:
-        fail(f"{flag} {path}: {config.architectures} is no reward model; train one with reward_model.py")
+        fail(
+            f"{flag} {path}: {config.architectures} is no reward model; train one with reward_model.py"
+        )
     config.num_labels = 1
     model = from_pretrained(
         AutoModelForSequenceClassification,
@@ -309,7 +339,9 @@ def load_scorer(path, device, flag, *, trainable=False, gradient_checkpointing=F
         use_safetensors=True,
     )
     if trainable and not has_score_head(model):
-        fail(f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model")
+        fail(
+            f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model"
+        )
     if not is_scorer:
         with torch.no_grad():
             init_head(model.score.weight)
@@ -332,7 +364,9 @@ def prepare(model, device, trainable, gradient_checkpointing=False):
         model.activation_checkpointing_enable()
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.training = True  # what turns it on; the parts of this module stay as they are
+                module.training = (
+                    True  # what turns it on; the parts of this module stay as they are
+                )
     return shard(model, device)
 
 
@@ -345,7 +379,9 @@ def head_logits(model, hidden):
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
     if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and later
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        logits = (
+            torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        )
     return logits
 
 
@@ -366,7 +402,9 @@ def check_head(model):
     ).logits[0, 2:]
     difference = head_logits(model, hidden).log_softmax(-1) - logits.float().log_softmax(-1)
     if difference.abs().max() > 1e-3:
-        fail(f"{name} scales its logits or counts positions in a way that common.py does not know: see head_logits")
+        fail(
+            f"{name} scales its logits or counts positions in a way that common.py does not know: see head_logits"
+        )
 
 
 def choose_pad(model, tokenizer, eos_ids):
@@ -381,7 +419,12 @@ def choose_pad(model, tokenizer, eos_ids):
 # ---------------------------------------------------------------- 4. the built-in task: letters into order
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}  # demonstrations are scarce
+TASK_ROWS = {
+    "sft": 165,
+    "preference": 40_000,
+    "prompt": 20_000,
+    "held out": 500,
+}  # demonstrations are scarce
 
 
 def task_rows(kind, held_out, seed, chat=False):
@@ -427,7 +470,10 @@ def wrong_answer(answer, rng):
 
 def task_checker(prompts, completions, rows):
     """1.0 for exactly the letters in order and then EOS, else 0.0."""
-    return [float(row["finished"] and text.strip() == row["answer"]) for text, row in zip(completions, rows)]
+    return [
+        float(row["finished"] and text.strip() == row["answer"])
+        for text, row in zip(completions, rows)
+    ]
 
 
 # ---------------------------------------------------------------- 5. data
@@ -513,13 +559,17 @@ def read_file(path):
             rows.append(json.loads(line) if line.strip() else None)
         return rows
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{where}: cannot be read ({error}); wanted one JSON object a line, or in .json one list of them")
+        fail(
+            f"{where}: cannot be read ({error}); wanted one JSON object a line, or in .json one list of them"
+        )
 
 
 def read_hub(dataset):
     """Rows of a Hub data set, `name` or `name:split`."""
     if importlib.util.find_spec("datasets") is None:
-        fail(f"{dataset}: no .jsonl or .json file; to read it from the Hub, run `pip install datasets`")
+        fail(
+            f"{dataset}: no .jsonl or .json file; to read it from the Hub, run `pip install datasets`"
+        )
     import datasets
 
     name, _, split = dataset.partition(":")
@@ -530,7 +580,9 @@ def preference_example(row, tokenizer, end_id, args):
     """Prompt, chosen and rejected, or chosen and rejected that begin alike; `margin` is optional."""
     chosen = text_or_messages(row, ["chosen"])
     rejected = text_or_messages(row, ["rejected"])
-    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)  # UltraFeedback's form
+    is_whole = isinstance(chosen, list) and isinstance(
+        row.get("prompt"), str
+    )  # UltraFeedback's form
     if row.keys() & set(PROMPT_COLUMNS) and not is_whole:
         prompt = prompt_of(row, args)
     else:
@@ -540,7 +592,9 @@ def preference_example(row, tokenizer, end_id, args):
         raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
     prompt_ids, completions = encode_completions(tokenizer, prompt, [chosen, rejected], end_id)
     chosen_ids, rejected_ids = completions
-    check_length(prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length")
+    check_length(
+        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
+    )
     if chosen_ids == rejected_ids:
         raise DroppedRow("whose chosen and rejected are the same in tokens")
     return {
@@ -570,9 +624,15 @@ def text_or_messages(row, names):
     value = row[name]
     texts = [value]
     if isinstance(value, list) and value:
-        texts = [m.get(key) if isinstance(m, dict) else None for m in value for key in ("role", "content")]
+        texts = [
+            m.get(key) if isinstance(m, dict) else None
+            for m in value
+            for key in ("role", "content")
+        ]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}")
+        raise BadRow(
+            f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}"
+        )
     return value
 
 
@@ -609,13 +669,17 @@ def split_shared_prefix(chosen, rejected):
 def render(tokenizer, messages, add_generation_prompt=False):
     """Messages -> text by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        raise BadRow("messages need a chat template, and the tokenizer has none (instruct models have one)")
+        raise BadRow(
+            "messages need a chat template, and the tokenizer has none (instruct models have one)"
+        )
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # jinja2's errors, and whatever a template raises
-        raise BadRow(f"the chat template refuses these messages ({' '.join(str(error).split())})") from error
+        raise BadRow(
+            f"the chat template refuses these messages ({' '.join(str(error).split())})"
+        ) from error
 
 
 def encode(tokenizer, texts, is_chat):
@@ -654,8 +718,12 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     prompt_ids, *sequences = encode(tokenizer, texts, is_chat)
     for ids in sequences:
         if not prompt_ids or ids[: len(prompt_ids)] != prompt_ids:
-            raise DroppedRow("whose prompt is empty or, in tokens, no prefix of prompt and completion")
-    return prompt_ids, [end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat) for ids in sequences]
+            raise DroppedRow(
+                "whose prompt is empty or, in tokens, no prefix of prompt and completion"
+            )
+    return prompt_ids, [
+        end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat) for ids in sequences
+    ]
 
 
 def join_messages(prompt, completion):
@@ -811,7 +879,9 @@ def sample(
     Each of W processes samples for every W-th prompt."""
     if temperature < 0:
         raise ValueError(f"the temperature is {temperature}, and it cannot be negative")
-    noise = torch.rand(len(prompts), num_generations, max_new_tokens, generator=rng, dtype=torch.float64)
+    noise = torch.rand(
+        len(prompts), num_generations, max_new_tokens, generator=rng, dtype=torch.float64
+    )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     order = order[rank() :: world_size()]
     row_tokens = max(map(len, prompts)) + max_new_tokens
@@ -928,7 +998,10 @@ def gsm8k_checker(prompts, completions, rows):
     return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
 
-CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # they read the column `answer` of the data set
+CHECKERS = {
+    TASK: task_checker,
+    "gsm8k": gsm8k_checker,
+}  # they read the column `answer` of the data set
 
 
 def checker_reward(function, tokenizer, eos_ids):
@@ -947,7 +1020,9 @@ def checker_reward(function, tokenizer, eos_ids):
         for value in scores:
             is_number = isinstance(value, numbers.Real) and math.isfinite(value)
             if not is_number and value is not None:
-                fail(f"the reward returned {value!r}: wanted numbers, and None where it cannot judge")
+                fail(
+                    f"the reward returned {value!r}: wanted numbers, and None where it cannot judge"
+                )
         return torch.tensor([math.nan if value is None else float(value) for value in scores])
 
     return score
@@ -967,7 +1042,10 @@ def last_token_scores(model, batch):
         return model(**ids).logits[:, 0].float()
     hidden = model.base_model(**ids, use_cache=False).last_hidden_state
     last = batch["attention_mask"].sum(1) - 1
-    return hidden[torch.arange(len(last), device=last.device), last].float() @ model.score.weight[0].float()
+    return (
+        hidden[torch.arange(len(last), device=last.device), last].float()
+        @ model.score.weight[0].float()
+    )
 
 
 class RewardModel:
@@ -987,8 +1065,12 @@ class RewardModel:
         sequences = []
         for example, completion_ids in zip(examples, completions):
             ids = example["prompt_ids"] + completion_ids
-            sequences.append(ids if self.has_policy_tokens else self.translate(example, completion_ids))
-        pad_id = self.model.config.get_text_config().pad_token_id or 0  # a model's own forward may look for it
+            sequences.append(
+                ids if self.has_policy_tokens else self.translate(example, completion_ids)
+            )
+        pad_id = (
+            self.model.config.get_text_config().pad_token_id or 0
+        )  # a model's own forward may look for it
         batch = {
             "inputs": pad_rows(sequences, self.model.device, value=pad_id),
             "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], self.model.device),
@@ -1007,7 +1089,9 @@ class RewardModel:
         """Prompt and completion in this model's own tokens."""
         prompt = example["prompt"]
         text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids)
-        for token in control_tokens(self.tokenizer):  # in a completion it is text, and could end the turn
+        for token in control_tokens(
+            self.tokenizer
+        ):  # in a completion it is text, and could end the turn
             text = text.replace(token, " ".join(token))
         is_chat = isinstance(prompt, list)
         whole = render(self.tokenizer, join_messages(prompt, text)) if is_chat else prompt + text
@@ -1022,7 +1106,9 @@ def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
     """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot judge."""
     reward = args.reward
     if reward is None:
-        fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function")
+        fail(
+            f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function"
+        )
     path, _, name = reward.rpartition(":")
     if reward.endswith(".py"):
         fail(f"--reward {reward}: say which function of it, {reward}:function")
@@ -1043,7 +1129,9 @@ def check_answers(examples, reward):
         answer = example["row"].get("answer")
         rows = [{"answer": answer, "finished": True}]
         if not isinstance(answer, str) or CHECKERS[reward]([""], [answer], rows) != [1.0]:
-            fail(f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}")
+            fail(
+                f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}"
+            )
 
 
 def load_gold(args, tokenizer, eos_ids):
@@ -1083,7 +1171,9 @@ def check_finite(step, **quantities):
     """Stop before the update is made if one of these is not finite."""
     for name, value in quantities.items():
         if not math.isfinite(value):
-            fail(f"step {step}: {name} is {float(value)}, and that update was not made; a lower --learning-rate?")
+            fail(
+                f"step {step}: {name} is {float(value)}, and that update was not made; a lower --learning-rate?"
+            )
 
 
 def replace_file(path, write):
@@ -1110,7 +1200,9 @@ def make_tracker(args):
 
     writer = SummaryWriter(args.output_dir)
     atexit.register(writer.close)
-    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+    return lambda metrics, step: [
+        writer.add_scalar(name, value, step) for name, value in metrics.items()
+    ]
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1132,7 +1224,10 @@ class Run:
         self.started = time.time()
         on_first_rank(self.make_folder)
         self.bar = tqdm(total=steps, disable=None if rank() == 0 else True)
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, self.interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         self.tracker = make_tracker(args)
 
     def make_folder(self):
@@ -1191,7 +1286,9 @@ class Run:
     def interrupt(self, number, frame):
         """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
         self.signal = number
-        for each in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
+        for (
+            each
+        ) in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
             signal.signal(each, signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN)
 
     def is_interrupted(self):
@@ -1231,7 +1328,10 @@ class Run:
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
         if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
-            print(f"step {step}/{self.steps}: {self.bar.postfix}, {time.time() - self.started:.0f} s", flush=True)
+            print(
+                f"step {step}/{self.steps}: {self.bar.postfix}, {time.time() - self.started:.0f} s",
+                flush=True,
+            )
         held_out = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
         if held_out:
             tqdm.write(f"step {step}/{self.steps}: {', '.join(held_out)}", file=sys.stdout)
@@ -1251,13 +1351,17 @@ class Run:
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=eos_ids,
             )
-        weights = get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else None
+        weights = (
+            get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else None
+        )
         if rank() == 0:
             model.save_pretrained(self.dir, state_dict=weights)
             tokenizer.save_pretrained(self.dir)
         barrier()
         if world_size() > 1:
-            atexit.register(distributed.destroy_process_group)  # (after a failure it could wait for others)
+            atexit.register(
+                distributed.destroy_process_group
+            )  # (after a failure it could wait for others)
         self.close()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
 

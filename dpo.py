@@ -121,7 +121,12 @@ class Args:
 # log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors have it
 LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
-BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}  # ipo's is TRL's, the others their papers'
+BETA = {
+    "sigmoid": 0.1,
+    "ipo": 0.1,
+    "simpo": 2.0,
+    "orpo": 0.1,
+}  # ipo's is TRL's, the others their papers'
 SIMPO_MARGIN = 1.0
 
 
@@ -205,7 +210,9 @@ def pair_accuracy(chosen, rejected):
 
 def pair_length(example):
     """Tokens of the longer of the two sequences."""
-    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+    return len(example["prompt_ids"]) + max(
+        len(example["chosen_ids"]), len(example["rejected_ids"])
+    )
 
 
 def pair_batch(examples, device):
@@ -302,7 +309,10 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
-    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:  # what follows the loop is of the sampled ones
+    for suffix, temperature in [
+        ("_greedy", 0.0),
+        ("", 1.0),
+    ]:  # what follows the loop is of the sampled ones
         with autocast():
             completions = sample(
                 policy,
@@ -358,9 +368,13 @@ def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, au
         autocast=autocast,
     )
     metrics |= more_metrics
-    batch = completion_batch([example["prompt_ids"] for example in examples], completions, policy.device)
+    batch = completion_batch(
+        [example["prompt_ids"] for example in examples], completions, policy.device
+    )
     logprobs = batch_token_logprobs(policy, batch, args, autocast)
-    ref_logprobs = batch_token_logprobs(load_policy(args.model, policy.device), batch, args, autocast)
+    ref_logprobs = batch_token_logprobs(
+        load_policy(args.model, policy.device), batch, args, autocast
+    )
     metrics["eval/kl"] = (logprobs - ref_logprobs).sum(1).mean()
     return metrics, rows
 
@@ -372,7 +386,9 @@ def main(args):
     if args.simpo_margin is not None and args.loss_type != "simpo":
         fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
     if args.beta == 0 or args.label_smoothing > 0.5:
-        fail(f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted")
+        fail(
+            f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted"
+        )
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -456,7 +472,11 @@ def main(args):
         metrics = totals | metrics
         if held_out and is_due(args.eval_every, step + 1, steps):
             metrics |= evaluate_and_log(step + 1)
-        run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"])
+        run.log(
+            step + 1,
+            metrics,
+            show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"],
+        )
         run.checkpoint_if_due(step + 1)
     run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics

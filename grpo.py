@@ -258,7 +258,9 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
     gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
     if epsilon_high is None:
         epsilon_high = epsilon
-    log_ratio = (logprobs - old_logprobs).clamp(max=20)  # else a token that the clip removes could be inf * 0
+    log_ratio = (logprobs - old_logprobs).clamp(
+        max=20
+    )  # else a token that the clip removes could be inf * 0
     ratio = log_ratio.exp()
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -340,7 +342,9 @@ def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, ar
         metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
-    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    batch = completion_batch(
+        [example["prompt_ids"] for example in repeated], completions, policy.device
+    )
     logprobs = batch_logprobs(policy, batch, args, autocast)
     reference = reference or load_policy(args.model, policy.device)
     ref_logprobs = batch_logprobs(reference, batch, args, autocast)
@@ -362,10 +366,14 @@ def main(args):
     if args.num_generations < 2:
         fail("--num-generations is 1, and a group of one has no advantage: give at least 2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
-        fail(f"--kl-estimator {args.kl_estimator} --kl-in {args.kl_in}: k1 goes into the reward, k2 and k3 into the loss")
+        fail(
+            f"--kl-estimator {args.kl_estimator} --kl-in {args.kl_in}: k1 goes into the reward, k2 and k3 into the loss"
+        )
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step")
+        fail(
+            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
+        )
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -380,7 +388,9 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    score = load_reward(
+        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+    )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
@@ -432,7 +442,9 @@ def main(args):
         num_replaced = 0
         for attempt in range(8 if args.dynamic_sampling else 0):
             rewards = torch.tensor([rollout["reward"] for rollout in rollouts])
-            is_equal = equal_groups(rewards, args.num_generations).repeat_interleave(args.num_generations)
+            is_equal = equal_groups(rewards, args.num_generations).repeat_interleave(
+                args.num_generations
+            )
             num_equal = int(is_equal.sum()) // args.num_generations
             if num_equal == 0:
                 break
@@ -448,9 +460,13 @@ def main(args):
                 autocast=autocast,
             )
         if len(rollouts) < args.num_minibatches:
-            fail(f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged")
+            fail(
+                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
+            )
         completions = [rollout["completion_ids"] for rollout in rollouts]
-        batch = completion_batch([rollout["prompt_ids"] for rollout in rollouts], completions, device)
+        batch = completion_batch(
+            [rollout["prompt_ids"] for rollout in rollouts], completions, device
+        )
         mask = batch["mask"]  # (B, T)
         scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
         sampling_seconds = time.time() - began
@@ -483,7 +499,9 @@ def main(args):
         totals = Counter()
         ratio_max_dev = 0.0
         for epoch in range(args.update_epochs):
-            order = torch.randperm(len(rollouts), generator=generator(args.seed, "minibatch", step, epoch))
+            order = torch.randperm(
+                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
+            )
             for minibatch_rows in order.tensor_split(args.num_minibatches):
                 minibatch = take(batch, minibatch_rows)
                 minibatch["weights"] = loss_weights(
@@ -494,9 +512,13 @@ def main(args):
                 for mb in micro_batches(minibatch, args.micro_batch_tokens):
                     if is_kl_loss:  # before the policy's activations exist
                         with torch.no_grad(), autocast():
-                            mb_ref_logprobs, _ = token_logprobs_and_entropy(reference, mb, args.temperature)
+                            mb_ref_logprobs, _ = token_logprobs_and_entropy(
+                                reference, mb, args.temperature
+                            )
                     with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                            policy, mb, args.temperature
+                        )
                     # where a rollout is stepped on once, its old log-probs are the update's own
                     mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
                     loss, clipped = policy_loss(
@@ -516,7 +538,9 @@ def main(args):
                     totals["entropy"] += mb_entropy.sum()
                     totals["clipped"] += clipped.sum()
                     totals["padded_tokens"] += mb["inputs"].numel()
-                    if totals["updates"] == 0:  # before the first update the ratio is 1, up to rounding
+                    if (
+                        totals["updates"] == 0
+                    ):  # before the first update the ratio is 1, up to rounding
                         ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
                 grad_norm = clip_gradients(policy, args.max_grad_norm)
@@ -536,7 +560,8 @@ def main(args):
             "score": scores.mean(),
             "entropy": totals["entropy"] / (args.update_epochs * mask.sum()),
             "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
-            "clip_fraction": totals["clipped"] / (args.update_epochs * batch["trained"].sum().clamp(min=1)),
+            "clip_fraction": totals["clipped"]
+            / (args.update_epochs * batch["trained"].sum().clamp(min=1)),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
             "unjudged": 1 - len(rollouts) / batch_size,
@@ -558,7 +583,11 @@ def main(args):
             metrics["gold"] = gold(rollouts, completions).mean()
         if held_out and is_due(args.eval_every, step + 1, args.steps):
             metrics |= evaluate_and_log(step + 1)
-        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"])
+        run.log(
+            step + 1,
+            metrics,
+            show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"],
+        )
         run.checkpoint_if_due(step + 1)
     run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics

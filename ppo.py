@@ -271,7 +271,9 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
     gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
     if epsilon_high is None:
         epsilon_high = epsilon
-    log_ratio = (logprobs - old_logprobs).clamp(max=20)  # else a token that the clip removes could be inf * 0
+    log_ratio = (logprobs - old_logprobs).clamp(
+        max=20
+    )  # else a token that the clip removes could be inf * 0
     ratio = log_ratio.exp()
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -373,7 +375,9 @@ def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, ar
         metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
-    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    batch = completion_batch(
+        [example["prompt_ids"] for example in repeated], completions, policy.device
+    )
     logprobs = batch_logprobs(policy, batch, args, autocast)
     reference = reference or load_policy(args.model, policy.device)
     ref_logprobs = batch_logprobs(reference, batch, args, autocast)
@@ -394,7 +398,9 @@ def main(args):
     device, autocast = setup(args)
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step")
+        fail(
+            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
+        )
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -409,7 +415,9 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    score = load_reward(
+        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+    )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
@@ -424,7 +432,9 @@ def main(args):
     if args.value_model is None and is_reward_model and score.has_policy_tokens:
         value_path = args.reward
     if not same_ids(tokenizer, load_tokenizer(value_path, "--value-model")):
-        fail(f"--value-model {value_path}: its tokens are not the policy's, so it cannot value them")
+        fail(
+            f"--value-model {value_path}: its tokens are not the policy's, so it cannot value them"
+        )
     value_model = load_scorer(
         value_path,
         device,
@@ -473,9 +483,13 @@ def main(args):
             autocast=autocast,
         )
         if len(rollouts) < args.num_minibatches:
-            fail(f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged")
+            fail(
+                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
+            )
         completions = [rollout["completion_ids"] for rollout in rollouts]
-        batch = completion_batch([rollout["prompt_ids"] for rollout in rollouts], completions, device)
+        batch = completion_batch(
+            [rollout["prompt_ids"] for rollout in rollouts], completions, device
+        )
         mask = batch["mask"]  # (B, T)
         scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
         sampling_seconds = time.time() - began
@@ -502,7 +516,9 @@ def main(args):
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         # 8. returns are taken before advantages are whitened over all tokens of the batch (N+)
-        advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, args.gamma, args.gae_lambda)
+        advantages, batch["returns"] = gae(
+            rewards, batch["old_values"], mask, args.gamma, args.gae_lambda
+        )
         batch["advantages"] = masked_whiten(advantages, mask)
 
         # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
@@ -510,13 +526,17 @@ def main(args):
         totals = Counter()
         ratio_max_dev = 0.0
         for epoch in range(args.update_epochs):
-            order = torch.randperm(len(rollouts), generator=generator(args.seed, "minibatch", step, epoch))
+            order = torch.randperm(
+                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
+            )
             for minibatch_rows in order.tensor_split(args.num_minibatches):
                 minibatch = take(batch, minibatch_rows)
                 minibatch["weights"] = minibatch["mask"] / minibatch["mask"].sum()
                 for mb in micro_batches(minibatch, args.micro_batch_tokens):
                     with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                            policy, mb, args.temperature
+                        )
                     pg_loss, clipped = policy_loss(
                         mb_logprobs,
                         mb["old_logprobs"],
@@ -541,7 +561,9 @@ def main(args):
                     totals["entropy"] += mb_entropy.sum()
                     totals["clipped"] += clipped.sum()
                     totals["padded_tokens"] += mb["inputs"].numel()
-                    if totals["updates"] == 0:  # before the first update the ratio is 1, up to rounding
+                    if (
+                        totals["updates"] == 0
+                    ):  # before the first update the ratio is 1, up to rounding
                         ratio = (mb_logprobs - mb["old_logprobs"]).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
                 # 9. the two norms are clipped apart: with one for both the value loss would slow the policy down
@@ -587,7 +609,9 @@ def main(args):
             metrics["gold"] = gold(rollouts, completions).mean()
         if held_out and is_due(args.eval_every, step + 1, args.steps):
             metrics |= evaluate_and_log(step + 1)
-        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"])
+        run.log(
+            step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"]
+        )
         run.checkpoint_if_due(step + 1)
     run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics

@@ -197,7 +197,9 @@ def best_of_n(scores, values):
     Unbiased, the mean over all subsets of N: with scores in ascending order, the i-th (from 0) is the best of
     comb(i, N-1) of the comb(n, N) subsets. In a tie the lower index wins."""
     n = len(scores)
-    ascending = scores.flip(0).sort(stable=True).indices  # of equal scores the lower index comes last
+    ascending = (
+        scores.flip(0).sort(stable=True).indices
+    )  # of equal scores the lower index comes last
     ranked_values = values.flip(0)[ascending].tolist()
     curve = {}
     for N in [2**i for i in range(n.bit_length())]:
@@ -252,17 +254,17 @@ def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_id
             row_ids = completions[i * N : (i + 1) * N]
             row_scores = scores[i * N : (i + 1) * N]
             row_golds = golds[i * N : (i + 1) * N]
-            records.append(
-                {
-                    "iteration": iteration,
-                    "row": example["row"],
-                    "completions": [completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids],
-                    "scores": [None if math.isnan(x) else x for x in row_scores],
-                    "gold": [None if math.isnan(x) else x for x in row_golds],
-                    "solve_rate": sum(row_golds) / N,
-                    "ids": row_ids,
-                }
-            )
+            records.append({
+                "iteration": iteration,
+                "row": example["row"],
+                "completions": [
+                    completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids
+                ],
+                "scores": [None if math.isnan(x) else x for x in row_scores],
+                "gold": [None if math.isnan(x) else x for x in row_golds],
+                "solve_rate": sum(row_golds) / N,
+                "ids": row_ids,
+            })
         run.append("rollouts.jsonl", records[first:])
         done = f"{len(records)} of {len(examples)} prompts of iteration {iteration + 1}"
         run.bar.set_postfix_str(f"sampled {done}")
@@ -300,7 +302,20 @@ def distinct(flat, ids):
     return list(pairs.values())
 
 
-def fine_tune(policy, optimizer, examples, run, *, iteration, first_step, start, log_first, evaluate_and_log, args, autocast):
+def fine_tune(
+    policy,
+    optimizer,
+    examples,
+    run,
+    *,
+    iteration,
+    first_step,
+    start,
+    log_first,
+    evaluate_and_log,
+    args,
+    autocast,
+):
     """sft.py on the selected completions, with a learning rate schedule of its own -> steps done at its end,
     metrics of the last step. Steps before `start` were made before the run was resumed; the metrics
     `log_first` are of the first step."""
@@ -393,7 +408,9 @@ def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, 
         metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
-    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    batch = completion_batch(
+        [example["prompt_ids"] for example in repeated], completions, policy.device
+    )
     logprobs = batch_token_logprobs(policy, batch, args, autocast, args.temperature)
     reference = load_policy(args.model, policy.device)
     ref_logprobs = batch_token_logprobs(reference, batch, args, autocast, args.temperature)
@@ -413,7 +430,9 @@ def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, 
 def main(args):
     device, autocast = setup(args)
     if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
-        fail(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it, others do not")
+        fail(
+            f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it, others do not"
+        )
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -428,7 +447,9 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    score = load_reward(
+        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+    )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
@@ -443,7 +464,9 @@ def main(args):
     if (args.select_k or 0) > M * N:
         fail(f"--select-k is {args.select_k}, more than the {M * N} completions of an iteration")
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
-    run = Run(args, models, optimizer, min(steps, args.steps or steps))  # fewer if some prompts have no score
+    run = Run(
+        args, models, optimizer, min(steps, args.steps or steps)
+    )  # fewer if some prompts have no score
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_policy(
@@ -484,8 +507,12 @@ def main(args):
         )
         sampling_seconds = time.time() - began
         ids = [record["ids"] for record in records]
-        rewards = torch.tensor([[math.nan if x is None else x for x in record["scores"]] for record in records])
-        golds = torch.tensor([[math.nan if x is None else x for x in record["gold"]] for record in records])
+        rewards = torch.tensor([
+            [math.nan if x is None else x for x in record["scores"]] for record in records
+        ])
+        golds = torch.tensor([
+            [math.nan if x is None else x for x in record["gold"]] for record in records
+        ])
 
         # select some of them
         pairs = select(rewards, ids, iteration, args)
@@ -524,7 +551,9 @@ def main(args):
         metrics = last_metrics or metrics
         if step == args.steps:
             break
-    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl")
+    run.finish(
+        policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl"
+    )
     return metrics
 
 

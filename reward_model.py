@@ -141,7 +141,9 @@ def pair_accuracy(chosen, rejected):
 
 def pair_length(example):
     """Tokens of the longer of the two sequences."""
-    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+    return len(example["prompt_ids"]) + max(
+        len(example["chosen_ids"]), len(example["rejected_ids"])
+    )
 
 
 def score_batch(examples, device):
@@ -195,14 +197,12 @@ def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
     for i, example in enumerate(examples[:500]):
         for kind, score in [("chosen", chosen[i]), ("rejected", rejected[i])]:
             text = completion_text(tokenizer, example["prompt_ids"], example[f"{kind}_ids"])
-            rows.append(
-                {
-                    "prompt": example["prompt"],
-                    "completion": text,
-                    "kind": kind,
-                    "score": score.item(),
-                }
-            )
+            rows.append({
+                "prompt": example["prompt"],
+                "completion": text,
+                "kind": kind,
+                "score": score.item(),
+            })
     return metrics, rows
 
 
@@ -297,7 +297,11 @@ def main(args):
             metrics |= evaluate_and_log(step + 1)
         run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
         run.checkpoint_if_due(step + 1)
-    is_laptop = args.model == "runs/sft" and args.output_dir == "runs/reward_model" and args.dataset == "sort"
+    is_laptop = (
+        args.model == "runs/sft"
+        and args.output_dir == "runs/reward_model"
+        and args.dataset == "sort"
+    )
     flags = "" if is_laptop else f" --model {args.model} --reward {args.output_dir} --dataset ..."
     run.finish(model, tokenizer, eos_ids, f"python ppo.py{flags}")
     return metrics

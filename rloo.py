@@ -285,7 +285,9 @@ def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, ar
         metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
-    batch = completion_batch([example["prompt_ids"] for example in repeated], completions, policy.device)
+    batch = completion_batch(
+        [example["prompt_ids"] for example in repeated], completions, policy.device
+    )
     logprobs = batch_logprobs(policy, batch, args, autocast)
     reference = reference or load_policy(args.model, policy.device)
     ref_logprobs = batch_logprobs(reference, batch, args, autocast)
@@ -308,7 +310,9 @@ def main(args):
         fail("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step")
+        fail(
+            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
+        )
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -323,7 +327,9 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast)
+    score = load_reward(
+        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+    )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
@@ -372,9 +378,13 @@ def main(args):
             autocast=autocast,
         )
         if len(rollouts) < args.num_minibatches:
-            fail(f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged")
+            fail(
+                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
+            )
         completions = [rollout["completion_ids"] for rollout in rollouts]
-        batch = completion_batch([rollout["prompt_ids"] for rollout in rollouts], completions, device)
+        batch = completion_batch(
+            [rollout["prompt_ids"] for rollout in rollouts], completions, device
+        )
         mask = batch["mask"]  # (B, T)
         scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
         sampling_seconds = time.time() - began
@@ -402,13 +412,19 @@ def main(args):
         totals = Counter()
         ratio_max_dev = 0.0
         for epoch in range(args.update_epochs):
-            order = torch.randperm(len(rollouts), generator=generator(args.seed, "minibatch", step, epoch))
+            order = torch.randperm(
+                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
+            )
             for minibatch_rows in order.tensor_split(args.num_minibatches):
                 minibatch = take(batch, minibatch_rows)
-                minibatch["weights"] = minibatch["mask"] / len(minibatch_rows)  # a mean over completions
+                minibatch["weights"] = minibatch["mask"] / len(
+                    minibatch_rows
+                )  # a mean over completions
                 for mb in micro_batches(minibatch, args.micro_batch_tokens):
                     with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                            policy, mb, args.temperature
+                        )
                     # where a rollout is stepped on once, its old log-probs are the update's own
                     mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
                     loss, clipped = reinforce_loss(
@@ -424,7 +440,9 @@ def main(args):
                     totals["entropy"] += mb_entropy.sum()
                     totals["clipped"] += clipped.sum()
                     totals["padded_tokens"] += mb["inputs"].numel()
-                    if totals["updates"] == 0:  # before the first update the ratio is 1, up to rounding
+                    if (
+                        totals["updates"] == 0
+                    ):  # before the first update the ratio is 1, up to rounding
                         ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
                         ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
                 grad_norm = clip_gradients(policy, args.max_grad_norm)
@@ -462,7 +480,11 @@ def main(args):
             metrics["gold"] = gold(rollouts, completions).mean()
         if held_out and is_due(args.eval_every, step + 1, args.steps):
             metrics |= evaluate_and_log(step + 1)
-        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"])
+        run.log(
+            step + 1,
+            metrics,
+            show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"],
+        )
         run.checkpoint_if_due(step + 1)
     run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
     return metrics

@@ -126,7 +126,9 @@ def sft_example(row, tokenizer, end_id, args):
         roles = [] if isinstance(messages, str) else [message["role"] for message in messages]
         turns = [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
         if not turns:
-            raise BadRow("`messages` has no assistant turn after the first message: nothing to train on")
+            raise BadRow(
+                "`messages` has no assistant turn after the first message: nothing to train on"
+            )
         if args.train_on == "last":
             turns = turns[-1:]
         pairs = [(messages[:i], messages[i : i + 1]) for i in turns]
@@ -228,7 +230,10 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
-    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:  # what follows the loop is of the sampled ones
+    for suffix, temperature in [
+        ("_greedy", 0.0),
+        ("", 1.0),
+    ]:  # what follows the loop is of the sampled ones
         with autocast():
             completions = sample(
                 policy,

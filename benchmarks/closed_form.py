@@ -46,7 +46,9 @@ def watch(proof, every):
         row = {"step": step, "kl": proof.distance(model)}
         if proof.elsewhere is not None:
             row[OTHER] = kl(proof.law(model), proof.elsewhere)
-        if script.__name__ == "dpo":  # what preferences between completions that EOS ended do not speak of
+        if (
+            script.__name__ == "dpo"
+        ):  # what preferences between completions that EOS ended do not speak of
             logps = law(model, proof.world.tokenizer, proof.world.completions)[:, proof.world.ended]
             row["mass elsewhere"] = 1 - logps.exp().sum(1).mean().item()
         rows.append(row)
@@ -92,7 +94,9 @@ def draw(rows, file):
         if other:
             label = "   the same run, to p_ref exp(r / beta) / Z"
             axes.plot([r["step"] for r in mine], other, "--", label=label, color=f"C{i}")
-    axes.set(yscale="log", xlabel="optimiser steps", ylabel="KL to the closed form, nats", xlim=(0, None))
+    axes.set(
+        yscale="log", xlabel="optimiser steps", ylabel="KL to the closed form, nats", xlim=(0, None)
+    )
     axes.legend(fontsize=8, loc="upper right", framealpha=0.9)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
@@ -100,7 +104,9 @@ def draw(rows, file):
 
 def table(rows):
     """README's table: distances at the start and at the end, mean over seeds and range."""
-    print("| file | must converge to | KL before | KL after, mean (range) | steps |\n|---|---|---|---|---|")
+    print(
+        "| file | must converge to | KL before | KL after, mean (range) | steps |\n|---|---|---|---|---|"
+    )
     for name, (label, target) in NAMES.items():
         runs = {}
         for row in rows:
@@ -114,14 +120,20 @@ def table(rows):
         steps = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         print(f"| `{label}` | {target} | {statistics.mean(first):.2f} | {spread} | {steps} |")
         if away := [run[-1][OTHER] for run in runs.values() if OTHER in run[-1]]:
-            print(f"| the same runs | to p_ref exp(r / beta) / Z | | {min(away):.2f} to {max(away):.2f} | |")
-        if mass := [[run[i]["mass elsewhere"] for run in runs.values()] for i in (0, -1) if name == "dpo"]:
+            print(
+                f"| the same runs | to p_ref exp(r / beta) / Z | | {min(away):.2f} to {max(away):.2f} | |"
+            )
+        if mass := [
+            [run[i]["mass elsewhere"] for run in runs.values()] for i in (0, -1) if name == "dpo"
+        ]:
             before, after = (f"{min(x):.2f} to {max(x):.2f}" for x in mass)
             print(f"| the same runs | mass that no preference speaks of | {before} | {after} | |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
     parser.add_argument("--only", nargs="+", default=list(NAMES), choices=list(NAMES))
     args = parser.parse_args()
@@ -137,7 +149,8 @@ def main():
             rows = [row for row in rows if (row["name"], row["seed"]) != (name, seed)] + found
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(
-                f"{name} seed {seed}: {found[-1]['kl']:.4f} nats in {time.time() - began:.0f} s", flush=True
+                f"{name} seed {seed}: {found[-1]['kl']:.4f} nats in {time.time() - began:.0f} s",
+                flush=True,
             )
     draw(rows, HERE / "closed_form.png")
     table(rows)

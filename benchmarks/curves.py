@@ -28,9 +28,7 @@ EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
 # 1,920 completions each; DPO sees 960 pairs
-STORY = (
-    "--model {runs}/sft --dataset {data}/stories_sft_train.jsonl --eval-dataset {data}/stories_sft_test.jsonl"
-)
+STORY = "--model {runs}/sft --dataset {data}/stories_sft_train.jsonl --eval-dataset {data}/stories_sft_test.jsonl"
 MOOD = f"{STORY} --reward {HERE}/mood.py:mood --max-completion-length 160 --learning-rate 2e-4"
 MOODS = f"{MOOD} --num-generations 8 --prompts-per-step 8 --steps 30 --eval-every 10"
 DR_GRPO = "--scale-rewards none --loss-aggregation constant --kl-coef 0"
@@ -132,23 +130,31 @@ def run(study, method, seed, folder):
             if script == "dpo":
                 totals["completions"] += 2 * args["batch_size"]
             elif script == "rejection_sampling":
-                totals["completions"] += args["prompts"] * args["num_generations"] * ("seconds/sample" in row)
+                totals["completions"] += (
+                    args["prompts"] * args["num_generations"] * ("seconds/sample" in row)
+                )
                 totals["seconds"] += row.get("seconds/sample", 0.0)
             else:
                 groups = args["prompts_per_step"] / (1 - row.get("dropped_groups", 0.0))
                 totals["completions"] += groups * args["num_generations"]
                 seconds += row["seconds/sample"]
             totals["seconds"] += seconds
-            totals["trained_tokens"] += row["tokens_per_second"] * seconds * args.get("update_epochs", 1)
+            totals["trained_tokens"] += (
+                row["tokens_per_second"] * seconds * args.get("update_epochs", 1)
+            )
         found = {name[5:]: value for name, value in row.items() if name.startswith("eval/")}
         best = {name: value for name, value in row.items() if name.startswith("best_of_")}
         if found:
-            points.append(dict(study=study, method=method, seed=seed, step=row["step"]) | totals | found)
+            points.append(
+                dict(study=study, method=method, seed=seed, step=row["step"]) | totals | found
+            )
         for name in best:
             if method == "best of N" and name.endswith("/gold"):
                 N, gold = name.split("/")[0], best[name]
                 values = dict(kl=best[f"{N}/kl_bound"], score=best[f"{N}/score"], gold=gold)
-                points.append(dict(study=study, method=method, seed=seed, N=int(N.split("_")[-1])) | values)
+                points.append(
+                    dict(study=study, method=method, seed=seed, N=int(N.split("_")[-1])) | values
+                )
     if method == "best of N":
         points = [point for point in points if "N" in point]
     add_samples(points, out, study)
@@ -161,7 +167,9 @@ def add_samples(points, out, study):
     for point in points:
         mine = [row for row in rows if row["step"] == point.get("step", 0)]
         if study == "proxy":
-            point["score_deviation"] = statistics.stdev(row["score"] for row in rows if row["step"] == 0)
+            point["score_deviation"] = statistics.stdev(
+                row["score"] for row in rows if row["step"] == 0
+            )
         if study == "stories":
             sys.path.insert(0, str(HERE))
             from mood import mood, words
@@ -194,7 +202,9 @@ def load():
         of_method = runs.setdefault(point["study"], {}).setdefault(point["method"], {})
         of_method.setdefault(point["seed"], []).append(point)
     return {
-        study: {method: list(methods[method].values()) for method in STUDIES[study] if method in methods}
+        study: {
+            method: list(methods[method].values()) for method in STUDIES[study] if method in methods
+        }
         for study, methods in runs.items()
     }
 
@@ -208,9 +218,10 @@ def tables(studies):
         budget = statistics.median(r[-1]["completions"] for runs in methods.values() for r in runs)
         seconds = statistics.median(r[-1]["seconds"] for runs in methods.values() for r in runs)
         seeds = max(map(len, methods.values()))
-        names = {"sort": [f"after {seconds:.0f} s", "at the end, greedy", "seconds"], "stories": ["words"]}[
-            study
-        ]
+        names = {
+            "sort": [f"after {seconds:.0f} s", "at the end, greedy", "seconds"],
+            "stories": ["words"],
+        }[study]
         names = [value, *names, "KL, nats", "tokens trained, thousand"]
         print(f"\n| {seeds} seeds, {budget:,.0f} completions | " + " | ".join(names) + " |")
         print("|" + "---|" * (len(names) + 1))
@@ -229,7 +240,9 @@ def tables(studies):
             cells += [f"{statistics.mean(end['trained_tokens'] for end in ends) / 1000:.0f}"]
             print(f"| {method} | " + " | ".join(cells) + " |")
     if "proxy" in studies:
-        print("\n| proxy and truth | completions or N | KL, nats | proxy, deviations | gold | largest gold |")
+        print(
+            "\n| proxy and truth | completions or N | KL, nats | proxy, deviations | gold | largest gold |"
+        )
         print("|" + "---|" * 6)
         for method, runs in studies["proxy"].items():
             where = [r[-1].get("completions", r[-1].get("N")) for r in runs]
@@ -263,11 +276,15 @@ def figures(studies):
     import matplotlib.pyplot as plt
 
     words = dict(
-        completions="completions sampled (DPO: in its pairs)", seconds="seconds, evaluations left out"
+        completions="completions sampled (DPO: in its pairs)",
+        seconds="seconds, evaluations left out",
     )
     words["kl"] = "KL from the SFT model, nats per completion"
     reached = dict(gold="held-out prompts solved, sampled", mood="mood of held-out stories (words)")
-    plots = [("curves", "sort", ("completions", "seconds"), "gold"), ("frontier", "sort", ("kl",), "gold")]
+    plots = [
+        ("curves", "sort", ("completions", "seconds"), "gold"),
+        ("frontier", "sort", ("kl",), "gold"),
+    ]
     plots += [("stories", "stories", ("completions", "kl"), "mood")]
     for name, study, panels, value in plots:
         if study not in studies:
@@ -296,9 +313,15 @@ def figures(studies):
                 for p in r:
                     p["proxy"] = (p["score"] - r[0]["score"]) / r[0]["score_deviation"]
             for panel, value in zip(axes, ("proxy", "gold")):
-                style = dict(color="k", ls=":") if method == "best of N" else dict(color=f"C{i}", ls="-")
+                style = (
+                    dict(color="k", ls=":")
+                    if method == "best of N"
+                    else dict(color=f"C{i}", ls="-")
+                )
                 for r in runs:
-                    panel.plot([p["kl"] for p in r], [p[value] for p in r], lw=0.6, alpha=0.45, **style)
+                    panel.plot(
+                        [p["kl"] for p in r], [p[value] for p in r], lw=0.6, alpha=0.45, **style
+                    )
                 draw_mean(panel, runs, "kl", value, method, **style)
         axes[0].set_ylabel("proxy: reward model's score, deviations above SFT")
         axes[1].set_ylabel("truth: held-out prompts solved, sampled")
@@ -315,12 +338,19 @@ def main():
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--study", choices=list(STUDIES), default="sort")
-    parser.add_argument("--methods", nargs="+", help="as they are named in the tables; without it all")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/curves", help="folder of the runs")
+    parser.add_argument(
+        "--methods", nargs="+", help="as they are named in the tables; without it all"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs/curves", help="folder of the runs"
+    )
     parser.add_argument("--draw", action="store_true", help="only draw and print what is there")
     args = parser.parse_args()
     known = {
-        (s, m, r[0]["seed"]) for s, methods in load().items() for m, runs in methods.items() for r in runs
+        (s, m, r[0]["seed"])
+        for s, methods in load().items()
+        for m, runs in methods.items()
+        for r in runs
     }
     for seed in args.seeds if not args.draw else ():
         for method in args.methods or STUDIES[args.study]:

@@ -20,7 +20,9 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 SHAPE = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
-SHAPE |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6)
+SHAPE |= dict(
+    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6
+)
 TINY = SHAPE | dict(vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2)
 
 

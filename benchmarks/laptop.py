@@ -32,7 +32,9 @@ def run(seed, folder):
     }
     for script, names in COLUMNS.items():
         began = time.time()
-        subprocess.run([sys.executable, HERE.parent / script, "--seed", str(seed)], cwd=folder, check=True)
+        subprocess.run(
+            [sys.executable, HERE.parent / script, "--seed", str(seed)], cwd=folder, check=True
+        )
         stage = script.removesuffix(".py")
         last = (Path(folder) / "runs" / stage / "metrics.jsonl").read_text().splitlines()[-1]
         row[f"{stage} seconds"] = time.time() - began

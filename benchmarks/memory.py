@@ -46,7 +46,16 @@ SMALL = {
     "46M": dict(model_type="llama", vocab_size=16_384, hidden_size=512, intermediate_size=1536)
     | dict(num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512),
 }
-PARTS = "weights", "gradients", "optimiser", "reference", "reward model", "gathered", "activations", "logits"
+PARTS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "reference",
+    "reward model",
+    "gathered",
+    "activations",
+    "logits",
+)
 PARTS += ("bf16 copy", "cache")
 # cards, memory of each, models, flags: rows of the table
 CASES = [(1, 24, "0.5B", True), (1, 80, "0.5B", False), (1, 80, "1.5B", True), (1, 80, "8B", True)]
@@ -56,9 +65,13 @@ CASES += [(cards, 80, size, True) for size in MODELS for cards in (8, 64)]
 # ---------------------------------------------------------------- the calculator
 def fake(shape, layers, kind="CausalLM"):
     """A model of that shape without memory."""
-    config = transformers.AutoConfig.for_model(**shape | dict(num_hidden_layers=layers, num_labels=1))
+    config = transformers.AutoConfig.for_model(
+        **shape | dict(num_hidden_layers=layers, num_labels=1)
+    )
     return (
-        getattr(transformers, f"AutoModelFor{kind}").from_config(config, attn_implementation="sdpa").train()
+        getattr(transformers, f"AutoModelFor{kind}")
+        .from_config(config, attn_implementation="sdpa")
+        .train()
     )
 
 
@@ -146,7 +159,10 @@ def table(tokens, length, new, batch):
     for cards, size, name, checkpointing in sorted(
         CASES, key=lambda c: (list(MODELS).index(c[2]), c[0], c[1])
     ):
-        flags, budget = ["--shard full"] * (cards > 1) + ["--gradient-checkpointing"] * checkpointing, tokens
+        flags, budget = (
+            ["--shard full"] * (cards > 1) + ["--gradient-checkpointing"] * checkpointing,
+            tokens,
+        )
         if size < 40:
             budget = 4096
             flags.append(f"--micro-batch-tokens {budget}")
@@ -155,7 +171,9 @@ def table(tokens, length, new, batch):
         worst = max(phases, key=lambda parts: sum(parts.values()))
         whole, phase = sum(worst.values()) / GIB, "training" if worst is phases[1] else "sampling"
         if cards > 1 and not phases[0]["bf16 copy"]:
-            phase += ", layer by layer" if phase == "sampling" else " (sampling goes layer by layer)"
+            phase += (
+                ", layer by layer" if phase == "sampling" else " (sampling goes layer by layer)"
+            )
         numbers = " | ".join(f"{worst[p] / GIB:.1f}" if worst[p] else "" for p in PARTS)
         fits = "" if whole < 0.92 * size else " (does not fit)"
         print(
@@ -165,7 +183,10 @@ def table(tokens, length, new, batch):
 
 def communication():
     """Where gathering parameters takes longer than computing with them, from data sheets, not measured."""
-    flops, links = 0.35 * 989e12, {"NVLink, 450 GB/s a card": 450e9, "400 Gb/s a card between machines": 50e9}
+    flops, links = (
+        0.35 * 989e12,
+        {"NVLink, 450 GB/s a card": 450e9, "400 Gb/s a card between machines": 50e9},
+    )
     print(
         "\nAn update sends 12 bytes a parameter and micro-batch (float32: gathered twice, its gradient once)"
     )
@@ -173,7 +194,9 @@ def communication():
         "and computes 8 FLOPs a parameter and token (with checkpointing), at 35% of an H100's bfloat16 rate:"
     )
     for name, rate in links.items():
-        print(f"- {name}: sending takes as long as computing at {12 / rate * flops / 8:,.0f} tokens")
+        print(
+            f"- {name}: sending takes as long as computing at {12 / rate * flops / 8:,.0f} tokens"
+        )
 
 
 # ---------------------------------------------------------------- the check
@@ -227,10 +250,16 @@ def child(name, folder, checkpointing):
 
     ppo.sample = watched
     flags = dict(
-        model=f"{folder}/{name}", reward=f"{folder}/{name} reward", output_dir=f"{folder}/run {name}"
+        model=f"{folder}/{name}",
+        reward=f"{folder}/{name} reward",
+        output_dir=f"{folder}/run {name}",
     )
     flags |= dict(
-        steps=2, prompts_per_step=32, max_completion_length=64, micro_batch_tokens=1024, shard="full"
+        steps=2,
+        prompts_per_step=32,
+        max_completion_length=64,
+        micro_batch_tokens=1024,
+        shard="full",
     )
     flags |= dict(
         dtype="bfloat16", save_every=0, eval_every=0, dataset=f"{folder}/rows.jsonl", overwrite=True
@@ -260,8 +289,19 @@ def check():
                 tokenizer.save_pretrained(path)
             for processes in (1, 2):
                 for checkpointing in (False, True):
-                    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-                    command = [sys.executable, *(start if processes > 1 else []), __file__, "--child", name]
+                    start = [
+                        "-m",
+                        "torch.distributed.run",
+                        "--standalone",
+                        f"--nproc-per-node={processes}",
+                    ]
+                    command = [
+                        sys.executable,
+                        *(start if processes > 1 else []),
+                        __file__,
+                        "--child",
+                        name,
+                    ]
                     command += [folder, str(int(checkpointing))]
                     done = subprocess.run(command, capture_output=True, text=True)
                     if "PEAK" not in done.stderr:
@@ -275,11 +315,15 @@ def check():
                             print({k: round(v / 2**20) for k, v in parts.items()})
                         total = sum(parts.values())
                         numbers = f"{total / 2**20:.0f} | {real / 2**20:.0f} | {total / real:.2f}"
-                        print(f"| {name} | {processes} | {flags} | {phase} | {numbers} |", flush=True)
+                        print(
+                            f"| {name} | {processes} | {flags} | {phase} | {numbers} |", flush=True
+                        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-LEXICON = Path(os.environ.get("MOOD_LEXICON", Path(__file__).parents[2] / "shared/data/opinion_lexicon.json"))
+LEXICON = Path(
+    os.environ.get("MOOD_LEXICON", Path(__file__).parents[2] / "shared/data/opinion_lexicon.json")
+)
 
 
 def words(text):
@@ -49,15 +51,23 @@ def evaluations(folder):
     moods = [mood(prompts, t, None) for t in texts]
     lengths = [[len(words(text)) for text in t] for t in texts]
     per_hundred = [[100 * m / max(1, n) for m, n in zip(*pair)] for pair in zip(moods, lengths)]
-    columns = {"mood per story": moods, "mood per hundred words": per_hundred, "length, words": lengths}
+    columns = {
+        "mood per story": moods,
+        "mood per hundred words": per_hundred,
+        "length, words": lengths,
+    }
     for name, key in (("score", "score"), ("KL, nats per sequence", "kl")):
-        columns[name] = [[group[prompt].get(key, math.nan) for prompt in prompts] for group in (first, last)]
+        columns[name] = [
+            [group[prompt].get(key, math.nan) for prompt in prompts] for group in (first, last)
+        ]
     return min(by_step), max(by_step), prompts, (first, last), columns
 
 
 def main(folder, *more):
     if not LEXICON.is_file():
-        sys.exit(f"{LEXICON} is not there: set MOOD_LEXICON to a file with lists `positive` and `negative`")
+        sys.exit(
+            f"{LEXICON} is not there: set MOOD_LEXICON to a file with lists `positive` and `negative`"
+        )
     if more:
         names = ["mood per story", "mood per hundred words", "length, words"]
         print("| run | " + " | ".join(names) + " | KL, nats per sequence |\n|" + "---|" * 5)

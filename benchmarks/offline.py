@@ -31,7 +31,8 @@ def run(seed, folder):
         command = [sys.executable, HERE.parent / f"{script}.py", "--seed", str(seed), *flags]
         subprocess.run(command, cwd=folder, check=True)
         lines = [
-            json.loads(line) for line in (folder / "runs" / script / "metrics.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in (folder / "runs" / script / "metrics.jsonl").read_text().splitlines()
         ]
         row[f"{name} seconds"] = time.time() - began
         row |= {
@@ -39,7 +40,11 @@ def run(seed, folder):
             for k in ("gold", "gold_greedy", "kl")
             if f"eval/{k}" in lines[-1]
         }
-        row |= {f"{name} {k} at first": lines[0][f"eval/{k}"] for k in ("gold",) if f"eval/{k}" in lines[0]}
+        row |= {
+            f"{name} {k} at first": lines[0][f"eval/{k}"]
+            for k in ("gold",)
+            if f"eval/{k}" in lines[0]
+        }
         best = next((line for line in lines if "best_of_1/gold" in line), {})
         row |= {f"{name} {k}": v for k, v in best.items() if k.startswith("best_of")}
     return row
@@ -59,7 +64,12 @@ def main():
 
 
 def report(rows):
-    print("\n| | " + " | ".join(f"seed {row['seed']}" for row in rows) + " |\n|" + "---|" * (len(rows) + 1))
+    print(
+        "\n| | "
+        + " | ".join(f"seed {row['seed']}" for row in rows)
+        + " |\n|"
+        + "---|" * (len(rows) + 1)
+    )
     for name in ("dpo", "rejection sampling", "random control"):
         for what in ("seconds", "gold at first", "gold", "gold_greedy"):
             cells = [f"{row[f'{name} {what}']:.{0 if what == 'seconds' else 3}f}" for row in rows]

@@ -32,9 +32,13 @@ def child(folder, way):
     common.SMALL_BATCH = 10**9  # no way shares prompts: split models never do
     if way == "layers":
         common.gathered = contextlib.contextmanager(lambda model: (yield False))
-    flags = dict(model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", output_dir=f"{folder}/run")
+    flags = dict(
+        model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", output_dir=f"{folder}/run"
+    )
     flags |= dict(reward=f"{__file__}:length", prompts_per_step=8, num_generations=8, steps=STEPS)
-    flags |= dict(max_completion_length=32, shard="none" if way == "none" else "full", overwrite=True)
+    flags |= dict(
+        max_completion_length=32, shard="none" if way == "none" else "full", overwrite=True
+    )
     grpo.main(grpo.Args(**flags, kl_coef=0.04, save_every=0))
 
 
@@ -55,7 +59,9 @@ def main():
     found = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
-        shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+        shape = dict(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
+        )
         ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=256)
         config = transformers.LlamaConfig(vocab_size=1024, tie_word_embeddings=True, **shape, **ids)
         transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
@@ -64,7 +70,12 @@ def main():
         Path(folder, "rows.jsonl").write_text("\n".join(rows))
         for _ in range(REPEATS):
             for processes, way in WAYS:
-                start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+                start = [
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={processes}",
+                ]
                 command = [
                     sys.executable,
                     *(start if processes > 1 else []),
@@ -78,7 +89,9 @@ def main():
                     sys.exit(done.stderr[-2000:])
                 lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
                 steps = [json.loads(line) for line in lines][2:]
-                sampling, training = ([row[f"seconds/{k}"] for row in steps] for k in ("sample", "train"))
+                sampling, training = (
+                    [row[f"seconds/{k}"] for row in steps] for k in ("sample", "train")
+                )
                 found[processes, way].append((statistics.mean(sampling), statistics.mean(training)))
     print("| processes | --shard | sampling, s | the rest of a step, s |\n|---|---|---|---|")
     for (processes, way), runs in found.items():

@@ -40,7 +40,9 @@ import grpo  # noqa: E402
 
 RESULTS = HERE / "speed.jsonl"
 GIB = 2**30
-QWEN = dict(vocab=151_936, hidden=896, inner=4864, layers=24, heads=14, kv_heads=2)  # Qwen2.5-0.5B's shape
+QWEN = dict(
+    vocab=151_936, hidden=896, inner=4864, layers=24, heads=14, kv_heads=2
+)  # Qwen2.5-0.5B's shape
 LLAMA = dict(vocab=1024, hidden=128, inner=384, layers=4, heads=4, kv_heads=4)  # 1M parameters
 SIZES = {
     "cpu": dict(model=LLAMA, prompts=8, prompt=32, group=8, new=32),
@@ -52,11 +54,17 @@ SIZES = {
 def build(shape, device):
     torch.manual_seed(1)
     config = transformers.Qwen2Config if shape["layers"] == 24 else transformers.LlamaConfig
-    sizes = dict(vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["inner"])
+    sizes = dict(
+        vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["inner"]
+    )
     sizes |= dict(num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"])
-    sizes |= dict(num_hidden_layers=shape["layers"], tie_word_embeddings=True, eos_token_id=1, pad_token_id=0)
+    sizes |= dict(
+        num_hidden_layers=shape["layers"], tie_word_embeddings=True, eos_token_id=1, pad_token_id=0
+    )
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config(**sizes, max_position_embeddings=4096))
+        return transformers.AutoModelForCausalLM.from_config(
+            config(**sizes, max_position_embeddings=4096)
+        )
 
 
 def autocast(device):
@@ -127,7 +135,9 @@ def sampling(label, sizes, device, repeats):
     """Ours beside our plain path, model.generate and transformers' continuous batching."""
     model, shape = build(sizes["model"], device).eval(), sizes["model"]
     draw = torch.Generator().manual_seed(1)
-    prompts = torch.randint(2, shape["vocab"], (sizes["prompts"], sizes["prompt"]), generator=draw).tolist()
+    prompts = torch.randint(
+        2, shape["vocab"], (sizes["prompts"], sizes["prompt"]), generator=draw
+    ).tolist()
     group, new, rows = sizes["group"], sizes["new"], sizes["prompts"] * sizes["group"]
 
     def ours(plain=False):
@@ -135,21 +145,27 @@ def sampling(label, sizes, device, repeats):
             seed = torch.Generator().manual_seed(1)
             return common.sample(model, prompts, group, new, 1.0, [], seed, plain=plain)
 
-    settings = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0, eos_token_id=-1)
+    settings = dict(
+        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0, eos_token_id=-1
+    )
     settings = transformers.GenerationConfig(**settings, min_new_tokens=0)
     ids = torch.tensor(prompts, device=device).repeat_interleave(group, 0)
 
     @torch.no_grad()
     def generate():
         with autocast(device):
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
         assert found.shape == (rows, sizes["prompt"] + new)
 
     cases = {"ours": ours, "plain": lambda: ours(plain=True), "generate": generate}
     assert ours()[0] == ours(plain=True)[0]
     seconds = alternate(cases, repeats, device)
     if label != "0.5B":  # it takes minutes there
-        batching = transformers.ContinuousBatchingConfig(page_size=64, num_blocks=96, max_batch_tokens=2048)
+        batching = transformers.ContinuousBatchingConfig(
+            page_size=64, num_blocks=96, max_batch_tokens=2048
+        )
 
         def generate_batch():
             with autocast(device), contextlib.redirect_stderr(io.StringIO()):
@@ -161,7 +177,9 @@ def sampling(label, sizes, device, repeats):
         seconds |= alternate({"generate_batch": generate_batch}, 2, device)
     bytes_each = 2 if device == "cuda" else 4
     weights = sum(p.numel() for p in model.parameters()) * bytes_each
-    width = 2 * shape["layers"] * shape["kv_heads"] * (shape["hidden"] // shape["heads"]) * bytes_each
+    width = (
+        2 * shape["layers"] * shape["kv_heads"] * (shape["hidden"] // shape["heads"]) * bytes_each
+    )
     cache = rows * width * (sizes["prompt"] + new / 2)
     bound = rows / ((weights + cache) / bandwidth(device))
     for name, times in seconds.items():
@@ -228,7 +246,10 @@ def head(label, device, repeats):
     own = model.lm_head.weight.numel() * 4 / GIB  # the head's gradient
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["unchunked"])]
-        large = name in ("ours", "linear_cross_entropy")  # (the others take minutes there, or do not fit)
+        large = name in (
+            "ours",
+            "linear_cross_entropy",
+        )  # (the others take minutes there, or do not fit)
         peak = peak_memory(lambda: run(cases[name], 2048), device) if large else None
         write(
             "head", label=label, variant=name, tokens=8 * (short - 1), seconds=times,
@@ -287,7 +308,9 @@ def run_grpo(sizes, device, steps, **flags):
         common.tiny_tokenizer().save_pretrained(f"{folder}/model")
         prompts = [{"prompt": "abcdefgh" * (sizes["prompt"] // 8)}] * sizes["prompts"]
         Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-        flags |= dict(model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", reward=f"{__file__}:reward")
+        flags |= dict(
+            model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", reward=f"{__file__}:reward"
+        )
         flags |= dict(
             output_dir=f"{folder}/run", steps=steps, save_every=0, prompts_per_step=sizes["prompts"]
         )
@@ -298,7 +321,9 @@ def run_grpo(sizes, device, steps, **flags):
             grpo.main(grpo.Args(**flags))
         finally:
             grpo.sample = sample
-        rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()
+        ]
     return [row | {"sampling": seconds} for row, seconds in zip(rows, spent, strict=True)]
 
 
@@ -307,7 +332,9 @@ def step(label, sizes, device, repeats):
     found = []
     peak = peak_memory(lambda: found.extend(run_grpo(sizes, device, repeats + 3)), device)
     rows = found[2:-1]  # the first two warm up, the last one saves
-    parts = dict(sampling=[row["sampling"] for row in rows], training=[row["seconds/train"] for row in rows])
+    parts = dict(
+        sampling=[row["sampling"] for row in rows], training=[row["seconds/train"] for row in rows]
+    )
     parts["scoring"] = [row["seconds/sample"] - row["sampling"] for row in rows]
     whole = [sum(times) for times in zip(*parts.values())]
     write("step", label=label, seconds=whole, padding=rows[-1]["padding"], peak_gib=peak, **parts)
@@ -334,8 +361,15 @@ def point(axis, value, device):
     found = []
     peak = peak_memory(lambda: found.extend(run_grpo(sizes, device, 8)), device)
     rows, middle = found[2:-1], statistics.median
-    sampling, training = middle(r["sampling"] for r in rows), middle(r["seconds/train"] for r in rows)
-    print(json.dumps(dict(axis=axis, value=value, sampling=sampling, training=training, peak_gib=peak)))
+    sampling, training = (
+        middle(r["sampling"] for r in rows),
+        middle(r["seconds/train"] for r in rows),
+    )
+    print(
+        json.dumps(
+            dict(axis=axis, value=value, sampling=sampling, training=training, peak_gib=peak)
+        )
+    )
 
 
 def growth(device):
@@ -357,7 +391,9 @@ def plot(lines):
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), sharey="row", facecolor="white")
     for column, (label, (axis, _)) in enumerate(AXES.items()):
         rows = sorted((r for r in lines if r.get("axis") == axis), key=lambda r: r["value"])
-        x = [r["value"] * r["value"] * 13 * 4 / 1e6 if axis == "hidden" else r["value"] for r in rows]
+        x = [
+            r["value"] * r["value"] * 13 * 4 / 1e6 if axis == "hidden" else r["value"] for r in rows
+        ]
         for name, color in (("sampling", "tab:blue"), ("training", "tab:orange")):
             axes[0, column].plot(x, [r[name] for r in rows], "o-", color=color, label=name)
         axes[1, column].plot(x, [r["peak_gib"] for r in rows], "o-", color="tab:gray")
@@ -400,20 +436,34 @@ def table(lines):
             name, gib = f"{label}, {device}", lambda key, x=x: f"{x[key]:.2f}" if x.get(key) else ""
             cells = [name, variant or "", spread(x["seconds"])]
             if case == "sampling":
-                cells += [f"{x['tokens_per_second']:,.0f}", f"{x['share']:.2f}", f"{x['of_generate']:.2f}"]
+                cells += [
+                    f"{x['tokens_per_second']:,.0f}",
+                    f"{x['share']:.2f}",
+                    f"{x['of_generate']:.2f}",
+                ]
                 cells += [gib("peak_gib")]
             elif case == "head":
                 cells += [spread(x["of_unchunked"], 2), gib("peak_gib_at_16k"), "", ""]
             elif case == "training":
-                cells += [f"{x['tokens_per_second']:,.0f}", f"{x['share']:.2f}", "", gib("peak_gib")]
+                cells += [
+                    f"{x['tokens_per_second']:,.0f}",
+                    f"{x['share']:.2f}",
+                    "",
+                    gib("peak_gib"),
+                ]
             else:
-                parts = [f"{statistics.median(x[key]):.3f}" for key in ("sampling", "scoring", "training")]
+                parts = [
+                    f"{statistics.median(x[key]):.3f}"
+                    for key in ("sampling", "scoring", "training")
+                ]
                 cells = [name, spread(x["seconds"]), *parts, f"{x['padding']:.3f}", gib("peak_gib")]
             print(f"| {' | '.join(cells)} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=["sampling", "head", "training", "step"])
     parser.add_argument("--repeats", type=int, default=9)
     for flag in ("--gpu", "--growth", "--table"):

@@ -44,8 +44,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "versus_trl.jsonl"
 WARM_UP, STEPS = 5, 25
-BATCHES = 40  # group_by_length sorts 10 at a time, longest first: steps 6 to 25 see all lengths alike
-SIZES = dict(vocab=1024, prompt=32, completion=96, ragged=(8, 256), batch=32, prompts=8, group=8, new=32)
+BATCHES = (
+    40  # group_by_length sorts 10 at a time, longest first: steps 6 to 25 see all lengths alike
+)
+SIZES = dict(
+    vocab=1024, prompt=32, completion=96, ragged=(8, 256), batch=32, prompts=8, group=8, new=32
+)
 GPU_SIZES = SIZES | dict(vocab=151_936, completion=224, ragged=(16, 480), batch=16, new=256)
 LLAMA = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
@@ -57,7 +61,9 @@ SIDES = "ours", "trl"
 BACKENDS = {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)}
 CACHE = dict(page_size=64, num_blocks=96, max_batch_tokens=2048)  # of continuous batching
 OFFLINE = {"equal": ({}, {}), "ragged": ({}, {}), "ragged, TRL by length": SORTED}
-CASES = {(m, rows): flags for m in ("sft", "reward_model", "dpo") for rows, flags in OFFLINE.items()}
+CASES = {
+    (m, rows): flags for m in ("sft", "reward_model", "dpo") for rows, flags in OFFLINE.items()
+}
 GROUP = BACKENDS | {"generate, prompts of 8": {}}
 CASES |= {(m, name): ({}, flags) for m in ("rloo", "grpo") for name, flags in GROUP.items()}
 TRAINERS = dict(sft="SFT", reward_model="Reward", dpo="DPO", rloo="RLOO", grpo="GRPO")
@@ -82,13 +88,17 @@ def make_rows(method, variant, sizes):
         ragged = round(math.exp(draw.uniform(math.log(low), math.log(high))))
         return text((sizes["completion"] if variant == "equal" else ragged) - 1)
 
-    columns = dict(sft=["completion"], reward_model=["chosen", "rejected"], dpo=["chosen", "rejected"])
+    columns = dict(
+        sft=["completion"], reward_model=["chosen", "rejected"], dpo=["chosen", "rejected"]
+    )
     rows = []
     for _ in range(BATCHES * sizes["batch"]):
         row = {"prompt": text(8 if "prompts of 8" in variant else sizes["prompt"])} | {
             name: completion() for name in columns.get(method, [])
         }
-        longest = max((len(value.split()) for name, value in row.items() if name != "prompt"), default=0)
+        longest = max(
+            (len(value.split()) for name, value in row.items() if name != "prompt"), default=0
+        )
         rows.append(row | {"length": sizes["prompt"] + longest + 1})  # group_by_length reads it
     return rows
 
@@ -120,7 +130,9 @@ def memory(gpu):
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def load(folder, gpu):
@@ -146,7 +158,9 @@ def run_ours(method, flags, sizes, folder, steps, gpu, step_ended):
     flags |= dict(output_dir=f"{folder}/ours", overwrite=True, learning_rate=1e-4, warmup_steps=0)
     flags |= dict(lr_schedule="constant", save_every=0, log_every=10**6)
     if method in ("rloo", "grpo"):
-        flags |= dict(prompts_per_step=sizes["prompts"], num_generations=sizes["group"], kl_coef=0.04)
+        flags |= dict(
+            prompts_per_step=sizes["prompts"], num_generations=sizes["group"], kl_coef=0.04
+        )
         flags |= dict(max_completion_length=sizes["new"], reward=f"{__file__}:count_words")
     else:
         flags |= dict(batch_size=sizes["batch"])
@@ -167,21 +181,37 @@ def run_trl(method, flags, sizes, folder, steps, gpu, step_ended):
             step_ended()
 
     # TRL's defaults would be gradient checkpointing and a log every 10 steps; its AdamW is fused by default
-    flags = dict(max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0) | flags
-    flags |= dict(gradient_checkpointing=False, logging_steps=10**6, report_to="none", save_strategy="no")
+    flags = (
+        dict(max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0)
+        | flags
+    )
+    flags |= dict(
+        gradient_checkpointing=False, logging_steps=10**6, report_to="none", save_strategy="no"
+    )
     flags |= dict(output_dir=f"{folder}/trl", disable_tqdm=True, use_cpu=not gpu, bf16=gpu, seed=1)
-    flags |= dict(per_device_train_batch_size=sizes["batch"], model_init_kwargs={"dtype": "float32"})
+    flags |= dict(
+        per_device_train_batch_size=sizes["batch"], model_init_kwargs={"dtype": "float32"}
+    )
     more = {}
-    if method in ("rloo", "grpo"):  # one optimiser step a rollout; by default all tokens may be drawn
+    if method in (
+        "rloo",
+        "grpo",
+    ):  # one optimiser step a rollout; by default all tokens may be drawn
         flags |= dict(per_device_train_batch_size=sizes["prompts"] * sizes["group"], beta=0.04)
-        flags |= dict(num_generations=sizes["group"], max_completion_length=sizes["new"], temperature=1.0)
+        flags |= dict(
+            num_generations=sizes["group"], max_completion_length=sizes["new"], temperature=1.0
+        )
         flags |= dict(loss_type="grpo") if method == "grpo" else {}  # (its default is DAPO's)
         more = dict(reward_funcs=count_words)
-        if not gpu:  # else half of the free memory becomes the cache, and a step takes 3 to 4 times longer
+        if (
+            not gpu
+        ):  # else half of the free memory becomes the cache, and a step takes 3 to 4 times longer
             flags |= dict(transformers_continuous_batching_config=CACHE)
     elif method == "dpo":
         flags |= dict(precompute_ref_log_probs=True)
-    if "train_sampling_strategy" in flags and method != "sft":  # else the column of lengths is gone too early
+    if (
+        "train_sampling_strategy" in flags and method != "sft"
+    ):  # else the column of lengths is gone too early
         flags |= dict(remove_unused_columns=False)
     rows = [json.loads(line) for line in Path(folder, "rows.jsonl").read_text().splitlines()]
     more |= dict(args=config(**flags), train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
@@ -226,13 +256,17 @@ def measure(args):
     setting = dict(device="GPU" if args.gpu else "CPU", threads=int(os.environ["OMP_NUM_THREADS"]))
     setting |= dict(steps=args.steps) | versions
     today = dict(date=f"{datetime.date.today()}")
-    cases = [case for case in CASES if case[0] in args.only and case[1] in [*OFFLINE, *args.backends]]
+    cases = [
+        case for case in CASES if case[0] in args.only and case[1] in [*OFFLINE, *args.backends]
+    ]
     with tempfile.TemporaryDirectory() as folder:
         start("model", f"{folder}/model", args)
         for pair in range(1, args.repeats + 1):
             for method, variant in cases:
                 rows = make_rows(method, variant, GPU_SIZES if args.gpu else SIZES)
-                Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                Path(folder, "rows.jsonl").write_text(
+                    "".join(json.dumps(row) + "\n" for row in rows)
+                )
                 line = dict(method=method, variant=variant, pair=pair)
                 for side in SIDES:
                     found = start(side, folder, args, (method, variant), args.steps)
@@ -249,7 +283,15 @@ def table(lines):
     """Markdown: medians over pairs, and the range of the ratio of seconds."""
     for setting in {str(line["setting"]): line["setting"] for line in lines}.values():
         print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
-        names = ["method", "rows", "ours, s", "TRL, s", "ratio (range)", "peak: ours, TRL, MiB", "ratio"]
+        names = [
+            "method",
+            "rows",
+            "ours, s",
+            "TRL, s",
+            "ratio (range)",
+            "peak: ours, TRL, MiB",
+            "ratio",
+        ]
         names += ["less imports and model: ours, TRL, MiB", "ratio"]
         print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
         for method, variant in CASES:
@@ -272,7 +314,9 @@ def table(lines):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--backends", nargs="+", choices=list(GROUP), default=list(GROUP))
     parser.add_argument("--repeats", type=int, default=5)
@@ -292,7 +336,9 @@ def main():
         if not WARM_UP < args.steps <= BATCHES:
             sys.exit(f"--steps is {args.steps}: wanted are {WARM_UP + 1} to {BATCHES}")
         measure(args)
-    table([json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else [])
+    table(
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
 
 
 if __name__ == "__main__":

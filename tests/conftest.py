@@ -4,7 +4,6 @@ import copy
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -14,16 +13,18 @@ import torch
 import transformers
 
 import common
+import sft
 
 torch.set_num_threads(1)  # these models are too small to share; on a busy machine it is far faster
 
 CPU = torch.device("cpu")
-TRAIN = SimpleNamespace(seed=1, gradient_checkpointing=False)  # what load_policy and load_scorer read of Args
 VOCAB = 64
 NAMES = ["llama", "gemma2", "gpt2", "neox", "qwen2"]
 MORE = ["qwen3", "gemma3"]  # for the sampler alone
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-SHAPE |= dict(vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+SHAPE |= dict(
+    vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=None, pad_token_id=0, eos_token_id=1
+)
 
 
 def tiny_config(name):
@@ -31,10 +32,15 @@ def tiny_config(name):
     if name == "llama":
         return transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
     if name == "gemma2":  # prompts longer than the window, logits well over the cap
-        special = dict(head_dim=8, sliding_window=8, final_logit_softcapping=2.0, initializer_range=0.5)
+        special = dict(
+            head_dim=8, sliding_window=8, final_logit_softcapping=2.0, initializer_range=0.5
+        )
         return transformers.Gemma2Config(**SHAPE, num_key_value_heads=2, **special)
     if name == "gpt2":  # learned positions, and dropout in the configuration
-        ids = {key: SHAPE[key] for key in ("vocab_size", "bos_token_id", "pad_token_id", "eos_token_id")}
+        ids = {
+            key: SHAPE[key]
+            for key in ("vocab_size", "bos_token_id", "pad_token_id", "eos_token_id")
+        }
         dropout = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
         shape = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
         return transformers.GPT2Config(**ids, **dropout, **shape)
@@ -43,10 +49,16 @@ def tiny_config(name):
     if name == "qwen2":
         return transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
     if name == "qwen3":
-        return transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, initializer_range=0.3)
+        return transformers.Qwen3Config(
+            **SHAPE, num_key_value_heads=2, head_dim=16, initializer_range=0.3
+        )
     if name == "gemma3":  # one windowed layer, one that sees all
-        layers = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8, head_dim=8)
-        return transformers.Gemma3TextConfig(**SHAPE, **layers, num_key_value_heads=2, initializer_range=0.1)
+        layers = dict(
+            layer_types=["sliding_attention", "full_attention"], sliding_window=8, head_dim=8
+        )
+        return transformers.Gemma3TextConfig(
+            **SHAPE, **layers, num_key_value_heads=2, initializer_range=0.1
+        )
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +73,14 @@ def tiny_dirs(tmp_path_factory):
             if key.endswith("bias"):
                 torch.nn.init.normal_(weight, std=0.3)
         model.save_pretrained(dirs[name])
-        common.tiny_tokenizer().save_pretrained(dirs[name])
+        sft.tiny_tokenizer().save_pretrained(dirs[name])
     return dirs
 
 
 def load_tiny(name):
     @pytest.fixture(scope="session", name=f"tiny_{name}")
     def tiny(tiny_dirs):
-        return common.load_policy(tiny_dirs[name], CPU, train=TRAIN)
+        return common.load_policy(tiny_dirs[name], CPU, trainable=True)
 
     return tiny
 
@@ -89,11 +101,18 @@ def sampled(request):
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
+def random_head(weight):
+    """A head of random weights, as reward_model.py's."""
+    torch.nn.init.normal_(weight, std=0.2, generator=common.generator(1, "head"))
+
+
 @pytest.fixture(scope="session")
 def scorers(tiny_dirs):
     """Architecture -> model with a scalar head of random weights, in training."""
-    load = dict(device=CPU, flag="--model", train=TRAIN, new_head="normal")
-    return {name: common.load_scorer(path, **load) for name, path in tiny_dirs.items()}
+    return {
+        name: common.load_scorer(path, CPU, "--model", trainable=True, init_head=random_head)
+        for name, path in tiny_dirs.items()
+    }
 
 
 @pytest.fixture(params=NAMES)
@@ -130,7 +149,11 @@ def gradients(model):
 def precise(model):
     """A copy in float64, so that equal gradients are equal to 1e-15 and not to 1e-6. Gemma 2 stays in
     float32: its attention takes the softmax there, where float64's lowest number in a mask is -inf."""
-    return copy.deepcopy(model) if model.config.model_type == "gemma2" else copy.deepcopy(model).double()
+    return (
+        copy.deepcopy(model)
+        if model.config.model_type == "gemma2"
+        else copy.deepcopy(model).double()
+    )
 
 
 def distance(a, b):

@@ -23,17 +23,23 @@ def save_start(folder, seed, architecture="llama", pad_is_eos=False):
     """A small transformer of wide random weights and its tokenizer, one token a letter, as --model reads
     them -> tokenizer."""
     names = ["[EOS]", *LETTERS] if pad_is_eos else ["[PAD]", "[EOS]", *LETTERS]
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}))
+    letters = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)})
+    )
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     letters.decoder = tokenizers.decoders.Fuse()
     special = dict(pad_token=names[0], eos_token="[EOS]", model_max_length=32)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, **special)
     ids = dict(vocab_size=len(names), bos_token_id=None, initializer_range=0.1)
     ids |= dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    if architecture == "gpt2":  # learned positions, biases, a tied head, dropout in the configuration
+    if (
+        architecture == "gpt2"
+    ):  # learned positions, biases, a tied head, dropout in the configuration
         config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, **ids)
     else:
-        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        shape = dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+        )
         config = transformers.LlamaConfig(**shape, max_position_embeddings=32, **ids)
     torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -45,7 +51,9 @@ def list_completions(tokenizer, length=LENGTH):
     """Every completion, ended by EOS or cut at the limit -> K tuples of ids, those that EOS ended first."""
     others = [i for i in range(len(tokenizer)) if i != tokenizer.eos_token_id]
     ended = [
-        c + (tokenizer.eos_token_id,) for n in range(length) for c in itertools.product(others, repeat=n)
+        c + (tokenizer.eos_token_id,)
+        for n in range(length)
+        for c in itertools.product(others, repeat=n)
     ]
     return ended + list(itertools.product(others, repeat=length))
 
@@ -73,7 +81,9 @@ def law(model, tokenizer, completions, temperature=1.0):
             columns = [k for k, c in enumerate(completions) if len(c) == length]
             sequences = torch.tensor([ids + list(completions[k]) for k in columns])
             logits = model(sequences, use_cache=False).logits.double()[:, len(ids) - 1 : -1]
-            taken = (logits / temperature).log_softmax(-1).gather(-1, sequences[:, len(ids) :, None])
+            taken = (
+                (logits / temperature).log_softmax(-1).gather(-1, sequences[:, len(ids) :, None])
+            )
             logps[row, columns] = taken.sum((1, 2))
     model.train(was_training)
     return logps

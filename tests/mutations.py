@@ -720,7 +720,9 @@ class FirstFailure:
         if report.failed and self.failed is None:
             message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "")
             error = message.split(":")[0].split()[0] if message else "error"
-            seen = "" if error in ("assert", "AssertionError", "Failed") else f" ({error})"  # died of what
+            seen = (
+                "" if error in ("assert", "AssertionError", "Failed") else f" ({error})"
+            )  # died of what
             self.failed = report.nodeid.split("tests/")[-1] + seen
 
     def pytest_collectreport(self, report):
@@ -733,7 +735,16 @@ def run_tests(copy, selection):
         if str(copy) in (getattr(module, "__file__", None) or ""):
             del sys.modules[name]
     seen, words = FirstFailure(), [str(copy / "tests" / word) for word in selection.split()]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(copy), "-c", str(copy / "pytest.ini")]
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(copy),
+        "-c",
+        str(copy / "pytest.ini"),
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         code = pytest.main([*options, *words], plugins=[seen])
     seen.broken = seen.broken or code not in (0, 1)  # usage errors, no test of that name
@@ -746,12 +757,18 @@ def main(words):
     sys.dont_write_bytecode = True  # two versions of a file within a second would share a .pyc
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".*cache"))
-        sys.path[:] = [str(copy), str(copy / "tests")] + [p for p in sys.path if p != str(root / "tests")]
+        shutil.copytree(
+            root, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".*cache")
+        )
+        sys.path[:] = [str(copy), str(copy / "tests")] + [
+            p for p in sys.path if p != str(root / "tests")
+        ]
         selection = " ".join(dict.fromkeys(test for m in mutants for test in m.tests.split()))
         unchanged = run_tests(copy, selection)
         if unchanged.failed or unchanged.broken:
-            sys.exit(f"without any mutant {unchanged.failed or 'collection'} fails: mend that first")
+            sys.exit(
+                f"without any mutant {unchanged.failed or 'collection'} fails: mend that first"
+            )
         for mutant in mutants:
             path = copy / mutant.file
             text = path.read_text()
@@ -765,7 +782,9 @@ def main(words):
                 verdict = "FAILURE: cannot be run" if seen.broken else verdict
             failures += verdict.startswith("FAILURE")
             print(f"{mutant.file:22}{mutant.why}\n{'':22}{verdict}", flush=True)
-    print(f"{len(mutants) - failures} of {len(mutants)} mutants killed in {time.time() - began:.0f} s")
+    print(
+        f"{len(mutants) - failures} of {len(mutants)} mutants killed in {time.time() - began:.0f} s"
+    )
     sys.exit(failures > 0)
 
 

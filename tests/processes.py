@@ -28,14 +28,18 @@ PROMPTS = [[3, 9, 4], [12, 5, 8, 7, 6, 11, 2], [4], [9, 3, 9, 3], [7, 7]]
 
 def flags(name, chain, folder, way):
     """Three steps, of 7 rows or of 5 prompts times 3, which 2 do not divide, nor 3 the rows."""
-    args = dict(model=f"{chain}/sft", output_dir=str(folder), steps=3, warmup_steps=0, learning_rate=1e-4)
+    args = dict(
+        model=f"{chain}/sft", output_dir=str(folder), steps=3, warmup_steps=0, learning_rate=1e-4
+    )
     args |= dict(lr_schedule="constant", max_grad_norm=0.0, micro_batch_tokens=60, save_every=2)
     args |= dict(shard="none" if way == "none" else "full", eval_every=2)
     if name in ("ppo", "rloo", "grpo"):
         args |= dict(prompts_per_step=5, num_generations=3, max_completion_length=6, kl_coef=0.05)
         args |= dict(reward=f"{__file__}:letters", minibatches=2, missing_eos_penalty=0.5)
     elif name == "rejection_sampling":
-        args |= dict(reward=f"{chain}/reward_model", prompts=14, num_generations=3, max_completion_length=6)
+        args |= dict(
+            reward=f"{chain}/reward_model", prompts=14, num_generations=3, max_completion_length=6
+        )
         args |= dict(batch_size=7, epochs=2)
     else:
         args |= dict(batch_size=7)
@@ -109,12 +113,16 @@ def every_script(folder, chain, way):
         found = record(name)
         run(name, chain, Path(folder, name), way)
         policy = (
-            common.load_policy(f"{folder}/{name}", torch.device("cpu")) if name != "reward_model" else None
+            common.load_policy(f"{folder}/{name}", torch.device("cpu"))
+            if name != "reward_model"
+            else None
         )
         if policy is not None:  # log-probs of fixed rows
             batch = common.completion_batch(PROMPTS, PROMPTS[::-1], torch.device("cpu"))
             script, part = importlib.import_module(name), (batch.input_ids, batch.attention_mask)
-            found["logprobs"] = script.token_logprobs(policy, *part, batch.completion_mask[:, 1:])[0].detach()
+            found["logprobs"] = script.token_logprobs(policy, *part, batch.completion_mask[:, 1:])[
+                0
+            ].detach()
         if common.rank() == 0:
             torch.save(found, Path(folder, f"{name}.pt"))
 
@@ -139,7 +147,9 @@ def go_on(folder, chain, way):
 def architectures(folder, chain, way):
     """Gradients and samples of each model in CHAIN, a folder of folders, with chunks of logits or not."""
     grpo, args = importlib.import_module("grpo"), importlib.import_module("grpo").Args(shard="full")
-    device, autocast = common.setup(dataclasses.replace(args, output_dir=folder, micro_batch_tokens=20))
+    device, autocast = common.setup(
+        dataclasses.replace(args, output_dir=folder, micro_batch_tokens=20)
+    )
     common.SHARD, found = "none" if way == "none" else "full", {}
     batch = common.completion_batch(PROMPTS, PROMPTS[::-1], device)
     for path, chunk in itertools.product(sorted(Path(chain).iterdir()), (common.CHUNK, 5 * 64)):
@@ -185,7 +195,9 @@ def interrupted(folder, chain, way):
             Path(folder, "began").write_text(json.dumps(os.getpid()))
 
     common.Run.log = spy
-    args = flags("sft", chain, Path(folder, "sft"), "none") | dict(steps=10**6, epochs=10**6, save_every=0)
+    args = flags("sft", chain, Path(folder, "sft"), "none") | dict(
+        steps=10**6, epochs=10**6, save_every=0
+    )
     sft.main(sft.Args(**args))
 
 

@@ -36,7 +36,9 @@ def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
         inner.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
         )
-    special = dict(eos_token="[EOS]", unk_token="[UNK]", pad_token=pad, bos_token="<s>" if bos else None)
+    special = dict(
+        eos_token="[EOS]", unk_token="[UNK]", pad_token=pad, bos_token="<s>" if bos else None
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[4:]})
     tokenizer.chat_template = template if chat else None
@@ -93,7 +95,9 @@ def load(tmp_path):
         if isinstance(rows, list):
             rows = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-        return common.load_examples(tokenizer or letters(), str(tmp_path / name), kind, flags(**given))
+        return common.load_examples(
+            tokenizer or letters(), str(tmp_path / name), kind, flags(**given)
+        )
 
     return function
 
@@ -117,7 +121,9 @@ def refused(capsys):
 def parts(tokenizer, example):
     """Prompt, and the rest without the EOS that must end it, as text."""
     n = len(example["prompt_ids"])
-    assert example["ids"][:n] == example["prompt_ids"] and example["ids"][-1] == tokenizer.eos_token_id
+    assert (
+        example["ids"][:n] == example["prompt_ids"] and example["ids"][-1] == tokenizer.eos_token_id
+    )
     assert example["mask"] == [0] * n + [1] * (len(example["ids"]) - n)
     return tokenizer.decode(example["prompt_ids"]), tokenizer.decode(example["ids"][n:-1])
 
@@ -139,7 +145,9 @@ def test_bom_crlf_and_blank_lines_are_read(load, name, bom, end):
 
 def test_rows_are_separated_by_newlines_only(load):
     """Other line separators of Unicode are legal inside a JSON text."""
-    examples = load('{"prompt": "a\u2028b\x85>", "completion": "b"}\n{"prompt": "c>", "completion": "d"}')
+    examples = load(
+        '{"prompt": "a\u2028b\x85>", "completion": "b"}\n{"prompt": "c>", "completion": "d"}'
+    )
     assert [e["prompt"] for e in examples] == ["a\u2028b\x85>", "c>"]
 
 
@@ -151,7 +159,9 @@ def test_where_names_file_and_line(load, tmp_path):
 
 
 def test_two_rows_are_a_data_set(load, capsys):
-    assert len(load([{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}])) == 2
+    assert (
+        len(load([{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}])) == 2
+    )
     assert capsys.readouterr().out.endswith("rows.jsonl: 2 of 2 rows\n")
 
 
@@ -181,7 +191,11 @@ GOOD = '{"prompt": "a>", "completion": "b"}\n'
         ("rows.jsonl", "[" * 100_000, ["rows.jsonl line 1", "broken JSON"]),
         ("rows.json", "[\n" + "\n" * 5 + "{,}]", ["rows.json line 7", "broken JSON"]),
         ("rows.json", GOOD, ["rows.json", "one dict", "not a list"]),
-        ("rows.jsonl", GOOD + "[1]\n", ["rows.jsonl line 2", "list", "not an object", "`completion`"]),
+        (
+            "rows.jsonl",
+            GOOD + "[1]\n",
+            ["rows.jsonl line 2", "list", "not an object", "`completion`"],
+        ),
         ("rows.json", f'[{GOOD}, "a"]', ["rows.json row 2", "str", "not an object"]),
         ("rows.jsonl", GOOD.encode("utf-16"), ["rows.jsonl", "not UTF-8", "byte 0"]),
         ("rows.jsonl", GOOD.encode() + b'"\xe9"', ["rows.jsonl", "not UTF-8"]),
@@ -208,7 +222,10 @@ def hub(monkeypatch):
             raise ValueError(f"no {name} {split}\nand more")
         return [{"prompt": prompt, "completion": "d"} for prompt in splits[split]]
 
-    fake.load_dataset, fake.__spec__ = load_dataset, importlib.machinery.ModuleSpec("datasets", None)
+    fake.load_dataset, fake.__spec__ = (
+        load_dataset,
+        importlib.machinery.ModuleSpec("datasets", None),
+    )
     fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "datasets", fake)
 
@@ -234,7 +251,11 @@ NO_ROLE, TEXTS = [{"content": "a"}], dict(prompt="a>", completion="b")
 @pytest.mark.parametrize(
     "kind, row, words",
     [
-        ("sft", {"text": "a"}, ["`prompt`", "keys text", "`completion`", "`messages`", "`instruction`"]),
+        (
+            "sft",
+            {"text": "a"},
+            ["`prompt`", "keys text", "`completion`", "`messages`", "`instruction`"],
+        ),
         ("sft", {}, ["`prompt`", "(none)"]),
         ("sft", {"prompt": "a>", "answer": "b"}, ["no `completion`", "keys prompt, answer"]),
         ("sft", {"instruction": "a", "input": ""}, ["no `output`", "keys instruction, input"]),
@@ -246,7 +267,11 @@ NO_ROLE, TEXTS = [{"content": "a"}], dict(prompt="a>", completion="b")
         ("sft", {"prompt": 5, "completion": "b"}, ["`prompt`", "text", "found 5"]),
         ("sft", {"prompt": "a>", "completion": None}, ["`completion`", "text", "found None"]),
         ("sft", {"prompt": "a>", "completion": ["b"]}, ["`completion`", "`role`"]),
-        ("sft", {"prompt": "a>", "completion": talk("b")}, ["prompt is a text", "completion", "messages"]),
+        (
+            "sft",
+            {"prompt": "a>", "completion": talk("b")},
+            ["prompt is a text", "completion", "messages"],
+        ),
         ("sft", {"messages": []}, ["`messages`", "list of messages"]),
         ("sft", {"messages": {"role": "user"}}, ["`messages`", "list of messages"]),
         ("sft", {"messages": NO_ROLE}, ["`messages`", "{'content': 'a'}", "`role` and `content`"]),
@@ -256,7 +281,11 @@ NO_ROLE, TEXTS = [{"content": "a"}], dict(prompt="a>", completion="b")
         ("sft", {"messages": talk("a", "b")}, ["chat template", "none"]),
         ("sft", {"prompt": talk("a"), "completion": "b"}, ["chat template", "none"]),
         ("prompt", {"prompt": talk("a")}, ["chat template", "none"]),
-        ("preference", {"chosen": "yes", "rejected": "no"}, ["`chosen`", "`rejected`", "begin alike"]),
+        (
+            "preference",
+            {"chosen": "yes", "rejected": "no"},
+            ["`chosen`", "`rejected`", "begin alike"],
+        ),
         ("preference", {"chosen": "a b", "rejected": talk("a", "b")}, ["must both be"]),
     ],
 )
@@ -289,7 +318,9 @@ def test_template_is_for_texts(load, refused):
     refused(words, load, [row], tokenizer=letters(chat=True), prompt_template="{prompt} ")
 
 
-@pytest.mark.parametrize("row", [{"messages": talk("a") + talk("b", "c")}, {"prompt": talk("a") + talk("b")}])
+@pytest.mark.parametrize(
+    "row", [{"messages": talk("a") + talk("b", "c")}, {"prompt": talk("a") + talk("b")}]
+)
 def test_template_refuses_messages(load, refused, row):
     row |= {"completion": "c"}
     words = ["rows.jsonl line 1", "chat template", "roles must alternate"]
@@ -297,7 +328,9 @@ def test_template_refuses_messages(load, refused, row):
 
 
 def test_text_that_is_no_unicode(load, refused):
-    refused(["rows.jsonl line 1", "`completion`"], load, '{"prompt": "a>", "completion": "\\ud800"}')
+    refused(
+        ["rows.jsonl line 1", "`completion`"], load, '{"prompt": "a>", "completion": "\\ud800"}'
+    )
 
 
 # ---------------------------------------------------------------- forms of rows
@@ -335,7 +368,11 @@ def test_texts(load, row, prompt, completion):
     "row, template, prompt",
     [
         ({"prompt": "a", "completion": "b", "hint": "h"}, "{hint}: {prompt} ", "h: a "),
-        ({"instruction": "Add.", "input": "1 2", "output": "b"}, "{instruction} {input}=", "Add. 1 2="),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "b"},
+            "{instruction} {input}=",
+            "Add. 1 2=",
+        ),
         ({"question": "How?", "answer": "b"}, "Q: {question} A:", "Q: How? A:"),
     ],
 )
@@ -533,7 +570,9 @@ def test_a_chat_template_writes_bos_itself(load):
     assert example["ids"][0] == tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize("completion", [" It was happy.", " It", ", he said.", "\nThe end.", "  Two."])
+@pytest.mark.parametrize(
+    "completion", [" It was happy.", " It", ", he said.", "\nThe end.", "  Two."]
+)
 def test_leading_space_of_a_llama_tokenizer(load, completion):
     """Prompt and completion in tokens are those of the one text; the space that joins them is not lost."""
     tokenizer, prompt = stories(), "Once upon a time there was a peanut."
@@ -566,7 +605,9 @@ def test_empty_turn_trains_end_of_turn_alone(load):
 def test_text_rows_end_once_where_the_tokenizer_has_a_chat_template(load, completion):
     """People bring rendered prompts, and completions that end in EOS."""
     tokenizer = letters(chat=True)
-    (example,) = load([dict(prompt=turns("hi") + ASKED, completion=completion)], tokenizer=tokenizer)
+    (example,) = load(
+        [dict(prompt=turns("hi") + ASKED, completion=completion)], tokenizer=tokenizer
+    )
     answer = example["ids"][len(example["prompt_ids"]) :]
     stops = common.eos_ids(tokenizer, None)
     assert tokenizer.decode(answer[:-1]) == "yo" and answer[-1] in stops
@@ -603,9 +644,7 @@ def test_eos_ids_of_tokenizer_and_generation_config(tmp_path, chat, generation, 
 
 def test_eos_of_a_template_that_writes_eos(load):
     """As Llama 2's and Mistral's do."""
-    template = (
-        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
     tokenizer = letters(chat=True, template=template + "{% endfor %}")
     assert common.eos_ids(tokenizer, None) == [tokenizer.eos_token_id]
     (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
@@ -629,18 +668,23 @@ def test_overlong_rows_are_dropped_and_counted(load, capsys):
 
 
 def test_overlong_pairs_and_prompts_are_dropped_and_counted(load, capsys):
-    pairs = [dict(prompt="a>", chosen="b" * n, rejected="c" * m) for n, m in ((2, 2), (3, 1), (1, 3))]
+    pairs = [
+        dict(prompt="a>", chosen="b" * n, rejected="c" * m) for n, m in ((2, 2), (3, 1), (1, 3))
+    ]
     assert [e["row"] for e in load(pairs, "preference", max_length=5)] == pairs[:1]
     assert "1 of 3 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
     prompts = [dict(prompt="a" * n) for n in (4, 5, 6)]
-    assert [e["row"] for e in load(prompts, "prompt", max_prompt_length=5, max_length=1)] == prompts[:2]
+    assert [
+        e["row"] for e in load(prompts, "prompt", max_prompt_length=5, max_length=1)
+    ] == prompts[:2]
     assert "2 of 3 rows; 1 dropped longer than --max-prompt-length 5" in capsys.readouterr().out
 
 
 def test_identical_pairs_are_dropped_and_counted(load, capsys):
     """Identical in tokens: two letters that the tokenizer does not know are one."""
     pairs = [
-        dict(prompt="a>", chosen=c, rejected=r) for c, r in (("b", "b"), ("\u00e9", "\u00e8"), ("b", "c"))
+        dict(prompt="a>", chosen=c, rejected=r)
+        for c, r in (("b", "b"), ("\u00e9", "\u00e8"), ("b", "c"))
     ]
     assert [e["row"] for e in load(pairs, "preference")] == pairs[2:]
     out = capsys.readouterr().out
@@ -653,7 +697,10 @@ def test_identical_pairs_are_dropped_and_counted(load, capsys):
         ("sft", [dict(prompt="ca", completion="bc"), dict(prompt="ca", completion="cb")]),
         (
             "preference",
-            [dict(prompt="ca", chosen="c", rejected="b"), dict(prompt="ca", chosen="c", rejected="a")],
+            [
+                dict(prompt="ca", chosen="c", rejected="b"),
+                dict(prompt="ca", chosen="c", rejected="a"),
+            ],
         ),
     ],
 )
@@ -720,7 +767,9 @@ def test_shuffled_visits_each_row_once_an_epoch(n):
 
 
 def test_shuffled_is_another_order_in_each_epoch_and_for_each_seed():
-    orders = [common.shuffled(range(50), seed, e * 50, e * 50 + 50) for seed in (1, 2) for e in (0, 1)]
+    orders = [
+        common.shuffled(range(50), seed, e * 50, e * 50 + 50) for seed in (1, 2) for e in (0, 1)
+    ]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[0] == common.shuffled(range(50), 1, 0, 50)
 

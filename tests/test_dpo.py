@@ -70,9 +70,13 @@ def test_gradients_are_those_of_the_papers():
     }
     for kind, slope in expected.items():
         ref = (0 * ref_w, 0 * ref_l) if kind == "simpo" else (ref_w, ref_l)
-        losses, *_ = dpo.preference_loss(w, l, *ref, 0.3, kind, margin=0.5 if kind == "simpo" else 0.0)
+        losses, *_ = dpo.preference_loss(
+            w, l, *ref, 0.3, kind, margin=0.5 if kind == "simpo" else 0.0
+        )
         up, down = torch.autograd.grad(losses.sum(), (w, l))
-        assert up.item() == pytest.approx(slope, rel=1e-9) and down.item() == pytest.approx(-slope, rel=1e-9)
+        assert up.item() == pytest.approx(slope, rel=1e-9) and down.item() == pytest.approx(
+            -slope, rel=1e-9
+        )
     losses, *_ = dpo.preference_loss(w, l, 0 * w, 0 * l, 0.3, "orpo")
     up, down = torch.autograd.grad(losses.sum(), (w, l))
     odds = [math.exp(x.item()) / (1 - math.exp(x.item())) for x in (w, l)]
@@ -92,11 +96,17 @@ def test_limits():
     assert torch.equal(plain, dpo.preference_loss(*given, 0.1)[0])
     h = 0.1 * (given[0] - given[2] - given[1] + given[3])
     assert torch.allclose(smoothed, plain + h / 2), "half of the labels wrong: symmetric in h"
-    assert torch.allclose(dpo.preference_loss(*given, 1e-9)[0], torch.full((5,), math.log(2.0)).double())
+    assert torch.allclose(
+        dpo.preference_loss(*given, 1e-9)[0], torch.full((5,), math.log(2.0)).double()
+    )
     same = dpo.preference_loss(given[0], given[0], given[2], given[2], 0.1)
-    assert torch.allclose(same[0], torch.full((5,), math.log(2.0)).double()) and torch.equal(same[1], same[2])
+    assert torch.allclose(same[0], torch.full((5,), math.log(2.0)).double()) and torch.equal(
+        same[1], same[2]
+    )
     tiny = torch.tensor([-1e-9, -30.0])
-    assert dpo.preference_loss(tiny, tiny.flip(0), 0 * tiny, 0 * tiny, 0.1, "orpo")[0].isfinite().all()
+    assert (
+        dpo.preference_loss(tiny, tiny.flip(0), 0 * tiny, 0 * tiny, 0.1, "orpo")[0].isfinite().all()
+    )
 
     for p_one in (torch.zeros(2), torch.tensor([0.0, -3.0])):  # a mean log-prob that rounds to 0
         logps_of_one = p_one.clone().requires_grad_()
@@ -110,17 +120,25 @@ def test_limits():
 @pytest.mark.parametrize("kind", TYPES)
 def test_pair_losses(kind):
     """Averages by each side's own length, default beta and margin, margins of the data, ties."""
-    logps_, ref = torch.tensor([[-3.0, -8.0], [-2.0, -2.0], [-9.0, -4.0]]), torch.tensor([[-4.0, -6.0]] * 3)
+    logps_, ref = (
+        torch.tensor([[-3.0, -8.0], [-2.0, -2.0], [-9.0, -4.0]]),
+        torch.tensor([[-4.0, -6.0]] * 3),
+    )
     ref[1] = -2.0
     lengths, margins = [(2, 5), (3, 3), (4, 1)], [0.0, 0.0, 0.25]
-    rows = [dict(chosen_ids=[5] * c, rejected_ids=[5] * r, margin=m) for (c, r), m in zip(lengths, margins)]
+    rows = [
+        dict(chosen_ids=[5] * c, rejected_ids=[5] * r, margin=m)
+        for (c, r), m in zip(lengths, margins)
+    ]
     ref = ref * 0 if kind in ("simpo", "orpo") else ref
     args = dpo.Args(loss_type=kind, sft_coef=0.3, label_smoothing=0.2 if kind == "sigmoid" else 0.0)
     losses, logged = dpo.pair_losses(logps_, ref, rows, args)
     beta = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}[kind]
     for i, ((c, r), m) in enumerate(zip(lengths, margins)):
         c, r = (c, r) if kind != "sigmoid" else (1, 1)
-        w, l, rw, rl = (x / n for x, n in zip([*logps_[i].tolist(), *ref[i].tolist()], (c, r, c, r)))  # noqa: E741
+        w, l, rw, rl = (
+            x / n for x, n in zip([*logps_[i].tolist(), *ref[i].tolist()], (c, r, c, r))
+        )  # noqa: E741
         m = m + 1.0 if kind == "simpo" else m
         slow = (
             slow_loss(w, l, rw, rl, beta, kind, args.label_smoothing, m)
@@ -140,7 +158,9 @@ def test_pair_losses(kind):
 
 # ---------------------------------------------------------------- through main
 def run_args(chain, output_dir, **changes):  # noqa: F811
-    args = dict(model=str(chain / "sft"), output_dir=str(output_dir), batch_size=16, steps=3, warmup_steps=0)
+    args = dict(
+        model=str(chain / "sft"), output_dir=str(output_dir), batch_size=16, steps=3, warmup_steps=0
+    )
     return dpo.Args(**(args | dict(learning_rate=1e-3, micro_batch_tokens=4096) | changes))
 
 
@@ -154,13 +174,21 @@ def test_first_step_and_learning(chain, tmp_path, kind, precompute):  # noqa: F8
     if kind in ("sigmoid", "ipo"):
         assert first["margin"] == pytest.approx(0, abs=1e-5) == first["chosen_logratio"]
         assert start["eval/margin"] == pytest.approx(0, abs=1e-5)
-        assert start["eval/loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4)
+        assert start["eval/loss"] == pytest.approx(
+            {"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4
+        )
         assert first["loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4)
     else:
         assert not any("logratio" in key for key in first.keys() | last.keys())
     assert start["eval/kl"] == 0 < last["eval/kl"]
     assert last["margin"] > first["margin"] + 0.01 and last["loss"] < first["loss"]
-    assert {"eval/accuracy", "eval/accuracy_stderr", "eval/gold", "chosen_reward", "rejected_reward"} <= {
+    assert {
+        "eval/accuracy",
+        "eval/accuracy_stderr",
+        "eval/gold",
+        "chosen_reward",
+        "rejected_reward",
+    } <= {
         *start,
         *last,
     }
@@ -170,7 +198,11 @@ def test_micro_batches_and_cached_reference_change_nothing(chain, tmp_path, cut_
     rows = []
     for budget, precompute in ((40, True), (100_000, False), (100_000, True)):
         folder = tmp_path / f"{budget}{precompute}"
-        dpo.main(run_args(chain, folder, micro_batch_tokens=budget, precompute_ref=precompute, sft_coef=0.3))
+        dpo.main(
+            run_args(
+                chain, folder, micro_batch_tokens=budget, precompute_ref=precompute, sft_coef=0.3
+            )
+        )
         rows.append(metrics(folder))
     for one, other in zip(rows[0], rows[1]):
         for key in one.keys() & {
@@ -230,7 +262,9 @@ def test_the_cache_is_keyed_by_model_and_data(chain, tmp_path, capsys, monkeypat
     assert logps_of(model, examples[:-1], run_args(chain, tmp_path, dtype="bfloat16"))[1] == 1, (
         "another dtype"
     )
-    assert logps_of(model, examples[:-1][::-1], run_args(chain, tmp_path, dtype="bfloat16"))[1] == 1, "order"
+    assert (
+        logps_of(model, examples[:-1][::-1], run_args(chain, tmp_path, dtype="bfloat16"))[1] == 1
+    ), "order"
 
 
 def test_resume_is_exact(chain, tmp_path, monkeypatch):  # noqa: F811
@@ -275,13 +309,23 @@ def test_refused(chain, tmp_path, capsys, changes, words):  # noqa: F811
 
 def test_empty_answers_train_eos_only(chain, tmp_path, capsys):  # noqa: F811
     """They are legal, and kept; a pair without a difference is dropped, and counted."""
-    rows = [dict(prompt="ba>", chosen="ab", rejected=""), dict(prompt="ba>", chosen="a", rejected="a")]
+    rows = [
+        dict(prompt="ba>", chosen="ab", rejected=""),
+        dict(prompt="ba>", chosen="a", rejected="a"),
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dpo.main(
         run_args(
-            chain, tmp_path / "run", dataset=str(tmp_path / "pairs.jsonl"), steps=2, epochs=2, batch_size=1
+            chain,
+            tmp_path / "run",
+            dataset=str(tmp_path / "pairs.jsonl"),
+            steps=2,
+            epochs=2,
+            batch_size=1,
         )
     )
-    assert "1 of 2 rows; 1 dropped whose chosen and rejected are the same" in capsys.readouterr().out
+    assert (
+        "1 of 2 rows; 1 dropped whose chosen and rejected are the same" in capsys.readouterr().out
+    )
     assert metrics(tmp_path / "run")[-1]["margin"] != 0
     shutil.rmtree(tmp_path / "run")

@@ -35,7 +35,9 @@ def source(name):
 def functions(name):
     text = source(name)
     nodes = [
-        node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name != "main"
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name != "main"
     ]
     return {node.name: ast.get_source_segment(text, node) for node in nodes}
 
@@ -43,9 +45,13 @@ def functions(name):
 @functools.cache
 def field_docs(name):
     """Args' fields in order, each with the docstring under it."""
-    (args,) = [n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    (args,) = [
+        n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args"
+    ]
     pairs = zip(args.body[::2], args.body[1::2], strict=True)
-    return {field.target.id: (ast.unparse(field.annotation), doc.value.value) for field, doc in pairs}
+    return {
+        field.target.id: (ast.unparse(field.annotation), doc.value.value) for field, doc in pairs
+    }
 
 
 @pytest.mark.parametrize("one", SCRIPTS)
@@ -76,20 +82,27 @@ def test_shared_flags_agree(one, other):
     shared = [name for name in mine if name in theirs]
     assert shared == [name for name in theirs if name in mine], "shared flags stand in one order"
     defaults = [
-        {f.name: f.default for f in dataclasses.fields(importlib.import_module(n).Args)} for n in (one, other)
+        {f.name: f.default for f in dataclasses.fields(importlib.import_module(n).Args)}
+        for n in (one, other)
     ]
     for name in set(shared) - OWN_DEFAULT:
         assert mine[name] == theirs[name] and defaults[0][name] == defaults[1][name], name
 
 
-@pytest.mark.parametrize("one, other, lines, hunks", [("rloo", "grpo", 140, 30), ("grpo", "ppo", 260, 40)])
+@pytest.mark.parametrize(
+    "one, other, lines, hunks", [("rloo", "grpo", 140, 30), ("grpo", "ppo", 260, 40)]
+)
 def test_the_diff_is_the_lesson(one, other, lines, hunks):
     """Changed lines, both sides counted, and hunks, as `diff` has them."""
     pair = source(one).splitlines(), source(other).splitlines()
     changed = [
-        op for op in difflib.SequenceMatcher(None, *pair, autojunk=False).get_opcodes() if op[0] != "equal"
+        op
+        for op in difflib.SequenceMatcher(None, *pair, autojunk=False).get_opcodes()
+        if op[0] != "equal"
     ]
-    assert sum(a2 - a1 + b2 - b1 for _, a1, a2, b1, b2 in changed) <= lines and len(changed) <= hunks
+    assert (
+        sum(a2 - a1 + b2 - b1 for _, a1, a2, b1, b2 in changed) <= lines and len(changed) <= hunks
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

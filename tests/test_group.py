@@ -35,7 +35,25 @@ def ragged_mask():
     return mask
 
 
-REWARDS = [0.3, -1.0, 2.5, 0.1, NAN, 4.0, 1.0, NAN, 7.0, 7.0, 7.0, 7.0, NAN, NAN, 3.0, NAN, *[NAN] * 4]
+REWARDS = [
+    0.3,
+    -1.0,
+    2.5,
+    0.1,
+    NAN,
+    4.0,
+    1.0,
+    NAN,
+    7.0,
+    7.0,
+    7.0,
+    7.0,
+    NAN,
+    NAN,
+    3.0,
+    NAN,
+    *[NAN] * 4,
+]
 
 
 # ---------------------------------------------------------------- advantages
@@ -45,7 +63,9 @@ def slow_advantages(rewards, group_size, scale):
     advantages = []
     for i, r in enumerate(rewards):
         first = i // group_size * group_size
-        group = np.array([x for x in rewards[first : first + group_size] if not math.isnan(x)], np.float64)
+        group = np.array(
+            [x for x in rewards[first : first + group_size] if not math.isnan(x)], np.float64
+        )
         if math.isnan(r) or len(group) < 2:
             advantages.append(0.0)
             continue
@@ -67,13 +87,19 @@ def test_leave_one_out_advantages():
     slow = []
     for i, r in enumerate(REWARDS):
         first = i // G * G
-        others = [x for j, x in enumerate(REWARDS) if first <= j < first + G and j != i and not math.isnan(x)]
+        others = [
+            x
+            for j, x in enumerate(REWARDS)
+            if first <= j < first + G and j != i and not math.isnan(x)
+        ]
         slow.append(0.0 if math.isnan(r) or not others else r - np.mean(np.float64(others)))
     ours = rloo.leave_one_out_advantages(torch.tensor(REWARDS), G)
     assert ours.tolist() == pytest.approx(slow, rel=1e-5, abs=1e-6)
 
 
-ADVANTAGES = [(scale, partial(grpo.group_advantages, scale=scale)) for scale in ("group", "batch", "none")]
+ADVANTAGES = [
+    (scale, partial(grpo.group_advantages, scale=scale)) for scale in ("group", "batch", "none")
+]
 ADVANTAGES += [("leave-one-out", rloo.leave_one_out_advantages)]
 
 
@@ -81,12 +107,14 @@ ADVANTAGES += [("leave-one-out", rloo.leave_one_out_advantages)]
 def test_invariances_of_advantages(name, function):
     rewards = draw(1, 24)
     base = function(rewards, 6)
-    order = torch.cat(
-        [first + torch.randperm(6, generator=common.generator(1, "x")) for first in (0, 6, 12, 18)]
-    )
+    order = torch.cat([
+        first + torch.randperm(6, generator=common.generator(1, "x")) for first in (0, 6, 12, 18)
+    ])
     assert function(rewards[order], 6).allclose(base[order], atol=1e-6), "order within a group"
     swapped = torch.cat([rewards[12:], rewards[:12]])
-    assert function(swapped, 6).allclose(torch.cat([base[12:], base[:12]]), atol=1e-6), "order of groups"
+    assert function(swapped, 6).allclose(torch.cat([base[12:], base[:12]]), atol=1e-6), (
+        "order of groups"
+    )
     constant = torch.tensor([3.0, -2.0, 0.5, 8.0]).repeat_interleave(6)
     if name != "batch":  # (the batch's standard deviation sees what differs between groups)
         assert function(rewards + constant, 6).allclose(base, atol=1e-5), "a constant per group"
@@ -129,7 +157,8 @@ def slow_loss(logps, old, ref, advantages, mask, aggregation, kl, kl_coef, lengt
         for t in tokens:
             ratio = math.exp(logps[i, t] - old[i, t])
             surrogate = min(
-                ratio * advantages[i], min(max(ratio, 1 - epsilon), 1 + (high or epsilon)) * advantages[i]
+                ratio * advantages[i],
+                min(max(ratio, 1 - epsilon), 1 + (high or epsilon)) * advantages[i],
             )
             x = logps[i, t] - ref[i, t]
             penalty = {"k2-loss": x * x / 2, "k3-loss": math.exp(-x) - 1 + x, "k1-reward": 0.0}[kl]
@@ -169,15 +198,22 @@ def test_reinforce_loss_is_minus_advantage_times_log_prob():
     """At the first update: the mean over completions of - A log pi(completion), to the letter."""
     mask = ragged_mask()
     logps, advantages = -draw(1, 6, 7).abs().double() * mask, draw(2, 6).double()
-    loss, clipped = rloo.reinforce_loss(logps, logps, advantages[:, None] * mask, mask.double() / 5, 0.2)
-    slow = np.mean([-a * logp for a, logp, m in zip(advantages, logps.sum(1), mask.sum(1)) if m > 0])
+    loss, clipped = rloo.reinforce_loss(
+        logps, logps, advantages[:, None] * mask, mask.double() / 5, 0.2
+    )
+    slow = np.mean([
+        -a * logp for a, logp, m in zip(advantages, logps.sum(1), mask.sum(1)) if m > 0
+    ])
     assert loss.item() == pytest.approx(slow, rel=1e-12) and not clipped.any()
 
 
 def test_reinforce_loss_of_a_ratio_that_overflows_is_finite():
     """300 tokens, each 0.35 nats up: clipped where A > 0, and never NaN."""
     old, ones = torch.full((3, 300), -2.0), torch.ones(3, 300)
-    logps, advantages = (old + 0.35).requires_grad_(), torch.tensor([1.0, -1.0, 0.0])[:, None] * ones
+    logps, advantages = (
+        (old + 0.35).requires_grad_(),
+        torch.tensor([1.0, -1.0, 0.0])[:, None] * ones,
+    )
     loss, clipped = rloo.reinforce_loss(logps, old, advantages, ones / 3, 0.2)
     loss.backward()
     assert loss.isfinite() and logps.grad.isfinite().all()
@@ -202,15 +238,21 @@ def test_reinforce_loss_later_has_the_gradient_of_a_clipped_sequence_ratio(high)
 
 # ---------------------------------------------------------------- through main
 def run_args(script, chain, output_dir, **changes):  # noqa: F811
-    args = dict(model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir))
-    args |= dict(steps=2, prompts_per_step=3, num_generations=4, max_completion_length=6, learning_rate=1e-3)
+    args = dict(
+        model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir)
+    )
+    args |= dict(
+        steps=2, prompts_per_step=3, num_generations=4, max_completion_length=6, learning_rate=1e-3
+    )
     return script.Args(**(args | dict(warmup_steps=0) | changes))
 
 
 def checker(tmp_path, body):
     """A file with a checker `f`; body computes `scores` from prompts, completions, rows."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    (tmp_path / "reward.py").write_text(f"def f(prompts, completions, rows):\n{lines}    return scores\n")
+    (tmp_path / "reward.py").write_text(
+        f"def f(prompts, completions, rows):\n{lines}    return scores\n"
+    )
     return f"{tmp_path}/reward.py:f"
 
 
@@ -234,7 +276,12 @@ VARIANTS = [
     ("rloo", dict(baseline="none")),
     ("grpo", dict()),
     ("grpo", dict(loss_aggregation="token", scale_rewards="batch", kl="k2-loss")),
-    ("grpo", dict(loss_aggregation="constant", scale_rewards="none", kl="k1-reward", mask_truncated=True)),
+    (
+        "grpo",
+        dict(
+            loss_aggregation="constant", scale_rewards="none", kl="k1-reward", mask_truncated=True
+        ),
+    ),
 ]
 
 
@@ -244,8 +291,12 @@ def test_a_budget_that_cuts_groups_apart_changes_nothing(chain, tmp_path, monkey
     data = tmp_path / "prompts.jsonl"
     prompts = ["b>", "zyxwvutsrq>", "abcdefghijklmnopqrstuvwxyz" + "abcdefghijklm>"]
     data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    reward = checker(tmp_path, "scores = [len(set(c)) + 0.1 * len(p) for p, c in zip(prompts, completions)]")
-    args = dict(dataset=str(data), reward=reward, num_generations=5, steps=1, max_completion_length=12)
+    reward = checker(
+        tmp_path, "scores = [len(set(c)) + 0.1 * len(p) for p, c in zip(prompts, completions)]"
+    )
+    args = dict(
+        dataset=str(data), reward=reward, num_generations=5, steps=1, max_completion_length=12
+    )
     results = []
     for budget in (60, 130, 100_000):
         changes = args | flags | dict(micro_batch_tokens=budget)
@@ -296,7 +347,9 @@ def test_the_kl_pulls_back_to_the_reference(chain, tmp_path, kl, sign):  # noqa:
     load, paths = grpo.load_policy, iter([str(far), str(chain / "sft")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "load_policy", lambda path, *a, **k: load(next(paths), *a, **k))
-        args |= dict(reward=checker(tmp_path, "scores = [0.0] * len(prompts)"), scale_rewards="none")
+        args |= dict(
+            reward=checker(tmp_path, "scores = [0.0] * len(prompts)"), scale_rewards="none"
+        )
         grpo.main(run_args(grpo, chain, tmp_path / "run", steps=30, kl=kl, kl_coef=1.0, **args))
     kls = [row["kl"] for row in metrics(tmp_path / "run") if "kl" in row]
     assert sum(kls[-3:]) < 0.4 * sum(kls[:3]), kls
@@ -306,11 +359,11 @@ def test_the_kl_pulls_back_to_the_reference(chain, tmp_path, kl, sign):  # noqa:
 def test_advantages_belong_to_their_own_prompts(chain, tmp_path, name):  # noqa: F811
     """A score that depends on the prompt alone is equal within each group: nothing is learnt. Were groups
     tiled instead of side by side, or rows paired with others' prompts, there would be advantages."""
-    body = (
-        "assert all(p == r['prompt'] for p, r in zip(prompts, rows))\nscores = [ord(p[0]) for p in prompts]"
-    )
+    body = "assert all(p == r['prompt'] for p, r in zip(prompts, rows))\nscores = [ord(p[0]) for p in prompts]"
     reward, run = checker(tmp_path, body), tmp_path / "run"
-    SCRIPTS[name].main(run_args(SCRIPTS[name], chain, run, reward=reward, kl_coef=0.0, prompts_per_step=5))
+    SCRIPTS[name].main(
+        run_args(SCRIPTS[name], chain, run, reward=reward, kl_coef=0.0, prompts_per_step=5)
+    )
     before, after = weights(chain / "sft"), weights(run)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(row["zero_std_groups"] == 1.0 for row in metrics(run)[1:])
@@ -348,10 +401,14 @@ def test_missing_eos_is_paid_for(chain, tmp_path, name):  # noqa: F811
 def test_rloo_pays_the_kl_before_the_baseline(chain, tmp_path, monkeypatch):  # noqa: F811
     """Sequence reward = score - kl_coef * summed log-ratio; the baseline is taken of that."""
     seen, inner = [], rloo.leave_one_out_advantages
-    monkeypatch.setattr(rloo, "leave_one_out_advantages", lambda r, n: seen.append(r) or inner(r, n))
+    monkeypatch.setattr(
+        rloo, "leave_one_out_advantages", lambda r, n: seen.append(r) or inner(r, n)
+    )
     reward = checker(tmp_path, "scores = [len(set(text)) for text in completions]")
     rloo.main(
-        run_args(rloo, chain, tmp_path / "run", reward=reward, kl_coef=0.5, steps=3, learning_rate=3e-2)
+        run_args(
+            rloo, chain, tmp_path / "run", reward=reward, kl_coef=0.5, steps=3, learning_rate=3e-2
+        )
     )
     for rewards, row in zip(seen, metrics(tmp_path / "run")[1:]):
         assert rewards.mean().item() == pytest.approx(row["score"] - 0.5 * row["kl"], abs=1e-5)
@@ -366,7 +423,9 @@ def test_grpo_of_one_update_is_reinforce(chain, tmp_path, monkeypatch):  # noqa:
     grpo.main(run_args(grpo, chain, tmp_path / "a", **args))
 
     def reinforce(logprobs, old_logprobs, advantages, weights, *clip):
-        return -(weights * advantages * logprobs).sum(), torch.zeros_like(logprobs, dtype=torch.bool)
+        return -(weights * advantages * logprobs).sum(), torch.zeros_like(
+            logprobs, dtype=torch.bool
+        )
 
     monkeypatch.setattr(grpo, "policy_loss", reinforce)
     grpo.main(run_args(grpo, chain, tmp_path / "b", **args))
@@ -377,7 +436,9 @@ def test_grpo_of_one_update_is_reinforce(chain, tmp_path, monkeypatch):  # noqa:
 
 def test_truncated_completions_are_masked_and_still_counted(chain, tmp_path, monkeypatch):  # noqa: F811
     masks, rewards, weigh, inner = [], [], grpo.loss_weights, grpo.group_advantages
-    monkeypatch.setattr(grpo, "loss_weights", lambda mask, *a: masks.append(mask) or weigh(mask, *a))
+    monkeypatch.setattr(
+        grpo, "loss_weights", lambda mask, *a: masks.append(mask) or weigh(mask, *a)
+    )
     monkeypatch.setattr(grpo, "group_advantages", lambda r, *a: rewards.append(r) or inner(r, *a))
     reward = checker(tmp_path, "scores = [len(set(text)) for text in completions]")
     args = dict(reward=reward, mask_truncated=True, prompts_per_step=8, max_completion_length=7)
@@ -418,7 +479,9 @@ def hard_run(script, chain, far, folder, patch, **flags):  # noqa: F811
     """One step from `far` against runs/sft: unjudged and truncated completions, odd flags everywhere."""
     load, paths = script.load_policy, iter([far, str(chain / "sft")])
     patch.setattr(script, "load_policy", lambda path, *a, **k: load(next(paths), *a, **k))
-    args = dict(reward=checker(folder, HARD), prompts_per_step=5, num_generations=4, steps=1, kl_coef=0.3)
+    args = dict(
+        reward=checker(folder, HARD), prompts_per_step=5, num_generations=4, steps=1, kl_coef=0.3
+    )
     args |= dict(epsilon=0.07, epsilon_high=0.31, temperature=0.8, missing_eos_penalty=0.4)
     script.main(run_args(script, chain, folder / "run", **(args | flags)))
     return metrics(folder / "run")[1]
@@ -427,7 +490,9 @@ def hard_run(script, chain, far, folder, patch, **flags):  # noqa: F811
 GRPO_FLAGS = [
     dict(),
     dict(scale_rewards="batch", loss_aggregation="token", kl="k2-loss"),
-    dict(scale_rewards="none", loss_aggregation="constant", kl="k1-reward", max_completion_length=9),
+    dict(
+        scale_rewards="none", loss_aggregation="constant", kl="k1-reward", max_completion_length=9
+    ),
     dict(mask_truncated=True, loss_aggregation="constant", max_completion_length=9),
     dict(mask_truncated=True, loss_aggregation="token", scale_rewards="none"),
 ]
@@ -437,7 +502,11 @@ GRPO_FLAGS = [
 def test_grpo_step_is_the_formula(chain, far, tmp_path, monkeypatch, flags):  # noqa: F811
     """The loss that main logs, from its completions, log-probs and scores by float64 loops over the flags."""
     losses, groups, batches, over = [], [], [], []
-    for name, calls in [("policy_loss", losses), ("group_advantages", groups), ("completion_batch", batches)]:
+    for name, calls in [
+        ("policy_loss", losses),
+        ("group_advantages", groups),
+        ("completion_batch", batches),
+    ]:
         spy(monkeypatch, grpo, name, calls)
     spy(monkeypatch, grpo, "over_micro_batches", over)
     row = hard_run(grpo, chain, far, tmp_path, monkeypatch, **flags)
@@ -467,7 +536,10 @@ def test_grpo_step_is_the_formula(chain, far, tmp_path, monkeypatch, flags):  # 
     torch.testing.assert_close(old_logprobs, exact, rtol=1e-4, atol=1e-4)
     assert row["entropy"] == pytest.approx(grpo.masked_mean(entropy, inputs[2]).item(), rel=1e-4)
     log_ratio = (old_logprobs - ref_logprobs).sum(1)
-    text = [common.completion_text(common.load_tokenizer(far), p, c) for p, c in zip(prompts, completions)]
+    text = [
+        common.completion_text(common.load_tokenizer(far), p, c)
+        for p, c in zip(prompts, completions)
+    ]
     tokenizer, rewards = common.load_tokenizer(far), []
     for i in range(20):
         score = (
@@ -484,10 +556,20 @@ def test_grpo_step_is_the_formula(chain, far, tmp_path, monkeypatch, flags):  # 
     )
     tensors = [x.double().numpy() for x in (logps.detach(), old, ref_logprobs[order])]
     expected = slow_loss(
-        *tensors, slow, mask, args.loss_aggregation, args.kl, 0.3, args.max_completion_length, 0.07, 0.31
+        *tensors,
+        slow,
+        mask,
+        args.loss_aggregation,
+        args.kl,
+        0.3,
+        args.max_completion_length,
+        0.07,
+        0.31,
     )
     assert row["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert row["ratio_max_dev"] == 0 and row["kl"] == pytest.approx(log_ratio.mean().item(), rel=1e-4)
+    assert row["ratio_max_dev"] == 0 and row["kl"] == pytest.approx(
+        log_ratio.mean().item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("baseline", ["leave-one-out", "none"])
@@ -506,8 +588,13 @@ def test_rloo_step_is_the_formula(chain, far, tmp_path, monkeypatch, baseline): 
     old_logprobs, ref_logprobs = (result[0] for a, result in over if result[0].shape[0] == 20)
     tokenizer, rewards = common.load_tokenizer(far), []
     for i, (p, c) in enumerate(zip(prompts, completions)):
-        text, ratio = common.completion_text(tokenizer, p, c), (old_logprobs - ref_logprobs)[i].sum().item()
-        score = len(set(text)) + 0.1 * ord(tokenizer.decode(p)[0]) - 0.4 * (c[-1] != 1) - 0.3 * ratio
+        text, ratio = (
+            common.completion_text(tokenizer, p, c),
+            (old_logprobs - ref_logprobs)[i].sum().item(),
+        )
+        score = (
+            len(set(text)) + 0.1 * ord(tokenizer.decode(p)[0]) - 0.4 * (c[-1] != 1) - 0.3 * ratio
+        )
         rewards.append(math.nan if sum(map(ord, text)) % 3 == 1 else score)
     judged = [i for i in range(20) if not math.isnan(rewards[i])]
     total = 0.0
@@ -530,7 +617,9 @@ def test_each_minibatch_has_its_own_normaliser(chain, far, tmp_path, monkeypatch
     for (_, _, _, ours, *_), _ in calls:
         rows, lengths = (ours > 0).any(1).sum(), (ours > 0).sum(1)
         aggregation = flags.get("loss_aggregation", "sequence" if name == "grpo" else "sum")
-        each = {"sequence": 1 / (rows * lengths), "sum": 1 / rows.expand(len(lengths))}.get(aggregation)
+        each = {"sequence": 1 / (rows * lengths), "sum": 1 / rows.expand(len(lengths))}.get(
+            aggregation
+        )
         if aggregation == "token":
             each = 1 / lengths.sum().expand(len(lengths))
         if aggregation == "constant":
@@ -556,7 +645,9 @@ def test_metrics_of_clipping_and_equal_groups(chain, far, tmp_path, monkeypatch,
     assert row["clip_fraction"] == 1.0 and row["zero_std_groups"] == 1.0
 
 
-def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(chain, far, tmp_path, monkeypatch):  # noqa: F811
+def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(
+    chain, far, tmp_path, monkeypatch
+):  # noqa: F811
     over = []
     spy(monkeypatch, grpo, "over_micro_batches", over)
     hard_run(grpo, chain, far, tmp_path, monkeypatch, num_generations=2)
@@ -577,7 +668,9 @@ def test_dynamic_sampling_looks_at_penalised_rewards_and_draws_afresh(chain, tmp
     keys, inner = [], grpo.generator
     monkeypatch.setattr(grpo, "generator", lambda *key: keys.append(key) or inner(*key))
     args = dict(reward=checker(tmp_path, "scores = [1.0] * len(prompts)"), missing_eos_penalty=0.5)
-    grpo.main(run_args(grpo, chain, tmp_path / "run", dynamic_sampling=True, prompts_per_step=8, **args))
+    grpo.main(
+        run_args(grpo, chain, tmp_path / "run", dynamic_sampling=True, prompts_per_step=8, **args)
+    )
     drawn = [key for key in keys if key[1] == "sample"]
     assert len(set(drawn)) == len(drawn) > 2
     assert all(row["dropped_groups"] < 0.8 for row in metrics(tmp_path / "run")[1:])
@@ -589,9 +682,13 @@ def test_dynamic_sampling_fills_the_batch(chain, tmp_path, monkeypatch):  # noqa
     body += "hashes = [zlib.crc32(text.encode()) % 1000 / 1000 for text in texts]\n"
     body += "scores = [0.5 if p[0] < 'n' else x for p, x in zip(prompts, hashes)]"
     batches, rewards, build, inner = [], [], grpo.completion_batch, grpo.group_advantages
-    monkeypatch.setattr(grpo, "completion_batch", lambda p, c, d: batches.append((p, c)) or build(p, c, d))
+    monkeypatch.setattr(
+        grpo, "completion_batch", lambda p, c, d: batches.append((p, c)) or build(p, c, d)
+    )
     monkeypatch.setattr(grpo, "group_advantages", lambda r, *a: rewards.append(r) or inner(r, *a))
-    args = dict(reward=checker(tmp_path, body), dynamic_sampling=True, prompts_per_step=12, kl_coef=0.0)
+    args = dict(
+        reward=checker(tmp_path, body), dynamic_sampling=True, prompts_per_step=12, kl_coef=0.0
+    )
     grpo.main(run_args(grpo, chain, tmp_path / "run", num_generations=3, **args))
     tokenizer = common.load_tokenizer(str(chain / "sft"))
     trained = [pair for pair in batches if len(pair[0]) == 36]
@@ -619,11 +716,15 @@ def test_dynamic_sampling_gives_up_in_the_end(chain, tmp_path):  # noqa: F811
 def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
     """Of two held-out prompts the first is solved by one of two samples, the second by none."""
     args = run_args(grpo, chain, tmp_path / "run", num_generations=2, reward="sort")
-    tokenizer, policy = common.load_tokenizer(args.model), common.load_policy(args.model, torch.device("cpu"))
+    tokenizer, policy = (
+        common.load_tokenizer(args.model),
+        common.load_policy(args.model, torch.device("cpu")),
+    )
     stop_ids = common.eos_ids(tokenizer, args.model)
     rows = [{"prompt": "ba>", "answer": "ab"}, {"prompt": "dc>", "answer": "cd"}]
     examples = [
-        dict(prompt=r["prompt"], row=r, where="", prompt_ids=tokenizer(r["prompt"]).input_ids) for r in rows
+        dict(prompt=r["prompt"], row=r, where="", prompt_ids=tokenizer(r["prompt"]).input_ids)
+        for r in rows
     ]
     answers = {1: ["ab[EOS]", "cd[EOS]"], 2: ["ba[EOS]", "ab[EOS]", "cd", "dd[EOS]"]}
 
@@ -639,11 +740,26 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
         inputs = batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:]
         return grpo.token_logprobs(model, *inputs)
 
-    inputs = policy, examples, tokenizer, stop_ids, 1, autocast, (2, 8, 0.7), dict(score=score, gold=gold)
+    inputs = (
+        policy,
+        examples,
+        tokenizer,
+        stop_ids,
+        1,
+        autocast,
+        (2, 8, 0.7),
+        dict(score=score, gold=gold),
+    )
     found, shown = common.evaluate_samples(*inputs, kl_from=(logprobs_of, lambda: policy))
-    assert found["eval/gold_greedy"] == 1.0 and found["eval/gold"] == 0.25 and found["eval/pass@2"] == 0.5
+    assert (
+        found["eval/gold_greedy"] == 1.0
+        and found["eval/gold"] == 0.25
+        and found["eval/pass@2"] == 0.5
+    )
     assert found["eval/kl"] == 0 and found["eval/eos_rate"] == 0.75
-    assert [row["completion"] for row in shown] == ["ba", "cd"] and [row["gold"] for row in shown] == [0, 0]
+    assert [row["completion"] for row in shown] == ["ba", "cd"] and [
+        row["gold"] for row in shown
+    ] == [0, 0]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -751,7 +867,9 @@ def test_gsm8k_never_raises():
 
 def test_gsm8k_numbers_are_exact():
     rows = [{"answer": "#### 10000000000000001"}]
-    assert common.gsm8k_checker([""], ["#### 10000000000000000"], rows) == [0.0]  # (equal as floats)
+    assert common.gsm8k_checker([""], ["#### 10000000000000000"], rows) == [
+        0.0
+    ]  # (equal as floats)
 
 
 def gsm8k_rows(count):
@@ -765,7 +883,9 @@ def test_gsm8k_end_to_end(chain, tmp_path, capsys):  # noqa: F811
     """A model that solves nothing says so: every group is equal, and the held-out pass rates are 0."""
     data = tmp_path / "gsm8k.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in gsm8k_rows(8)))
-    args = dict(dataset=str(data), eval_dataset=str(data), reward="gsm8k", prompt_template="{question}")
+    args = dict(
+        dataset=str(data), eval_dataset=str(data), reward="gsm8k", prompt_template="{question}"
+    )
     args |= dict(prompts_per_step=4, max_completion_length=8, max_prompt_length=64)
     grpo.main(run_args(grpo, chain, tmp_path / "run", **args))
     last = metrics(tmp_path / "run")[-1]
@@ -780,4 +900,7 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted(chain, tmp_path, cap
     args = dict(dataset=str(data), max_completion_length=30)
     grpo.main(run_args(grpo, chain, tmp_path / "run", **args))
     said = capsys.readouterr().out
-    assert "2 of 4 rows; 2 dropped longer than the model's context less --max-completion-length: 34" in said
+    assert (
+        "2 of 4 rows; 2 dropped longer than the model's context less --max-completion-length: 34"
+        in said
+    )

@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
+from language import gibbs, k3_law
 
 import grpo
 import ppo
 import rloo
-from language import gibbs, k3_law
 
 EOS, LENGTH, BETA = 2, 3, 0.4
 COMPLETIONS = [
@@ -28,9 +28,9 @@ PAIRS = torch.tensor(list(itertools.product(range(K), repeat=2)))  # all groups 
 MASK = torch.tensor([[float(t < len(c)) for t in range(LENGTH)] for c in COMPLETIONS]).double()
 LENGTHS = MASK.sum(1)
 # row and column of each token's logit; what lies behind the end is never looked at
-STATE = torch.tensor(
-    [[PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS]
-)
+STATE = torch.tensor([
+    [PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS
+])
 ACTION = torch.tensor([[c[t] if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS])
 
 
@@ -156,7 +156,9 @@ def reinforce_gradients(advantages):
     result = []
     for rows, pair_advantages in zip(PAIRS.tolist(), advantages):
         mask, logps = MASK[rows], LOGPS[rows]
-        loss, _ = rloo.reinforce_loss(logps, logps.detach(), pair_advantages[:, None] * mask, mask / 2, 0.2)
+        loss, _ = rloo.reinforce_loss(
+            logps, logps.detach(), pair_advantages[:, None] * mask, mask / 2, 0.2
+        )
         result.append(-gradient(loss))
     return torch.stack(result)
 
@@ -190,7 +192,9 @@ def test_variance_under_a_shift_of_the_rewards():
         left_out = rloo.leave_one_out_advantages(rewards, 2).view(-1, 2)
         shifted[shift] = [moments(reinforce_gradients(a)) for a in (left_out, rewards.view(-1, 2))]
     for shift in (1.0, 10.0):
-        assert near(shifted[shift][0][0], TRUTH, rtol=1e-11) and near(shifted[shift][1][0], TRUTH, rtol=1e-11)
+        assert near(shifted[shift][0][0], TRUTH, rtol=1e-11) and near(
+            shifted[shift][1][0], TRUTH, rtol=1e-11
+        )
         assert math.isclose(shifted[shift][0][1], shifted[0.0][0][1], rel_tol=1e-11)
     assert shifted[0.0][1][1] < shifted[1.0][1][1] < shifted[10.0][1][1]
     assert shifted[0.0][0][1] < shifted[0.0][1][1]  # and the baseline is worth having
@@ -209,7 +213,9 @@ def test_ppo_is_unbiased_with_any_values(seed):
     loss, clipped = ppo.policy_loss(LOGPS, LOGPS.detach(), advantages, weights, 0.2)
     assert near(-gradient(loss), TRUTH) and not clipped.any()
     rewards = ppo.token_rewards(REWARDS, LOGPS.detach(), REF_LOGPS, MASK, BETA)
-    advantages, _ = ppo.gae(rewards, values, MASK, 1.0, 0.5)  # lambda below 1 with wrong values is biased
+    advantages, _ = ppo.gae(
+        rewards, values, MASK, 1.0, 0.5
+    )  # lambda below 1 with wrong values is biased
     loss, _ = ppo.policy_loss(LOGPS, LOGPS.detach(), advantages, weights, 0.2)
     assert not near(-gradient(loss), TRUTH, rtol=0.01)
 
@@ -246,7 +252,9 @@ def test_dividing_by_the_deviation_of_the_group():
 def test_dividing_by_the_deviation_of_the_batch():
     """Of one pair as a batch it is that of the group; of all pairs it is a constant and does no harm."""
     pair = torch.tensor([0.3, 1.0]).double()
-    assert torch.allclose(grpo.group_advantages(pair, 2, "batch"), grpo.group_advantages(pair, 2, "group"))
+    assert torch.allclose(
+        grpo.group_advantages(pair, 2, "batch"), grpo.group_advantages(pair, 2, "group")
+    )
     rewards = REWARDS - BETA * (LOGPS.detach() - REF_LOGPS).sum(1)
     advantages = grpo.group_advantages(rewards[PAIRS.flatten()], 2, "batch").view(-1, 2)
     assert angle(expected_gradient(advantages)) < 1e-5
@@ -285,8 +293,13 @@ def test_whitened_advantages():
         rows, p = [y, z], P[y] * P[z]
         whitened = ppo.masked_whiten(ppo_advantages(rows, values), MASK[rows])
         weights = MASK[rows] / MASK[rows].sum()
-        total = total + p * ppo.policy_loss(LOGPS[rows], LOGPS[rows].detach(), whitened, weights, 0.2)[0]
-        to_go = [(i, t, sum(per_token[i, t:].tolist())) for i in rows for t in range(int(LENGTHS[i]))]
+        total = (
+            total
+            + p * ppo.policy_loss(LOGPS[rows], LOGPS[rows].detach(), whitened, weights, 0.2)[0]
+        )
+        to_go = [
+            (i, t, sum(per_token[i, t:].tolist())) for i in rows for t in range(int(LENGTHS[i]))
+        ]
         mean = sum(a for _, _, a in to_go) / len(to_go)
         variance = sum((a - mean) ** 2 for _, _, a in to_go) / len(to_go)
         terms = [(a - mean) / math.sqrt(variance + 1e-8) * step_scores[i][t] for i, t, a in to_go]
@@ -307,9 +320,9 @@ def test_where_a_kl_loss_rests(estimator, rest):
     for name, p in laws.items():
         logits = p[0].clone().requires_grad_()
         logps = logits.log_softmax(0)
-        weights = (p[0].exp()[pairs[:, 0]] * p[0].exp()[pairs[:, 1]])[:, None].expand(-1, 2).reshape(
-            -1, 1
-        ) / 2
+        weights = (p[0].exp()[pairs[:, 0]] * p[0].exp()[pairs[:, 1]])[:, None].expand(
+            -1, 2
+        ).reshape(-1, 1) / 2
         rows = logps[pairs.flatten()][:, None]
         loss, _ = grpo.policy_loss(rows, rows.detach(), advantages, weights, 0.2)
         kl = grpo.kl_penalty(rows, ref[0, pairs.flatten()][:, None], estimator)
@@ -339,7 +352,9 @@ def test_where_the_gradients_of_kl_losses_point():
     """The mean over completions of the gradient of each estimate. k1: nowhere, it does not regularise. k2:
     KL(policy || reference) of each next token. k3: KL(reference || policy) of each next token, which is why
     it leads elsewhere. Both leave out that tokens decide which prefixes come later."""
-    reach = torch.tensor([sum(P[[c[: len(x)] == x for c in COMPLETIONS]]) for x in PREFIXES])[:, None]
+    reach = torch.tensor([sum(P[[c[: len(x)] == x for c in COMPLETIONS]]) for x in PREFIXES])[
+        :, None
+    ]
     p, q = LOGITS.log_softmax(-1), REF.log_softmax(-1)
 
     def of_loss(estimator):

@@ -14,7 +14,6 @@ import ppo
 import reward_model
 import sft
 
-
 pytestmark = pytest.mark.usefixtures("cut_by_budget_alone")
 BUDGETS = [1, 17, 40, 10**6]  # one row at a time, in between, and all at once
 TEMPERATURES = [1.0, 0.7]
@@ -86,7 +85,9 @@ def test_results_do_not_depend_on_the_micro_batch_budget(name, request, scorers)
     model, batch = request.getfixturevalue(f"tiny_{name}"), ragged_batch(2)
     with torch.no_grad():
         results = [(logprobs_of(model, batch), lambda *x: ppo.token_logprobs(model, *x, 0.7))]
-        results += [(heads_of(scorers[name], batch)[1:], lambda *x: ppo.token_values(scorers[name], *x))]
+        results += [
+            (heads_of(scorers[name], batch)[1:], lambda *x: ppo.token_values(scorers[name], *x))
+        ]
     for whole, function in results:
         for budget in BUDGETS:
             parts = common.over_micro_batches(function, batch, budget, contextlib.nullcontext)
@@ -105,7 +106,9 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_budget(tiny_dirs, scorers
     tokenizer = common.load_tokenizer(tiny_dirs["llama"])
     batch = common.completion_batch(prompts, completions, CPU)
     with torch.no_grad():
-        scores = reward_model.sequence_scores(scorers["llama"], batch.input_ids, batch.attention_mask)
+        scores = reward_model.sequence_scores(
+            scorers["llama"], batch.input_ids, batch.attention_mask
+        )
     for budget in BUDGETS:
         args = SimpleNamespace(reward=str(tmp_path), micro_batch_tokens=budget)
         score = common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, [1], longest=64)
@@ -138,11 +141,15 @@ def test_reward_model_gradient_does_not_depend_on_the_budget(scorer):
     rejected = rejected[::-1]
     keys = ("prompt_ids", "chosen_ids", "rejected_ids", "margin")
     examples = [
-        dict(zip(keys, row)) for row in zip(prompts, chosen, rejected, [0.0, 1.0, 0.5, 0.0, 2.0, 1.0])
+        dict(zip(keys, row))
+        for row in zip(prompts, chosen, rejected, [0.0, 1.0, 0.5, 0.0, 2.0, 1.0])
     ]
     scorer, results = precise(scorer), []
     for budget in BUDGETS[::-1]:
-        loss_sum, cuts = 0.0, common.micro_batches([reward_model.pair_length(e) for e in examples], budget)
+        loss_sum, cuts = (
+            0.0,
+            common.micro_batches([reward_model.pair_length(e) for e in examples], budget),
+        )
         for rows in cuts:
             picked = [examples[i] for i in rows]
             mb = reward_model.pair_batch(picked, CPU)
@@ -195,7 +202,9 @@ def test_ppo_gradient_does_not_depend_on_the_budget(policy, scorers):
             logprobs, _ = ppo.token_logprobs(policy, mb.input_ids, mb.attention_mask, mask, 0.7)
             values = ppo.token_values(scorer, mb.input_ids, mb.attention_mask, mask)
             weights = mask / tokens
-            pg_loss, clipped = ppo.policy_loss(logprobs, old_logprobs[part], advantages[part], weights, 0.2)
+            pg_loss, clipped = ppo.policy_loss(
+                logprobs, old_logprobs[part], advantages[part], weights, 0.2
+            )
             vf_loss, _ = ppo.value_loss(values, old_values[part], returns[part], weights, 0.2)
             (pg_loss + 0.1 * vf_loss).backward()
             losses += torch.stack([pg_loss, vf_loss]).detach()
@@ -228,7 +237,13 @@ def test_micro_batches_hold_rows_of_about_one_length(monkeypatch):
     """At most 1/20 of a list is padding, and one more row would be too much; a list still small is filled in
     any case."""
     monkeypatch.setattr(common, "SMALL_BATCH", 0)
-    assert common.micro_batches([100, 90, 89, 81, 80, 10, 9, 1], 10**6) == [[0, 1], [2, 3], [4], [5, 6], [7]]
+    assert common.micro_batches([100, 90, 89, 81, 80, 10, 9, 1], 10**6) == [
+        [0, 1],
+        [2, 3],
+        [4],
+        [5, 6],
+        [7],
+    ]
     assert common.micro_batches([100] * 20 + [1], 10**6) == [list(range(21))]
     draw = random.Random(2)
     for _ in range(50):
@@ -251,9 +266,9 @@ def test_micro_batches_do_not_depend_on_the_order_of_rows():
         cuts = common.micro_batches(lengths, 40, rows)
         assert sorted(i for cut in cuts for i in cut) == sorted(rows)
         assert common.micro_batches(lengths, 40, draw.sample(rows, len(rows))) == cuts
-        assert common.micro_batches(lengths, 40, draw.sample(range(30), 30)) == common.micro_batches(
-            lengths, 40
-        )
+        assert common.micro_batches(
+            lengths, 40, draw.sample(range(30), 30)
+        ) == common.micro_batches(lengths, 40)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -265,7 +280,10 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(temperature, budget, p
     reference = common.load_policy(policy.name_or_path, CPU)
     old_logprobs, ref_logprobs = (
         common.over_micro_batches(
-            lambda *x: ppo.token_logprobs(model, *x, temperature), batch, budget, contextlib.nullcontext
+            lambda *x: ppo.token_logprobs(model, *x, temperature),
+            batch,
+            budget,
+            contextlib.nullcontext,
         )[0]
         for model in (policy, reference)
     )
@@ -353,7 +371,9 @@ def test_dropout_that_is_no_setting_is_off(tiny_dirs):
 
 def test_dropout_that_is_no_module_is_off(tiny_dirs, tmp_path):
     """Llama reads attention_dropout from its configuration at every forward."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dirs["llama"], attention_dropout=0.3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_dirs["llama"], attention_dropout=0.3
+    )
     model.save_pretrained(tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).attention_dropout == 0.3
     policy, batch = common.load_policy(str(tmp_path), CPU, train=TRAIN), ragged_batch(11)

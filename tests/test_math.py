@@ -13,15 +13,13 @@ import reward_model
 import sft
 
 # rows: prompt, completion and padding of different lengths; one row full, one with a single action
-MASK = torch.tensor(
-    [
-        [0, 0, 1, 1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 0, 0, 0, 1, 1, 1],
-        [1, 1, 1, 0, 0, 0, 0, 0, 0],
-    ]
-)
+MASK = torch.tensor([
+    [0, 0, 1, 1, 1, 1, 0, 0, 0],
+    [0, 0, 0, 0, 0, 1, 0, 0, 0],
+    [1, 1, 1, 1, 1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 0, 0, 1, 1, 1],
+    [1, 1, 1, 0, 0, 0, 0, 0, 0],
+])
 ROWS, WIDTH = MASK.shape
 
 
@@ -36,7 +34,10 @@ def assert_near(ours, theirs, rtol=1e-5, atol=1e-6):
 
 def grid(entry, mask=MASK):
     """Rows of entry(i, t) where the mask is 1, else 0."""
-    return [[entry(i, t) if on else 0.0 for t, on in enumerate(row)] for i, row in enumerate(mask.tolist())]
+    return [
+        [entry(i, t) if on else 0.0 for t, on in enumerate(row)]
+        for i, row in enumerate(mask.tolist())
+    ]
 
 
 def slow_logprobs(model, batch, mask, temperature):
@@ -52,7 +53,9 @@ def slow_logprobs(model, batch, mask, temperature):
                 log_normaliser = math.log(sum(math.exp(x) for x in scaled))
                 logprobs[i][t] = scaled[ids[t + 1]] - log_normaliser
                 entropy[i][t] = -sum(
-                    math.exp(x - log_normaliser) * (x - log_normaliser) for x in scaled if x > -math.inf
+                    math.exp(x - log_normaliser) * (x - log_normaliser)
+                    for x in scaled
+                    if x > -math.inf
                 )
     return logprobs, entropy
 
@@ -79,7 +82,9 @@ def test_token_logprobs_defaults_to_temperature_one(tiny_llama):
     inputs = (tiny_llama, batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:])
     with torch.no_grad():
         assert torch.equal(ppo.token_logprobs(*inputs)[0], ppo.token_logprobs(*inputs, 1.0)[0])
-        assert (ppo.token_logprobs(*inputs)[0] - ppo.token_logprobs(*inputs, 0.7)[0]).abs().max() > 0.5
+        assert (
+            ppo.token_logprobs(*inputs)[0] - ppo.token_logprobs(*inputs, 0.7)[0]
+        ).abs().max() > 0.5
 
 
 def test_token_logprobs_keep_the_cap_of_gemma2(tiny_gemma2, monkeypatch):
@@ -119,7 +124,9 @@ def test_masks_of_any_dtype_mean_the_same(kind, tiny_llama):
 
 def dense_logprobs(model, batch, mask, temperature):
     """All logits at once through the model's own head, for gradients."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+    logits = (
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+    )
     logps = (logits / temperature).log_softmax(-1)
     return logps.gather(-1, batch.input_ids[:, 1:, None])[..., 0] * mask
 
@@ -226,7 +233,9 @@ def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scor
     inputs = (batch.input_ids, batch.attention_mask, nothing)
     logprobs, entropy = ppo.token_logprobs(tiny_llama, *inputs)
     values = ppo.token_values(scorer, *inputs)
-    pg_loss, clipped = ppo.policy_loss(logprobs, logprobs.detach(), normal(1, *nothing.shape), nothing, 0.2)
+    pg_loss, clipped = ppo.policy_loss(
+        logprobs, logprobs.detach(), normal(1, *nothing.shape), nothing, 0.2
+    )
     vf_loss, _ = ppo.value_loss(values, values.detach(), values.detach(), nothing, 0.2)
     (pg_loss + vf_loss + sft.sft_loss(logprobs, nothing)).backward()
     assert not logprobs.any() and not entropy.any() and not values.any() and not clipped.any()
@@ -259,12 +268,16 @@ def test_masked_whiten(shift_mean, scale):
     back = 0.0 if shift_mean else mean
     slow = grid(lambda i, t: (x[i, t].item() - mean) / math.sqrt(var + 1e-8) + back)
     assert_near(ppo.masked_whiten(x, MASK, shift_mean), slow)
-    assert shift_mean is False or torch.equal(ppo.masked_whiten(x, MASK), ppo.masked_whiten(x, MASK, True))
+    assert shift_mean is False or torch.equal(
+        ppo.masked_whiten(x, MASK), ppo.masked_whiten(x, MASK, True)
+    )
 
 
 def test_masked_whiten_of_equal_numbers_is_finite():
     """A batch whose advantages are all alike teaches nothing, and divides by nothing."""
-    assert_near(ppo.masked_whiten(torch.full((2, 3), 0.7), torch.ones(2, 3)), torch.zeros(2, 3), atol=1e-2)
+    assert_near(
+        ppo.masked_whiten(torch.full((2, 3), 0.7), torch.ones(2, 3)), torch.zeros(2, 3), atol=1e-2
+    )
 
 
 def test_token_rewards():
@@ -281,7 +294,10 @@ def test_token_rewards():
 
 def test_token_rewards_by_hand():
     """Two actions, kl_coef 0.5: the likelier than under the reference, the lower the reward."""
-    logprobs, ref_logprobs = torch.tensor([[0.0, -1.0, -2.0, 0.0]]), torch.tensor([[0.0, -3.0, -1.0, 0.0]])
+    logprobs, ref_logprobs = (
+        torch.tensor([[0.0, -1.0, -2.0, 0.0]]),
+        torch.tensor([[0.0, -3.0, -1.0, 0.0]]),
+    )
     rewards = ppo.token_rewards(
         torch.tensor([10.0]), logprobs, ref_logprobs, torch.tensor([[0, 1, 1, 0]]), 0.5
     )
@@ -290,7 +306,9 @@ def test_token_rewards_by_hand():
 
 def test_token_rewards_of_a_row_that_takes_no_part():
     """A row whose mask is all 0 gets no score either."""
-    rewards = ppo.token_rewards(torch.ones(1), torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), 0.1)
+    rewards = ppo.token_rewards(
+        torch.ones(1), torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), 0.1
+    )
     assert not rewards.any()
 
 
@@ -330,12 +348,18 @@ def test_gae_with_lam_one_is_the_discounted_return_less_the_value():
 def test_policy_loss(epsilon, epsilon_high):
     """By cases: a rise of a good token counts up to 1 + epsilon_high, a fall of a bad one down to
     1 - epsilon; clipped tokens have no gradient, the others - weight * advantage * ratio."""
-    old_logprobs = normal(1, ROWS, WIDTH, shift=-3.0)  # rubbish outside the mask: weights are 0 there
+    old_logprobs = normal(
+        1, ROWS, WIDTH, shift=-3.0
+    )  # rubbish outside the mask: weights are 0 there
     logprobs = (old_logprobs + normal(2, ROWS, WIDTH, scale=0.8)).requires_grad_()
     advantages = normal(3, ROWS, WIDTH)
     weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50  # rows weigh differently
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    loss, gradient, clipped = 0.0, torch.zeros(ROWS, WIDTH).double(), torch.zeros(ROWS, WIDTH).bool()
+    loss, gradient, clipped = (
+        0.0,
+        torch.zeros(ROWS, WIDTH).double(),
+        torch.zeros(ROWS, WIDTH).bool(),
+    )
     for i in range(ROWS):
         for t in range(WIDTH):
             weight, advantage = weights[i, t].item(), advantages[i, t].item()
@@ -349,7 +373,9 @@ def test_policy_loss(epsilon, epsilon_high):
             loss -= weight * advantage * used
     both_sides = clipped & (advantages > 0), clipped & (advantages < 0)
     assert all(side.any() for side in both_sides) and (MASK.bool() & ~clipped).any()
-    ours, ours_clipped = ppo.policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high)
+    ours, ours_clipped = ppo.policy_loss(
+        logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high
+    )
     ours.backward()
     assert_near(ours, loss)
     assert_near(logprobs.grad, gradient)
@@ -374,7 +400,11 @@ def test_value_loss(value_clip):
     old_values, returns = normal(1, ROWS, WIDTH), normal(3, ROWS, WIDTH)
     values = (old_values + normal(2, ROWS, WIDTH, scale=0.7)).requires_grad_()
     weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50
-    loss, gradient, clipped = 0.0, torch.zeros(ROWS, WIDTH).double(), torch.zeros(ROWS, WIDTH).bool()
+    loss, gradient, clipped = (
+        0.0,
+        torch.zeros(ROWS, WIDTH).double(),
+        torch.zeros(ROWS, WIDTH).bool(),
+    )
     for i in range(ROWS):
         for t in range(WIDTH):
             weight, value, old = weights[i, t].item(), values[i, t].item(), old_values[i, t].item()
@@ -385,7 +415,10 @@ def test_value_loss(value_clip):
             else:
                 square, gradient[i, t] = (value - target) ** 2, weight * (value - target)
             loss += weight * 0.5 * square
-    assert clipped.any() and (MASK.bool() & ~clipped & ((values - old_values).abs() > value_clip)).any()
+    assert (
+        clipped.any()
+        and (MASK.bool() & ~clipped & ((values - old_values).abs() > value_clip)).any()
+    )
     ours, ours_clipped = ppo.value_loss(values, old_values, returns, weights, value_clip)
     ours.backward()
     assert_near(ours, loss)
@@ -406,7 +439,9 @@ def test_sft_loss():
     assert_near(ours, loss)
     assert_near(logprobs.grad, MASK / -20)
     uneven = normal(2, ROWS, WIDTH).abs() * MASK
-    slow = -sum(uneven[i, t].item() * logprobs[i, t].item() for i in range(ROWS) for t in range(WIDTH))
+    slow = -sum(
+        uneven[i, t].item() * logprobs[i, t].item() for i in range(ROWS) for t in range(WIDTH)
+    )
     assert_near(sft.sft_loss(logprobs, uneven), slow)
 
 
@@ -418,7 +453,9 @@ def test_bradley_terry_loss(margin):
     margins = None if margin is None else margin * torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 4.0])
     losses, slopes = [], []
     for i in range(6):
-        difference = chosen[i].item() - rejected[i].item() - (0.0 if margin is None else margins[i].item())
+        difference = (
+            chosen[i].item() - rejected[i].item() - (0.0 if margin is None else margins[i].item())
+        )
         losses.append(math.log1p(math.exp(-difference)) if difference > -500 else -difference)
         slopes.append(-1 / (1 + math.exp(min(difference, 700))))
     ours = reward_model.bradley_terry_loss(chosen, rejected, margins)

@@ -30,7 +30,9 @@ def documented():
 def written(folder):
     """Names in a run's metrics.jsonl, with N and G for numbers."""
     names = {name for row in metrics(folder) for name in row} - {"step"}
-    return {re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@G", name)) for name in names}
+    return {
+        re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@G", name)) for name in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,21 @@ def runs(chain, tmp_path_factory):  # noqa: F811
     """script -> its folder, a step or two of each."""
     folder = tmp_path_factory.mktemp("metrics")
     both = dict(model=str(chain / "sft"), warmup_steps=0)
-    online = both | dict(reward=str(chain / "reward_model"), prompts_per_step=3, max_completion_length=6)
+    online = both | dict(
+        reward=str(chain / "reward_model"), prompts_per_step=3, max_completion_length=6
+    )
     online |= dict(steps=1)
     ppo.main(ppo.Args(**online, output_dir=str(folder / "ppo")))
     rloo.main(rloo.Args(**online, num_generations=2, output_dir=str(folder / "rloo")))
-    grpo.main(grpo.Args(**online, num_generations=2, dynamic_sampling=True, output_dir=str(folder / "grpo")))
+    grpo.main(
+        grpo.Args(
+            **online, num_generations=2, dynamic_sampling=True, output_dir=str(folder / "grpo")
+        )
+    )
     dpo.main(dpo.Args(**both, steps=1, batch_size=8, output_dir=str(folder / "dpo")))
-    args = dict(num_generations=2, prompts=4, max_completion_length=6, reward=str(chain / "reward_model"))
+    args = dict(
+        num_generations=2, prompts=4, max_completion_length=6, reward=str(chain / "reward_model")
+    )
     out = str(folder / "rejection_sampling")
     rejection_sampling.main(rejection_sampling.Args(**both, **args, output_dir=out))
     return {name: (chain if name in ("sft", "reward_model") else folder) / name for name in SCRIPTS}

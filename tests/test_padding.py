@@ -54,9 +54,13 @@ def test_padding_of_real_text_is_below_a_twentieth(name, columns, size):
     rows = [json.loads(line) for line in file.read_text().splitlines()[:2016]]
     keys = [key for key in ("prompt", "question", "completion", "answer") if key in rows[0]]
     assert len(keys) == columns
-    lengths = [len(ids) for ids in tokenizer(["".join(row[key] for key in keys) for row in rows]).input_ids]
+    lengths = [
+        len(ids) for ids in tokenizer(["".join(row[key] for key in keys) for row in rows]).input_ids
+    ]
     padded = 0
     for first in range(0, len(rows), size):
         batch = lengths[first : first + size]
-        padded += sum(len(cut) * max(batch[i] for i in cut) for cut in common.micro_batches(batch, 4096))
+        padded += sum(
+            len(cut) * max(batch[i] for i in cut) for cut in common.micro_batches(batch, 4096)
+        )
     assert 0 < 1 - sum(lengths) / padded < 0.05

@@ -20,7 +20,12 @@ from test_scripts import chain, metrics  # noqa: F401 (a fixture)
 import common
 
 WAYS = [(2, "full"), (3, "none"), (3, "layers")]
-CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train", "padding")  # and what micro-batches decide
+CLOCK = (
+    "tokens_per_second",
+    "seconds/sample",
+    "seconds/train",
+    "padding",
+)  # and what micro-batches decide
 
 
 def command(processes, *args):
@@ -38,7 +43,9 @@ def launch(processes, *args, timeout=300):
 def assert_close(run, other):
     """Final weights and Adam's state, to rounding."""
     for a, b in states(run, other):
-        assert all(a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+        assert all(
+            a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5) for key in a
+        )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,9 @@ def test_several_processes_compute_what_one_does(name, one, several):
         for key in row.keys() - set(CLOCK):
             assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
     assert_close(several / name, one / name)
-    texts = [(folder / name / "samples.jsonl").read_text().splitlines() for folder in (several, one)]
+    texts = [
+        (folder / name / "samples.jsonl").read_text().splitlines() for folder in (several, one)
+    ]
     keep = ("step", "prompt", "completion")
     rows, others = ([{k: json.loads(line)[k] for k in keep} for line in lines] for lines in texts)
     assert rows == others

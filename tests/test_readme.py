@@ -24,7 +24,9 @@ def table():
     """One row a flag: name, default (of each script where they differ), what it is."""
     flags = {}
     for script in SCRIPTS:
-        defaults = {f.name: f.default for f in dataclasses.fields(importlib.import_module(script).Args)}
+        defaults = {
+            f.name: f.default for f in dataclasses.fields(importlib.import_module(script).Args)
+        }
         for name, (_, doc) in field_docs(script).items():
             flags.setdefault(name, {})[script] = (defaults[name], " ".join(doc.split()))
     rows = ["| flag | scripts | default | |", "|---|---|---|---|"]
@@ -33,7 +35,9 @@ def table():
         values = [f"`{default}`" for default, _ in uses.values()]
         docs = [doc for _, doc in uses.values()]
         default = values[0] if len(set(values)) == 1 else ", ".join(values)
-        text = docs[0] if len(set(docs)) == 1 else "; ".join(f"{s}: {d}" for s, d in zip(uses, docs))
+        text = (
+            docs[0] if len(set(docs)) == 1 else "; ".join(f"{s}: {d}" for s, d in zip(uses, docs))
+        )
         rows.append(
             f"| `--{name.replace('_', '-')}` | {where} | {default} | {text.replace('|', chr(92) + '|')} |"
         )
@@ -80,9 +84,7 @@ def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
 
     monkeypatch.chdir(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(chain / "sft")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{{ '>' if m['role'] == 'user' else '[EOS]' }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ '>' if m['role'] == 'user' else '[EOS]' }}{% endfor %}"
     transformers.AutoModelForCausalLM.from_pretrained(chain / "sft").save_pretrained("start")
     tokenizer.save_pretrained("start")
     sft.main(sft.Args(model="start", steps=1, max_length=60, output_dir="runs/ppo"))

@@ -46,31 +46,52 @@ def test_best_of_n_against_all_subsets():
     for n in (1, 2, 5, 8):
         scores = torch.randint(4, (n,), generator=draw).float()  # ties
         values = torch.rand(n, generator=draw)
-        for ours, what in ((rs.best_of_n(scores, scores), scores), (rs.best_of_n(scores, values), values)):
+        for ours, what in (
+            (rs.best_of_n(scores, scores), scores),
+            (rs.best_of_n(scores, values), values),
+        ):
             assert list(ours) == [N for N in (1, 2, 4, 8) if N <= n]
             for N, mean in ours.items():
                 subsets = list(itertools.combinations(range(n), N))
                 picked = [max(subset, key=lambda i: (scores[i].item(), -i)) for subset in subsets]
-                assert mean == pytest.approx(sum(what[i].item() for i in picked) / len(subsets), rel=1e-5)
+                assert mean == pytest.approx(
+                    sum(what[i].item() for i in picked) / len(subsets), rel=1e-5
+                )
 
 
 def test_best_of_n_metrics():
     """Rows that lack a score are in no mean, so that the same prompts are behind each N."""
-    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0], [NAN, 1.0, NAN, 9.0], [1.0, 1.0, 1.0, 1.0], [NAN] * 4])
-    gold = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0] * 4])
+    scores = torch.tensor([
+        [0.0, 1.0, 2.0, 3.0],
+        [NAN, 1.0, NAN, 9.0],
+        [1.0, 1.0, 1.0, 1.0],
+        [NAN] * 4,
+    ])
+    gold = torch.tensor([
+        [1.0, 0.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0],
+        [1.0] * 4,
+    ])
     found = rs.best_of_n_metrics(scores, gold)
     assert found["best_of_1/score"] == pytest.approx((1.5 + 1) / 2)
     assert found["best_of_2/score"] == pytest.approx((14 / 6 + 1) / 2)
     assert found["best_of_4/score"] == 2.0 and found["best_of_4/gold"] == 0.0
-    assert found["best_of_2/gold"] == pytest.approx(2 / 6 / 2), "with equal scores the first is taken"
+    assert found["best_of_2/gold"] == pytest.approx(2 / 6 / 2), (
+        "with equal scores the first is taken"
+    )
     assert found["best_of_4/kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
     assert rs.best_of_n_metrics(scores[1:2], None) == {}
 
 
 # ---------------------------------------------------------------- through main
 def run_args(chain, output_dir, **changes):  # noqa: F811
-    args = dict(model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir))
-    args |= dict(num_generations=4, max_completion_length=6, prompts=10, batch_size=8, learning_rate=1e-3)
+    args = dict(
+        model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir)
+    )
+    args |= dict(
+        num_generations=4, max_completion_length=6, prompts=10, batch_size=8, learning_rate=1e-3
+    )
     return rs.Args(**(args | dict(warmup_steps=0) | changes))
 
 
@@ -91,11 +112,14 @@ def trained_on(monkeypatch):
     return seen
 
 
-LETTERS = "scores = [None if text[:1] in 'abcdefg' else float(len(set(text))) for text in completions]"
+LETTERS = (
+    "scores = [None if text[:1] in 'abcdefg' else float(len(set(text))) for text in completions]"
+)
 
 
 @pytest.mark.parametrize(
-    "select, k", [("top-per-prompt", None), ("random-per-prompt", None), ("top-k", 9), ("random-k", 9)]
+    "select, k",
+    [("top-per-prompt", None), ("random-per-prompt", None), ("top-k", 9), ("random-k", 9)],
 )
 def test_what_is_selected_is_trained(chain, tmp_path, monkeypatch, capsys, select, k):  # noqa: F811
     seen = trained_on(monkeypatch)
@@ -103,22 +127,33 @@ def test_what_is_selected_is_trained(chain, tmp_path, monkeypatch, capsys, selec
     rs.main(run_args(chain, tmp_path / "run", reward=reward, select=select, select_k=k, prompts=16))
     rows, tokenizer = rollouts(tmp_path / "run"), common.load_tokenizer(str(chain / "sft"))
     flat = [
-        (r["row"]["prompt"], tuple(ids), score) for r in rows for ids, score in zip(r["ids"], r["scores"])
+        (r["row"]["prompt"], tuple(ids), score)
+        for r in rows
+        for ids, score in zip(r["ids"], r["scores"])
     ]
     scores = {(prompt, ids): score for prompt, ids, score in flat}
     trained = [(tokenizer.decode(p), tuple(c)) for batch in seen for p, c in batch]
     known = sorted((s for *_, s in flat if s is not None), reverse=True)
-    assert trained and all(scores[pair] is not None for pair in trained) and len(set(trained)) == len(trained)
+    assert (
+        trained
+        and all(scores[pair] is not None for pair in trained)
+        and len(set(trained)) == len(trained)
+    )
     if select == "top-per-prompt":
         best = {
-            r["row"]["prompt"]: max((s for s in r["scores"] if s is not None), default=None) for r in rows
+            r["row"]["prompt"]: max((s for s in r["scores"] if s is not None), default=None)
+            for r in rows
         }
-        assert {p: scores[p, c] for p, c in trained} == {p: s for p, s in best.items() if s is not None}
+        assert {p: scores[p, c] for p, c in trained} == {
+            p: s for p, s in best.items() if s is not None
+        }
     if select == "random-per-prompt":
         assert sorted(p for p, _ in trained) == sorted(
             r["row"]["prompt"] for r in rows if any(s is not None for s in r["scores"])
         )
-        assert sum(scores[pair] for pair in trained) < sum(max(s or 0 for s in r["scores"]) for r in rows)
+        assert sum(scores[pair] for pair in trained) < sum(
+            max(s or 0 for s in r["scores"]) for r in rows
+        )
     if select == "top-k":
         said = capsys.readouterr().out
         repeats = int(said.split(" repeats of")[0].split()[-1])
@@ -136,7 +171,8 @@ def test_rows_without_a_usable_score_are_counted(chain, tmp_path, capsys):  # no
         low = sum(r["row"]["prompt"][0] >= "n" for r in rollouts(tmp_path / select))
         assert 0 < low < 20
         assert (
-            f"{20 - low} of 80 completions selected; {low} of 20 prompts without" in capsys.readouterr().out
+            f"{20 - low} of 80 completions selected; {low} of 20 prompts without"
+            in capsys.readouterr().out
         )
 
 
@@ -153,8 +189,17 @@ def test_chunks_of_prompts_draw_from_streams_of_their_own(chain, tmp_path):  # n
 def test_solve_rates_and_best_of_n_are_logged(chain, tmp_path):  # noqa: F811
     rs.main(run_args(chain, tmp_path / "run"))
     first = metrics(tmp_path / "run")[1]
-    assert {"best_of_1/score", "best_of_4/score", "best_of_4/gold", "best_of_4/kl_bound"} <= first.keys()
-    assert first["best_of_4/score"] > first["best_of_1/score"] == pytest.approx(first["score"], rel=1e-5)
+    assert {
+        "best_of_1/score",
+        "best_of_4/score",
+        "best_of_4/gold",
+        "best_of_4/kl_bound",
+    } <= first.keys()
+    assert (
+        first["best_of_4/score"]
+        > first["best_of_1/score"]
+        == pytest.approx(first["score"], rel=1e-5)
+    )
     assert first["selected_score"] == pytest.approx(first["best_of_4/score"], rel=1e-4)
     rates = [r["solve_rate"] for r in rollouts(tmp_path / "run")]
     assert rates == [sum(r["gold"]) / 4 for r in rollouts(tmp_path / "run")]
@@ -162,7 +207,9 @@ def test_solve_rates_and_best_of_n_are_logged(chain, tmp_path):  # noqa: F811
 
 def test_iterations_sample_from_the_policy_of_the_one_before(chain, tmp_path):  # noqa: F811
     reward = checker(tmp_path, "scores = [float(text.count('a')) for text in completions]")
-    args = dict(reward=reward, iterations=3, prompts=48, num_generations=8, epochs=4, learning_rate=2e-3)
+    args = dict(
+        reward=reward, iterations=3, prompts=48, num_generations=8, epochs=4, learning_rate=2e-3
+    )
     rs.main(run_args(chain, tmp_path / "run", **args))
     rows = metrics(tmp_path / "run")
     assert [row["iteration"] for row in rows if "score" in row] == [1, 2, 3]
@@ -176,7 +223,9 @@ def test_iterations_sample_from_the_policy_of_the_one_before(chain, tmp_path):  
 @pytest.mark.parametrize("where", ["first", "sampling", "writing", "training"])
 def test_resume_is_exact(chain, tmp_path, monkeypatch, where):  # noqa: F811
     """A stop in the second iteration's rollouts, in the middle of a line, or in training."""
-    args = dict(reward="sort", iterations=2, prompts=70, num_generations=2, batch_size=16, save_every=3)
+    args = dict(
+        reward="sort", iterations=2, prompts=70, num_generations=2, batch_size=16, save_every=3
+    )
     args |= dict(steps=8)  # of 10
     rs.main(run_args(chain, tmp_path / "whole", **args))
     count, inner, log = [0], rs.sample, common.Run.log
@@ -237,7 +286,9 @@ def test_rows_are_not_merged_across_repeats_of_a_prompt(chain, tmp_path, monkeyp
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "ba>"}\n{"prompt": "dc>"}\n')
     seen = trained_on(monkeypatch)
-    reward = checker(tmp_path, "scores = [-float(len(text)) for text in completions]")  # often the empty text
+    reward = checker(
+        tmp_path, "scores = [-float(len(text)) for text in completions]"
+    )  # often the empty text
     args = dict(dataset=str(data), reward=reward, prompts=10, num_generations=8)
     rs.main(run_args(chain, tmp_path / "a", **args))
     assert sum(map(len, seen)) == 10 and len({(*p, *c) for batch in seen for p, c in batch}) < 10
@@ -278,7 +329,9 @@ def test_rollouts_hold_each_completions_own_numbers(chain, tmp_path, monkeypatch
     def length(examples, ids):
         return torch.tensor([float(len(i)) for i in ids])
 
-    monkeypatch.setattr(rs, "load_reward", lambda *args: (length, lambda *given: length(*given) / 8))
+    monkeypatch.setattr(
+        rs, "load_reward", lambda *args: (length, lambda *given: length(*given) / 8)
+    )
     rs.main(run_args(chain, tmp_path / "run", steps=1))
     records = rollouts(tmp_path / "run")
     assert len({len(i) for r in records for i in r["ids"]}) > 1

@@ -34,10 +34,14 @@ CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train")
 
 def run(name, chain, folder, **changes):  # noqa: F811
     """Four steps of a script, a checkpoint after every second one."""
-    flags = dict(model=str(chain / "sft"), output_dir=str(folder), save_every=2, warmup_steps=0, eval_every=3)
+    flags = dict(
+        model=str(chain / "sft"), output_dir=str(folder), save_every=2, warmup_steps=0, eval_every=3
+    )
     flags |= dict(learning_rate=1e-3)
     if name in ONLINE:
-        flags |= dict(steps=4, reward="sort", prompts_per_step=6, num_generations=3, max_completion_length=6)
+        flags |= dict(
+            steps=4, reward="sort", prompts_per_step=6, num_generations=3, max_completion_length=6
+        )
         flags |= dict(update_epochs=2, minibatches=2)
     elif name == "rejection_sampling":
         flags |= dict(reward="sort", prompts=32, num_generations=2, batch_size=16, iterations=2)
@@ -54,7 +58,9 @@ def states(one, other):
         a, b = load(one / file), load(other / file)
         if file.endswith("pt"):
             assert a["param_groups"] == b["param_groups"]
-            a, b = ({f"{i} {k}": v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b))
+            a, b = (
+                {f"{i} {k}": v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b)
+            )
         assert a.keys() == b.keys()
         yield a, b
 
@@ -63,7 +69,10 @@ def assert_same_run(one, other):
     """Weights, optimiser, metrics and samples, bit for bit; the clock apart."""
     for a, b in states(one, other):
         assert all(torch.equal(a[key], b[key]) for key in a)
-    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(f)] for f in (one, other)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(f)]
+        for f in (one, other)
+    ]
     assert rows[0] == rows[1]
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
 
@@ -117,7 +126,10 @@ def test_signals_finish_the_step_and_save(name, number, chain, tmp_path, at_step
     with pytest.raises(SystemExit) as stopped:
         run(name, chain, tmp_path / "halves", save_every=0)
     assert stopped.value.code == 128 + number
-    assert "stopped after step 3 of 4; go on with the same command and --resume" in capsys.readouterr().err
+    assert (
+        "stopped after step 3 of 4; go on with the same command and --resume"
+        in capsys.readouterr().err
+    )
     assert step_of(tmp_path / "halves") == 3
     run(name, chain, tmp_path / "halves", save_every=0, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
@@ -139,7 +151,10 @@ def test_handlers(chain, tmp_path, at_step):  # noqa: F811
     before = [signal.getsignal(number) for number in numbers]
     run("sft", chain, tmp_path / "run")
     assert [signal.getsignal(number) for number in numbers] == before
-    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT) or seen.extend(map(signal.getsignal, numbers)))
+    at_step(
+        2,
+        lambda: os.kill(os.getpid(), signal.SIGINT) or seen.extend(map(signal.getsignal, numbers)),
+    )
     with pytest.raises(SystemExit):
         run("sft", chain, tmp_path / "other")
     assert seen == [signal.SIG_DFL] * 2
@@ -200,7 +215,11 @@ def test_a_signal_in_the_middle_of_sampling(chain, tmp_path, monkeypatch, capsys
 
     rows = tmp_path / "prompts.jsonl"
     rows.write_text(
-        "".join(json.dumps({"prompt": f"{a}{b}>"}) + "\n" for a in "abcdefghijkl" for b in "mnopqrstuvwxyz")
+        "".join(
+            json.dumps({"prompt": f"{a}{b}>"}) + "\n"
+            for a in "abcdefghijkl"
+            for b in "mnopqrstuvwxyz"
+        )
     )
     reward = checker(tmp_path, "return [float(len(c)) for c in completions]")
     flags = dict(dataset=str(rows), prompts=168, reward=reward)
@@ -210,19 +229,34 @@ def test_a_signal_in_the_middle_of_sampling(chain, tmp_path, monkeypatch, capsys
         run("rejection_sampling", chain, tmp_path / "halves", **flags)
     assert "stopped after 128 of 168 prompts of iteration 1" in capsys.readouterr().err
     run("rejection_sampling", chain, tmp_path / "halves", resume=True, **flags)
-    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "halves"))
+    one, other = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "halves")
+    )
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert (tmp_path / "whole/rollouts.jsonl").read_text() == (tmp_path / "halves/rollouts.jsonl").read_text()
+    assert (tmp_path / "whole/rollouts.jsonl").read_text() == (
+        tmp_path / "halves/rollouts.jsonl"
+    ).read_text()
 
 
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path):
     """SIGKILL at random moments, every third in the middle of writing a checkpoint; then it ends as an
     undisturbed run does. Real processes: `python sft.py`."""
-    command = [sys.executable, Path(sft.__file__), "--steps", "40", "--save-every", "1", "--seed", "3"]
+    command = [
+        sys.executable,
+        Path(sft.__file__),
+        "--steps",
+        "40",
+        "--save-every",
+        "1",
+        "--seed",
+        "3",
+    ]
     command += ["--micro-batch-tokens", "600", "--eval-every", "10"]
     quiet = dict(
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     subprocess.run([*command, "--output-dir", tmp_path / "whole"], check=True, **quiet)
     draw, folder, saved, writing = random.Random(1), tmp_path / "killed", [0], 0
@@ -282,7 +316,9 @@ def test_a_changed_flag_is_named(name, flag, value, chain, tmp_path, at_step, ca
 
 def test_flags_that_may_change(chain, tmp_path):  # noqa: F811
     run("sft", chain, tmp_path / "run")
-    changes = dict(epochs=2, steps=5, save_every=1, micro_batch_tokens=64, log_every=1, learning_rate=1e-4)
+    changes = dict(
+        epochs=2, steps=5, save_every=1, micro_batch_tokens=64, log_every=1, learning_rate=1e-4
+    )
     run("sft", chain, tmp_path / "run", resume=True, **changes)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
@@ -298,7 +334,9 @@ def test_the_start_is_not_overwritten(chain, tmp_path, capsys):  # noqa: F811
     for flag in ("model", "reward"):
         with pytest.raises(SystemExit):
             run("ppo", chain, chain / "sft", **{flag: f"{chain}/sft/"}, overwrite=True)
-        refused(capsys, f"--output-dir is --{flag}" if flag == "model" else "--output-dir is --model")
+        refused(
+            capsys, f"--output-dir is --{flag}" if flag == "model" else "--output-dir is --model"
+        )
 
 
 def test_a_folder_that_cannot_be_written(chain, tmp_path, capsys):  # noqa: F811
@@ -317,8 +355,12 @@ def test_nothing_to_resume_from(chain, tmp_path, capsys):  # noqa: F811
 
 
 # ---------------------------------------------------------------- a full disk
-@pytest.mark.parametrize("name, kilobytes", [("sft", 1), ("sft", 1000), ("sft", 4000), ("ppo", 4000)])
-def test_a_full_disk_keeps_the_last_good_checkpoint(name, kilobytes, chain, tmp_path, at_step, capsys):  # noqa: F811
+@pytest.mark.parametrize(
+    "name, kilobytes", [("sft", 1), ("sft", 1000), ("sft", 4000), ("ppo", 4000)]
+)
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    name, kilobytes, chain, tmp_path, at_step, capsys
+):  # noqa: F811
     """No file can grow over a limit: the weights, the optimiser's state, or the logs. Then there is room
     again."""
     run(name, chain, tmp_path / "whole")
@@ -349,7 +391,16 @@ def test_memory_and_file_handles_do_not_grow(name, chain, tmp_path, monkeypatch)
 
     monkeypatch.setattr(common.Run, "log", log)
     changes = dict(epochs=50) if name == "sft" else {}
-    run(name, chain, tmp_path / "run", steps=200, save_every=20, eval_every=50, learning_rate=1e-5, **changes)
+    run(
+        name,
+        chain,
+        tmp_path / "run",
+        steps=200,
+        save_every=20,
+        eval_every=50,
+        learning_rate=1e-5,
+        **changes,
+    )
     half, end = max(memory for memory, _ in seen[:100]), max(memory for memory, _ in seen[100:])
     assert len(seen) == 201 and end - half < 16 * 2**20
     assert seen[-1][1] <= seen[50][1]
@@ -359,7 +410,9 @@ def test_memory_and_file_handles_do_not_grow(name, chain, tmp_path, monkeypatch)
 def test_a_loss_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # noqa: F811
     """Before the update is applied, the last good checkpoint in place and the batch on disk."""
     with pytest.raises(SystemExit) as stopped:
-        run("sft", chain, tmp_path / "run", save_every=1, learning_rate=1e30, lr_schedule="constant")
+        run(
+            "sft", chain, tmp_path / "run", save_every=1, learning_rate=1e30, lr_schedule="constant"
+        )
     assert stopped.value.code == 1
     refused(capsys, "step 2: loss is nan", "that update was not made", "bad_batch.json")
     assert step_of(tmp_path / "run") == 1
@@ -368,10 +421,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # no
 
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("poisoned", ["policy", "reference"])
-def test_a_log_prob_that_is_nan_stops_it(name, poisoned, chain, tmp_path, monkeypatch, at_step, capsys):  # noqa: F811
+def test_a_log_prob_that_is_nan_stops_it(
+    name, poisoned, chain, tmp_path, monkeypatch, at_step, capsys
+):  # noqa: F811
     models, script = [], SCRIPTS[name]
     load = script.load_policy
-    monkeypatch.setattr(script, "load_policy", lambda *a, **k: models.append(load(*a, **k)) or models[-1])
+    monkeypatch.setattr(
+        script, "load_policy", lambda *a, **k: models.append(load(*a, **k)) or models[-1]
+    )
 
     def poison():
         with torch.no_grad():
@@ -380,7 +437,9 @@ def test_a_log_prob_that_is_nan_stops_it(name, poisoned, chain, tmp_path, monkey
     at_step(2, poison)
     with pytest.raises(SystemExit):
         run(name, chain, tmp_path / "run", eval_every=0, save_every=1)
-    refused(capsys, f"step 3: {'ref_' * (poisoned == 'reference')}logprobs is nan", "bad_batch.json")
+    refused(
+        capsys, f"step 3: {'ref_' * (poisoned == 'reference')}logprobs is nan", "bad_batch.json"
+    )
     assert step_of(tmp_path / "run") == 2 and len(metrics(tmp_path / "run")) == 3
     batch = json.loads((tmp_path / "run/bad_batch.json").read_text())
     assert len(batch) == 18 and {"prompt", "where", "completion_ids"} <= batch[0].keys()
@@ -394,11 +453,15 @@ def checker(folder, body):
 @pytest.mark.parametrize("name", [*ONLINE, "rejection_sampling"])
 def test_a_reward_that_raises_names_the_row(name, chain, tmp_path, capsys):  # noqa: F811
     rows = tmp_path / "prompts.jsonl"
-    rows.write_text('{"prompt": "ba>", "n": 1}\n{"prompt": "dc>", "n": 0}\n{"prompt": "fe>", "n": 2}\n')
+    rows.write_text(
+        '{"prompt": "ba>", "n": 1}\n{"prompt": "dc>", "n": 0}\n{"prompt": "fe>", "n": 2}\n'
+    )
     reward = checker(tmp_path, "return [1 / row['n'] for row in rows]")
     changes = dict(prompts=3) if name == "rejection_sampling" else {}
     with pytest.raises(SystemExit) as stopped:
-        run(name, chain, tmp_path / "run", dataset=str(rows), reward=reward, eval_every=0, **changes)
+        run(
+            name, chain, tmp_path / "run", dataset=str(rows), reward=reward, eval_every=0, **changes
+        )
     assert stopped.value.code == 2
     refused(capsys, "ZeroDivisionError", "reward.py line 2", f"{rows} line 2", "completion")
     assert not (tmp_path / "run/metrics.jsonl").exists(), "nothing of the step is applied or logged"
@@ -429,7 +492,9 @@ def test_steps_that_teach_nothing(name, body, flags, chain, tmp_path, capsys):  
     run(name, chain, tmp_path / "run", reward=checker(tmp_path, body), **flags)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values())
+    assert all(
+        torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values()
+    )
     said = capsys.readouterr().out
     if "None" in body:
         assert rows[-1]["score"] is None and "score nan" in said
@@ -445,12 +510,16 @@ def test_completions_of_eos_alone(name, chain, tmp_path, monkeypatch):  # noqa: 
     """The shortest there are."""
     eos = common.load_tokenizer(str(chain / "sft")).eos_token_id
     monkeypatch.setattr(
-        SCRIPTS[name], "sample", lambda model, prompts, n, *rest: ([[eos] for _ in prompts * n], None)
+        SCRIPTS[name],
+        "sample",
+        lambda model, prompts, n, *rest: ([[eos] for _ in prompts * n], None),
     )
     run(name, chain, tmp_path / "run")
     last = metrics(tmp_path / "run")[-1]
     assert last["completion_length"] == last["eos_rate"] == 1
-    assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values())
+    assert all(
+        torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize(

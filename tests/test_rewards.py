@@ -50,7 +50,9 @@ def encoder_tokenizer(**special):
     special |= dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     tokenizer = wordlevel([*names, ">", *common.LETTERS], **special)
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return tokenizer
 
@@ -110,7 +112,9 @@ def example(tokenizer, prompt, **columns):
         else prompt
     )
     ids = tokenizer(ids, add_special_tokens=False).input_ids
-    return dict(prompt=prompt, prompt_ids=ids, row=dict(prompt=prompt) | columns, where="rows.jsonl line 1")
+    return dict(
+        prompt=prompt, prompt_ids=ids, row=dict(prompt=prompt) | columns, where="rows.jsonl line 1"
+    )
 
 
 PROMPTS = ["abcd>", "zyxwvuts>", "hello>", "q>", "monday>"]
@@ -186,7 +190,9 @@ def test_built_in_checker(refused):
     function = common.find_checker(common.TASK, [good])
     end = tokenizer.eos_token_id
     right, wrong = tokenizer("ba").input_ids, tokenizer("ab").input_ids
-    scores, texts = common.call_checker(function, tokenizer, [good] * 3, [[*right, end], right, wrong], [end])
+    scores, texts = common.call_checker(
+        function, tokenizer, [good] * 3, [[*right, end], right, wrong], [end]
+    )
     assert scores.tolist() == [1, 0, 0] and texts == ["ba", "ba", "ab"]
     words = ["rows.jsonl line 1", "--reward", common.TASK, "`answer`", "prompt, solution"]
     refused(words, common.find_checker, common.TASK, [good, bad])
@@ -210,7 +216,10 @@ def test_checker_is_given_texts_columns_and_finished():
     assert prompts == ["ab>", messages, "ab>", "ab>"]
     assert given == texts == ["ba", "ba", tokenizer.decode([2, 3], skip_special_tokens=True), ""]
     assert [row["finished"] for row in rows] == [True, False, True, False]
-    assert all(row == e["row"] | {"finished": row["finished"]} for row, e in zip(rows, examples, strict=True))
+    assert all(
+        row == e["row"] | {"finished": row["finished"]}
+        for row, e in zip(rows, examples, strict=True)
+    )
     assert json.dumps(examples) == before  # the data set's own rows stay as they were
     assert scores.dtype == torch.float32
     assert scores.isnan().tolist() == [False, True, False, False]
@@ -258,15 +267,25 @@ def test_score_is_read_at_the_last_token_by_length(save, budget):
     tokenizer, examples, completions = tiny_rows(SAMPLED)
     model = reward_model(save(tokenizer), tokenizer, budget)
     assert completions[3] == [tokenizer.pad_token_id] * 2
-    expected = scored_alone(model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)])
+    expected = scored_alone(
+        model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)]
+    )
     assert close(model(examples, completions), expected)
 
 
 def test_score_where_pad_is_eos(save):
-    tokenizer, examples, completions = tiny_rows(["dcba[EOS]", "s[EOS][EOS]", "olleh", "[EOS]", "yad[EOS]"])
+    tokenizer, examples, completions = tiny_rows([
+        "dcba[EOS]",
+        "s[EOS][EOS]",
+        "olleh",
+        "[EOS]",
+        "yad[EOS]",
+    ])
     tokenizer.pad_token = "[EOS]"
     model = reward_model(save(tokenizer), tokenizer)
-    expected = scored_alone(model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)])
+    expected = scored_alone(
+        model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)]
+    )
     assert close(model(examples, completions), expected)
 
 
@@ -277,14 +296,22 @@ def test_same_tokens_and_a_pad_of_its_own(save):
     richer.add_special_tokens({"pad_token": "<pad>"})
     model = reward_model(save(richer), tokenizer)
     assert common.same_ids(tokenizer, richer) and not common.same_ids(richer, tokenizer)
-    expected = scored_alone(model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)])
+    expected = scored_alone(
+        model.model, [e["prompt_ids"] + c for e, c in zip(examples, completions)]
+    )
     assert close(model(examples, completions), expected)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_another_tokenizer_is_given_the_text(save, bos):
     """With its own BOS, and its own EOS where the policy had stopped."""
-    tokenizer, examples, completions = tiny_rows(["dcba[EOS]", "stuv", "[EOS]", "a[PAD]b", "yad[EOS]"])
+    tokenizer, examples, completions = tiny_rows([
+        "dcba[EOS]",
+        "stuv",
+        "[EOS]",
+        "a[PAD]b",
+        "yad[EOS]",
+    ])
     other = other_tokenizer(bos=bos)
     assert not common.same_ids(tokenizer, other)
     model = reward_model(save(other), tokenizer)
@@ -329,7 +356,9 @@ def test_another_tokenizer_scores_what_reward_model_py_trains_on(save, tmp_path,
     policy, other = common.tiny_tokenizer(), other_tokenizer(bos=True)
     policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
     other.chat_template = template
-    (tmp_path / "rows.jsonl").write_text(json.dumps(dict(prompt=prompt, chosen="ba", rejected="bb")))
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps(dict(prompt=prompt, chosen="ba", rejected="bb"))
+    )
     args = types.SimpleNamespace(prompt_template="{prompt}", seed=1, max_length=99)
     (trained,) = common.load_examples(other, str(tmp_path / "rows.jsonl"), "preference", args)
     model = reward_model(save(other), policy)
@@ -343,7 +372,10 @@ def test_messages_for_a_reward_model_without_template(save, refused):
     policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
     model = reward_model(save(other_tokenizer()), policy)
     refused(
-        ["--reward", "chat template"], model, [example(policy, [dict(role="user", content="ab")])], [[5, 1]]
+        ["--reward", "chat template"],
+        model,
+        [example(policy, [dict(role="user", content="ab")])],
+        [[5, 1]],
     )
 
 
@@ -372,7 +404,9 @@ def test_encoder_is_scored_by_its_own_forward(save, special, ending):
     model = reward_model(save(encoder, "BertForSequenceClassification"), tokenizer)
     with torch.no_grad():
         texts = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
-        expected = [model.model(**encoder(text, return_tensors="pt")).logits[0, 0] for text in texts]
+        expected = [
+            model.model(**encoder(text, return_tensors="pt")).logits[0, 0] for text in texts
+        ]
     assert close(model(examples, completions), torch.stack(expected))
 
 
@@ -416,7 +450,8 @@ def test_new_head(save):
     path = save(common.tiny_tokenizer(), "LlamaForCausalLM")
     load = dict(device=CPU, flag="--model", train=TRAIN)
     heads = [
-        common.load_scorer(path, new_head=name, **load).score.weight for name in ("normal", "normal", "zero")
+        common.load_scorer(path, new_head=name, **load).score.weight
+        for name in ("normal", "normal", "zero")
     ]
     assert torch.equal(heads[0], heads[1]) and heads[0].abs().min() > 0
     assert heads[0].shape == heads[2].shape == (1, 16) and not heads[2].any()
@@ -442,7 +477,9 @@ def test_choose_pad(save, tokens, special, spare, expected, rows):
     """A PAD that is no EOS, with a row in the embedding; that grows only if it must."""
     tokenizer = common.tiny_tokenizer()
     if tokens:
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(tokens)}))
+        inner = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({t: i for i, t in enumerate(tokens)})
+        )
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[EOS]")
         tokenizer.pad_token = "[EOS]"
         named = [token for token in tokens if "pad" in token]
@@ -480,7 +517,11 @@ def test_choose_pad_beyond_the_embedding(save):
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_saved_scores_are_those_of_transformers(save, tmp_path, tokens, pad_is_eos):
     """Opened by AutoModelForSequenceClassification, padded right, pooled at the last id that is not PAD."""
-    policy = wordlevel(tokens, eos_token="[EOS]", pad_token="[EOS]") if tokens else common.tiny_tokenizer()
+    policy = (
+        wordlevel(tokens, eos_token="[EOS]", pad_token="[EOS]")
+        if tokens
+        else common.tiny_tokenizer()
+    )
     if pad_is_eos:
         policy.pad_token = "[EOS]"
     path = save(policy, "LlamaForCausalLM")
@@ -505,7 +546,9 @@ def test_saved_scores_are_those_of_transformers(save, tmp_path, tokens, pad_is_e
         return_tensors="pt",
     )
     with torch.no_grad():
-        theirs = reloaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+        theirs = reloaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            :, 0
+        ]
     assert close(ours, theirs)
 
 
@@ -536,7 +579,9 @@ def test_end_of_turn_id(template, end):
     tokenizer = other_tokenizer()
     tokenizer.chat_template = template
     assert common.end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
-    assert common.eos_ids(tokenizer, None) == sorted(tokenizer.convert_tokens_to_ids(list({end, "</s>"})))
+    assert common.eos_ids(tokenizer, None) == sorted(
+        tokenizer.convert_tokens_to_ids(list({end, "</s>"}))
+    )
 
 
 # ---------------------------------------------------------------- generators
@@ -544,7 +589,13 @@ def test_generator_is_a_function_of_its_arguments():
     def draw(*args):
         return tuple(torch.rand(4, generator=common.generator(*args)).tolist())
 
-    cases = [(1, "sample", 0), (2, "sample", 0), (1, "sample", 1), (1, "shuffle", 0), (1, "sample", 11)]
+    cases = [
+        (1, "sample", 0),
+        (2, "sample", 0),
+        (1, "sample", 1),
+        (1, "shuffle", 0),
+        (1, "sample", 11),
+    ]
     cases += [(11, "sample", 1), (1, "sample/1", 1), (0, "sample", 0), (-1, "sample", 0)]
     assert len({draw(*case) for case in cases}) == len(cases)
     assert all(draw(*case) == draw(*case) for case in cases)

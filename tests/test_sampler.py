@@ -11,7 +11,13 @@ from conftest import CPU, TRAIN, VOCAB, ragged_ids
 import common
 import ppo
 
-LENGTHS = ((1, 1), (17, 1), (5, 1), (30, 1), (2, 1))  # of prompts; 30 is far over Gemma 2's window of 8
+LENGTHS = (
+    (1, 1),
+    (17, 1),
+    (5, 1),
+    (30, 1),
+    (2, 1),
+)  # of prompts; 30 is far over Gemma 2's window of 8
 
 
 def prompts_of(seed, lengths=LENGTHS):
@@ -22,7 +28,9 @@ def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
 
 
-def draw(model, prompts, generations=2, limit=12, temperature=0.7, stop_ids=(1, 5), seed=1, **options):
+def draw(
+    model, prompts, generations=2, limit=12, temperature=0.7, stop_ids=(1, 5), seed=1, **options
+):
     return common.sample(
         model, prompts, generations, limit, temperature, list(stop_ids), seeded(seed), **options
     )
@@ -74,9 +82,13 @@ def test_logprobs_are_those_of_the_training_forward(temperature, sampled):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_draws_from_the_whole_distribution(temperature, tiny_llama, tmp_path):
     """Settings in the checkpoint's generation config (top_k, top_p, temperature, penalties) play no part."""
-    narrow = dict(do_sample=True, top_k=2, top_p=0.1, temperature=0.2, repetition_penalty=5.0, min_p=0.5)
+    narrow = dict(
+        do_sample=True, top_k=2, top_p=0.1, temperature=0.2, repetition_penalty=5.0, min_p=0.5
+    )
     saved = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama.name_or_path)
-    saved.generation_config = transformers.GenerationConfig(**narrow, suppress_tokens=[7, 8], eos_token_id=1)
+    saved.generation_config = transformers.GenerationConfig(
+        **narrow, suppress_tokens=[7, 8], eos_token_id=1
+    )
     saved.save_pretrained(tmp_path)
     model = common.load_policy(str(tmp_path), CPU, train=TRAIN)
     assert model.generation_config.top_k == 2
@@ -85,7 +97,9 @@ def test_draws_from_the_whole_distribution(temperature, tiny_llama, tmp_path):
     tokens, probs = [c[0] for c in completions], next_probs(model, prompt, temperature)
     assert len(set(tokens)) > 30
     assert chi_square(tokens, probs) < 4
-    assert chi_square(tokens, next_probs(model, prompt, 0.85)) > 10  # a wrong temperature would show
+    assert (
+        chi_square(tokens, next_probs(model, prompt, 0.85)) > 10
+    )  # a wrong temperature would show
     exact = torch.tensor([probs[t].log() for t in tokens])
     torch.testing.assert_close(torch.tensor(logps)[:, 0], exact.float(), rtol=1e-5, atol=1e-5)
 
@@ -120,7 +134,9 @@ def test_every_stop_id_ends_a_completion(policy):
     stop_ids = [token for token, _ in Counter(sum(endless, [])).most_common(12)[7:]]
     completions, logps = draw(policy, prompts, 20, limit, 1.0, stop_ids)
     assert all(len(row) == limit for row in endless)
-    for ours, whole, ours_logps, whole_logps in zip(completions, endless, logps, endless_logps, strict=True):
+    for ours, whole, ours_logps, whole_logps in zip(
+        completions, endless, logps, endless_logps, strict=True
+    ):
         at = next((t + 1 for t, token in enumerate(whole) if token in stop_ids), limit)
         assert ours == whole[:at]
         assert ours_logps == pytest.approx(whole_logps[:at], rel=1e-5, abs=1e-5)
@@ -131,7 +147,9 @@ def test_every_stop_id_ends_a_completion(policy):
 def test_sampling_ends_when_all_rows_have_ended(tiny_llama):
     """Not one forward more than the longest completion needs, and rows that have ended leave the batch."""
     rows = []
-    hook = tiny_llama.register_forward_hook(lambda model, args, output: rows.append(len(output.logits)))
+    hook = tiny_llama.register_forward_hook(
+        lambda model, args, output: rows.append(len(output.logits))
+    )
     completions, _ = draw(tiny_llama, prompts_of(6), 8, 40, 1.0, range(16))
     hook.remove()
     assert len(rows) == max(map(len, completions)) < 40
@@ -223,7 +241,14 @@ def test_the_host_asks_the_device_nothing_within_a_step(tiny_llama, monkeypatch)
 
     class Questions(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.")
+            waits = (
+                "_local_scalar_dense",
+                "nonzero",
+                "is_nonzero",
+                "masked_select",
+                "unique",
+                "equal.",
+            )
             self.count = getattr(self, "count", 0) + any(name in str(function) for name in waits)
             return function(*args, **(kwargs or {}))
 
@@ -331,7 +356,8 @@ def test_gradient_checkpointing_does_not_matter(policy):
     checkpointed = common.load_policy(policy.name_or_path, CPU, train=args)
     lengths = []
     hook = checkpointed.register_forward_hook(
-        lambda model, args, kwargs, output: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda model, args, kwargs, output: lengths.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
     )
     prompts = prompts_of(15)
     assert draw(checkpointed, prompts) == draw(policy, prompts)
@@ -349,7 +375,9 @@ def test_pad_may_equal_eos(pad_id, tiny_llama, tmp_path):
     assert common.load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id == 1
     prompts = [[0], [1, 1, 7, 0, 0], [9, 1], [0, 0, 0, 30, 31, 32, 33]]
     completions, logps = draw(tiny_llama, prompts, 8, 10, 1.0, stop_ids=[0, 1, 2, 3])
-    assert {0, 1} <= {c[-1] for c in completions} and not any({0, 1} & set(c[:-1]) for c in completions)
+    assert {0, 1} <= {c[-1] for c in completions} and not any(
+        {0, 1} & set(c[:-1]) for c in completions
+    )
     batch = common.completion_batch([p for p in prompts for _ in range(8)], completions, CPU)
     batch.input_ids[batch.attention_mask == 0] = pad_id
     mask = batch.completion_mask[:, 1:]
@@ -377,6 +405,8 @@ def test_a_token_of_probability_zero_is_never_drawn(tiny_llama, monkeypatch):
     completions, logps = draw(tiny_llama, prompts_of(16), 400, 2)
     assert {token for row in completions for token in row} == set(allowed)
     assert all(math.isfinite(x) for row in logps for x in row)
-    noise = torch.tensor([[0.0], [1 - 2**-53], [0.5]], dtype=torch.float64)  # the ends of what rand gives
+    noise = torch.tensor(
+        [[0.0], [1 - 2**-53], [0.5]], dtype=torch.float64
+    )  # the ends of what rand gives
     ends = [tokens for tokens, _ in common._sample_wave(tiny_llama, [[3]], 1.0, [1], noise, False)]
     assert ends[0] == [20] and ends[1] == [40] and ends[2][0] in allowed

@@ -28,15 +28,21 @@ def chain(tmp_path_factory):
     patch.setattr(common, "TASK_ROWS", {"sft": 64, "preference": 64, "prompt": 64, "held out": 16})
     common_args = dict(batch_size=16, steps=3, warmup_steps=0)
     sft.main(sft.Args(output_dir=str(folder / "sft"), learning_rate=1e-3, **common_args))
-    args = dict(model=str(folder / "sft"), output_dir=str(folder / "reward_model"), learning_rate=1e-3)
+    args = dict(
+        model=str(folder / "sft"), output_dir=str(folder / "reward_model"), learning_rate=1e-3
+    )
     reward_model.main(reward_model.Args(**args, **common_args))
     yield folder
     patch.undo()
 
 
 def ppo_args(chain, output_dir, **changes):
-    args = dict(model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir))
-    args |= dict(steps=2, prompts_per_step=6, num_generations=2, max_completion_length=6, learning_rate=1e-3)
+    args = dict(
+        model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir)
+    )
+    args |= dict(
+        steps=2, prompts_per_step=6, num_generations=2, max_completion_length=6, learning_rate=1e-3
+    )
     return ppo.Args(**(args | dict(warmup_steps=0, update_epochs=2) | changes))
 
 
@@ -58,7 +64,9 @@ def refused(capsys, *words, code=2):
 def test_sft_saves_what_transformers_opens(chain):
     model = AutoModelForCausalLM.from_pretrained(chain / "sft")
     tokenizer = AutoTokenizer.from_pretrained(chain / "sft")
-    out = model.generate(**tokenizer("dbca>", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    out = model.generate(
+        **tokenizer("dbca>", return_tensors="pt"), max_new_tokens=5, do_sample=False
+    )
     assert out.shape[1] > 5 and model.generation_config.eos_token_id == tokenizer.eos_token_id
     steps = metrics(chain / "sft")
     assert [row["step"] for row in steps] == [0, 1, 2, 3]
@@ -87,7 +95,14 @@ def test_ppo_starts_at_ratio_one_and_kl_zero(chain, tmp_path, temperature):
     ppo.main(ppo_args(chain, tmp_path / "run", temperature=temperature, eval_every=1))
     first, second = metrics(tmp_path / "run")[1:]
     assert first["ratio_max_dev"] == 0 and first["kl"] == 0 and second["kl"] != 0
-    assert {"gold", "score", "eval/gold", "eval/score", "eval/kl", "explained_variance"} <= first.keys()
+    assert {
+        "gold",
+        "score",
+        "eval/gold",
+        "eval/score",
+        "eval/kl",
+        "explained_variance",
+    } <= first.keys()
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 3 * 16
 
 
@@ -104,9 +119,15 @@ def test_ppo_raises_an_exact_reward(chain, tmp_path):
         "def count(prompts, completions, rows):\n    return [text.count('a') / 6 for text in completions]\n"
     )
     args = dict(
-        reward=f"{tmp_path}/reward.py:count", steps=15, prompts_per_step=32, num_generations=1, kl_coef=0.0
+        reward=f"{tmp_path}/reward.py:count",
+        steps=15,
+        prompts_per_step=32,
+        num_generations=1,
+        kl_coef=0.0,
     )
-    ppo.main(ppo_args(chain, tmp_path / "run", **args, missing_eos_penalty=0.1, whiten_rewards=True))
+    ppo.main(
+        ppo_args(chain, tmp_path / "run", **args, missing_eos_penalty=0.1, whiten_rewards=True)
+    )
     scores = [row["score"] for row in metrics(tmp_path / "run") if "score" in row]
     assert sum(scores[-3:]) / 3 > 3 * sum(scores[:3]) / 3 + 0.1
 
@@ -116,7 +137,11 @@ def test_ppo_leaves_out_what_the_checker_cannot_judge(chain, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def none(prompts, completions, rows):\n    return [None] * len(prompts)\n"
     )
-    ppo.main(ppo_args(chain, tmp_path / "run", reward=f"{tmp_path}/reward.py:none", missing_eos_penalty=1.0))
+    ppo.main(
+        ppo_args(
+            chain, tmp_path / "run", reward=f"{tmp_path}/reward.py:none", missing_eos_penalty=1.0
+        )
+    )
     before, after = weights(chain / "sft"), weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -126,7 +151,9 @@ def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def one(prompts, completions, rows):\n    return [1] * len(prompts)\n"
     )
-    args = dict(reward=f"{tmp_path}/reward.py:one", missing_eos_penalty=0.25, steps=8, value_clip=9.0)
+    args = dict(
+        reward=f"{tmp_path}/reward.py:one", missing_eos_penalty=0.25, steps=8, value_clip=9.0
+    )
     ppo.main(ppo_args(chain, tmp_path / "run", **args, prompts_per_step=7))
     rows = metrics(tmp_path / "run")[1:]
     assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["eos_rate"] != 0.5, "else a sign might hide"
@@ -137,8 +164,16 @@ def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
 def test_reward_model_prefers_the_chosen(chain, tmp_path):
     """Through main, and judged by the evaluation: on pairs seen often chosen less rejected grows."""
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in common.task_rows("preference", False, 1)))
-    args = dict(model=str(chain / "sft"), dataset=str(data), eval_dataset=str(data), batch_size=32, epochs=15)
+    data.write_text(
+        "".join(json.dumps(row) + "\n" for row in common.task_rows("preference", False, 1))
+    )
+    args = dict(
+        model=str(chain / "sft"),
+        dataset=str(data),
+        eval_dataset=str(data),
+        batch_size=32,
+        epochs=15,
+    )
     run = dict(output_dir=str(tmp_path / "run"), learning_rate=1e-3, warmup_steps=0)
     reward_model.main(reward_model.Args(**args, **run))
     rows = metrics(tmp_path / "run")
@@ -156,7 +191,9 @@ def test_sft_trains_each_completion_once_and_no_prompt(chain, tmp_path):
     data.write_text("".join(json.dumps(dict(prompt=p, completion=c)) + "\n" for p, c in rows))
     args = dict(model=str(chain / "sft"), dataset=str(data), batch_size=2, learning_rate=0.0)
     sft.main(sft.Args(**args, output_dir=str(tmp_path / "run")))
-    model, tokenizer = (x.from_pretrained(chain / "sft") for x in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        x.from_pretrained(chain / "sft") for x in (AutoModelForCausalLM, AutoTokenizer)
+    )
     nll = {}
     for prompt, completion in rows:
         ids = tokenizer(f"{prompt}{completion}[EOS]", return_tensors="pt").input_ids
@@ -174,9 +211,13 @@ def test_every_step_draws_afresh(chain, tmp_path, monkeypatch, script):
     """One prompt and a policy that stands still: what differs between steps is the noise alone, and another
     seed gives another."""
     drawn, inner = [], script.sample
-    monkeypatch.setattr(script, "sample", lambda *x: drawn.append(inner(*x)[0]) or (drawn[-1], None))
+    monkeypatch.setattr(
+        script, "sample", lambda *x: drawn.append(inner(*x)[0]) or (drawn[-1], None)
+    )
     (tmp_path / "prompt.jsonl").write_text('{"prompt": "dbca>"}\n')
-    args = dict(model=str(chain / "sft"), dataset=str(tmp_path / "prompt.jsonl"), reward="sort", steps=2)
+    args = dict(
+        model=str(chain / "sft"), dataset=str(tmp_path / "prompt.jsonl"), reward="sort", steps=2
+    )
     args |= dict(prompts_per_step=1, num_generations=4, max_completion_length=6, learning_rate=0.0)
     (tmp_path / "reward.py").write_text(
         "def one(prompts, completions, rows):\n    return [1] * len(prompts)\n"
@@ -220,11 +261,15 @@ def test_learning_rate_schedules():
 
 
 @pytest.mark.parametrize("script", [sft, reward_model])
-def test_training_does_not_depend_on_the_micro_batches(chain, tmp_path, script, cut_by_budget_alone):
+def test_training_does_not_depend_on_the_micro_batches(
+    chain, tmp_path, script, cut_by_budget_alone
+):
     """Through main: the gradient's norm and the loss of every step, at a budget of one row and of all
     rows."""
     for budget in (1, 100_000):
-        args = dict(model=str(chain / "sft"), output_dir=str(tmp_path / str(budget)), batch_size=16, steps=3)
+        args = dict(
+            model=str(chain / "sft"), output_dir=str(tmp_path / str(budget)), batch_size=16, steps=3
+        )
         script.main(script.Args(**args, learning_rate=1e-4, micro_batch_tokens=budget))
     small, large = (metrics(tmp_path / str(budget)) for budget in (1, 100_000))
     for one, other in zip(small, large, strict=True):
@@ -234,7 +279,9 @@ def test_training_does_not_depend_on_the_micro_batches(chain, tmp_path, script, 
 
 def test_ppo_values_start_from_a_model_that_is_named(chain, tmp_path):
     """--value-model, and without a reward model the policy with a head that gives 0."""
-    args = ppo_args(chain, tmp_path / "run", reward="sort", steps=1, value_model=str(chain / "reward_model"))
+    args = ppo_args(
+        chain, tmp_path / "run", reward="sort", steps=1, value_model=str(chain / "reward_model")
+    )
     ppo.main(args)
     zero = common.load_scorer(
         str(chain / "sft"), torch.device("cpu"), "--value-model", train=args, new_head="zero"
@@ -244,8 +291,14 @@ def test_ppo_values_start_from_a_model_that_is_named(chain, tmp_path):
 
 def test_two_rows_are_enough(chain, tmp_path):
     data = tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "ba>", "completion": "ab"}\n{"prompt": "dcf>", "completion": "cdf"}\n')
-    sft.main(sft.Args(model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "a"), epochs=2))
+    data.write_text(
+        '{"prompt": "ba>", "completion": "ab"}\n{"prompt": "dcf>", "completion": "cdf"}\n'
+    )
+    sft.main(
+        sft.Args(
+            model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "a"), epochs=2
+        )
+    )
     args = dict(dataset=str(data), reward=str(chain / "reward_model"))
     ppo.main(ppo_args(chain, tmp_path / "b", **args))
     assert "gold" not in metrics(tmp_path / "b")[-1]
@@ -258,7 +311,9 @@ def test_resuming_a_finished_run_changes_nothing(chain, tmp_path):
     before, rows = weights(tmp_path / "run"), metrics(tmp_path / "run")
     assert sft.main(sft.Args(**args, resume=True)) == {}
     after = weights(tmp_path / "run")
-    assert metrics(tmp_path / "run") == rows and all(torch.equal(before[n], after[n]) for n in before)
+    assert metrics(tmp_path / "run") == rows and all(
+        torch.equal(before[n], after[n]) for n in before
+    )
 
 
 def test_a_death_between_the_renames_leaves_a_checkpoint(chain, tmp_path):
@@ -272,7 +327,9 @@ def test_a_checkpoint_with_sampling_settings_saves(chain, tmp_path):
     """Llama 2 names a temperature without do_sample, which transformers refuses to save."""
     shutil.copytree(chain / "sft", tmp_path / "model")
     config = tmp_path / "model/generation_config.json"
-    settings = json.loads(config.read_text()) | dict(temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
+    settings = json.loads(config.read_text()) | dict(
+        temperature=0.6, top_p=0.9, eos_token_id=[1, 2]
+    )
     config.write_text(json.dumps(settings))
     model, folder = str(tmp_path / "model"), tmp_path / "run"
     sft.main(sft.Args(model=model, output_dir=str(folder), batch_size=32, steps=1))
@@ -324,7 +381,9 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         common.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
     )
-    laptop = dict(overwrite=True) if script in (sft, dpo, rejection_sampling) else dict(model="runs/sft")
+    laptop = (
+        dict(overwrite=True) if script in (sft, dpo, rejection_sampling) else dict(model="runs/sft")
+    )
     with pytest.raises(SystemExit) as stopped:
         script.main(common.cli(script.Args, laptop=laptop))
     assert stopped.value.code == 2
@@ -337,7 +396,10 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):
         (dict(minibatches=13), ["--minibatches is 13", "12 completions"]),
         (dict(reward=None), ["--reward is missing"]),
         (dict(temperature=0.0), ["--temperature"]),
-        (dict(max_completion_length=100), ["no row is left", "context less --max-completion-length: -36"]),
+        (
+            dict(max_completion_length=100),
+            ["no row is left", "context less --max-completion-length: -36"],
+        ),
         (dict(max_prompt_length=2), ["no row is left", "longer than --max-prompt-length 2"]),
         (dict(reward="./nowhere"), ["--reward ./nowhere", "no such directory"]),
         (dict(lam=1.5), ["--lam 1.5", "above 1"]),

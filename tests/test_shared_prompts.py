@@ -49,7 +49,9 @@ def alone(model, input_ids, attention_mask, mask):
     for ids, real, wanted in zip(input_ids, attention_mask, mask):
         n = int(real.sum())
         rows.append(
-            model.base_model(ids[None, :n], use_cache=False).last_hidden_state[0, :-1][wanted[: n - 1]]
+            model.base_model(ids[None, :n], use_cache=False).last_hidden_state[0, :-1][
+                wanted[: n - 1]
+            ]
         )
     return torch.cat(rows)
 
@@ -61,7 +63,9 @@ def with_gradient(function, model, batch, mask):
     hidden = hidden[:, :-1][mask] if hidden.dim() == 3 else hidden
     factors = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
     (hidden * factors).sum().backward()
-    grads = torch.cat([p.grad.flatten() for p in model.base_model.parameters() if p.grad is not None])
+    grads = torch.cat([
+        p.grad.flatten() for p in model.base_model.parameters() if p.grad is not None
+    ])
     model.zero_grad()
     return hidden.detach(), grads
 
@@ -101,7 +105,9 @@ def test_prompts_are_shared_where_it_spares_a_fifth(tiny_llama, monkeypatch):
     assert not shares(group_batch())  # 252 tokens
     monkeypatch.setattr(common, "SMALL_BATCH", 0)
     assert shares(group_batch())
-    assert not shares(group_batch(prompts=PROMPTS * 4, groups=[(n,) for group in GROUPS for n in group]))
+    assert not shares(
+        group_batch(prompts=PROMPTS * 4, groups=[(n,) for group in GROUPS for n in group])
+    )
     assert shares(group_batch(prompts=(8,), groups=((9, 9),)))  # a pair: 8 + 2 * 8 of 34
     assert not shares(group_batch(prompts=(2,), groups=((9, 9),)))  # 2 + 2 * 8 of 22
     assert not shares(group_batch(prompts=(8,), groups=((1, 1),)))  # nothing but the prompt is read
@@ -119,9 +125,21 @@ def test_a_run_is_the_same_with_and_without(name, chain, tmp_path, monkeypatch):
     for small in (10**9, 0):
         monkeypatch.setattr(common, "SMALL_BATCH", small)
         select = torch.Tensor.index_select
-        monkeypatch.setattr(torch.Tensor, "index_select", lambda *x: calls.append(small) or select(*x))
-        more = {} if name == "dpo" else dict(num_generations=4, reward=f"{__file__}:share_of_vowels")
-        run(name, chain, tmp_path / str(small), micro_batch_tokens=10**6, eval_every=0, steps=2, **more)
+        monkeypatch.setattr(
+            torch.Tensor, "index_select", lambda *x: calls.append(small) or select(*x)
+        )
+        more = (
+            {} if name == "dpo" else dict(num_generations=4, reward=f"{__file__}:share_of_vowels")
+        )
+        run(
+            name,
+            chain,
+            tmp_path / str(small),
+            micro_batch_tokens=10**6,
+            eval_every=0,
+            steps=2,
+            **more,
+        )
         monkeypatch.undo()
         found[small] = metrics(tmp_path / str(small))
     assert set(calls) == {0}
@@ -134,8 +152,12 @@ def test_a_run_is_the_same_with_and_without(name, chain, tmp_path, monkeypatch):
 def test_models_that_count_positions_their_own_way_are_refused(tmp_path, capsys):
     """BART's decoder takes them from the width of the cache: prompts could not be padded on the left."""
     torch.manual_seed(0)
-    shape = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=64)
-    config = transformers.BartConfig(**shape, is_decoder=True, max_position_embeddings=64, init_std=0.3)
+    shape = dict(
+        d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=64
+    )
+    config = transformers.BartConfig(
+        **shape, is_decoder=True, max_position_embeddings=64, init_std=0.3
+    )
     transformers.BartForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         common.load_policy(str(tmp_path), CPU)

@@ -20,7 +20,11 @@ def small(monkeypatch):
 def letters(row):
     """What the prompt asks to put into order."""
     prompt = row["prompt"]
-    return prompt.removesuffix(">") if isinstance(prompt, str) else prompt[-1]["content"].split(": ")[-1]
+    return (
+        prompt.removesuffix(">")
+        if isinstance(prompt, str)
+        else prompt[-1]["content"].split(": ")[-1]
+    )
 
 
 def check(row, completion, finished=True):
@@ -38,7 +42,11 @@ def test_rows(kind, held_out):
         assert row.keys() == {"prompt", "answer"} | keys
         assert row["prompt"].endswith(">") and row["answer"] == "".join(sorted(letters(row)))
         assert set(row["answer"]) <= set(common.LETTERS)
-        assert row.get("completion", row["answer"]) == row.get("chosen", row["answer"]) == row["answer"]
+        assert (
+            row.get("completion", row["answer"])
+            == row.get("chosen", row["answer"])
+            == row["answer"]
+        )
     assert {len(row["answer"]) for row in rows} == {4, 5, 6, 7}
 
 
@@ -113,7 +121,9 @@ def test_chat_form_gives_messages(kind):
         assert row | {"prompt": ""} == plain | {"prompt": ""}
 
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' else '[EOS]' }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' else '[EOS]' }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,7 +131,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' els
 def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, tiny_dirs):
     tokenizer = common.tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE if chat else None
-    given = dict(prompt_template="{prompt}", train_on="last", seed=1, max_length=64, max_prompt_length=64)
+    given = dict(
+        prompt_template="{prompt}", train_on="last", seed=1, max_length=64, max_prompt_length=64
+    )
     args = types.SimpleNamespace(dataset=common.TASK, eval_dataset=None, **given)
     args.model, args.max_completion_length = tiny_dirs["llama"], 10  # a context of 64
     examples = common.load_examples(tokenizer, common.TASK, kind, args)

@@ -29,7 +29,13 @@ def test_help(name, columns, monkeypatch, capsys):
     flags = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
     assert flags == [f"--{flag.replace('_', '-')}" for flag in field_docs(name)]
     assert " ".join(text.split()).count("(default: ") == len(flags)
-    headings = ["model and data", "the run", "optimiser", "memory and precision", "several processes"]
+    headings = [
+        "model and data",
+        "the run",
+        "optimiser",
+        "memory and precision",
+        "several processes",
+    ]
     at = [text.index(f"\n\n{heading}\n") for heading in headings]
     assert at == sorted(at) and text.count("\n\nthe method\n") == 1
 
@@ -56,7 +62,9 @@ def test_a_terminal_of_80_columns(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(COMMAND, cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        COMMAND, cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     out = b""
     while True:
@@ -86,7 +94,10 @@ def test_a_pipe_gets_plain_lines(tmp_path):
         r"^step (\d)/4  loss [0-9.]+  grad_norm [0-9.]+  tokens_per_second", found.stdout, re.M
     )
     assert steps == ["1", "2", "3", "4"]
-    assert len(re.findall(r"^step \d/4  held out: .* completion_length [0-9.]+$", found.stdout, re.M)) == 3
+    assert (
+        len(re.findall(r"^step \d/4  held out: .* completion_length [0-9.]+$", found.stdout, re.M))
+        == 3
+    )
 
 
 def test_a_terminal_of_30_columns(tmp_path, monkeypatch):
@@ -108,7 +119,14 @@ def test_samples_show_newlines_and_cut_long_text(tmp_path, capsys, monkeypatch):
     run = common.Run(sft.Args(output_dir=str(tmp_path / "run")), 1)
     run.restore_handlers()
     long = "one\ntwo " + "word " * 100
-    run.samples(1, [dict(prompt=long, completion=long, score=1.0, kl=-2.5), dict(prompt="p", completion="c")])
+    run.samples(
+        1,
+        [dict(prompt=long, completion=long, score=1.0, kl=-2.5), dict(prompt="p", completion="c")],
+    )
     first, second = capsys.readouterr().out.splitlines()
-    assert len(first) <= 80 and first.startswith("  one\\ntwo ") and first.endswith("| score 1.00 kl -2.50")
+    assert (
+        len(first) <= 80
+        and first.startswith("  one\\ntwo ")
+        and first.endswith("| score 1.00 kl -2.50")
+    )
     assert first.count("…") == 2 and first.index(" | ") == second.index(" | ")

@@ -10,7 +10,16 @@ import math
 
 import pytest
 import torch
-from language import best_of_n_law, k3_law, kl, law, list_completions, normalise, save_start, texts_of
+from language import (
+    best_of_n_law,
+    k3_law,
+    kl,
+    law,
+    list_completions,
+    normalise,
+    save_start,
+    texts_of,
+)
 from theorems import BEST_OF, scores_of, theorem
 
 
@@ -29,7 +38,9 @@ def implied_beta(proof):
     KL coefficient that is a third off."""
     ours, ref = (proof.law(proof.flags[x]) for x in ("output_dir", "model"))
     rewards = (
-        proof.world.rewards[:, proof.world.ended] if proof.script.__name__ == "dpo" else proof.world.rewards
+        proof.world.rewards[:, proof.world.ended]
+        if proof.script.__name__ == "dpo"
+        else proof.world.rewards
     )
     p = proof.target.exp()
     x, y = (z - (p * z).sum(1, keepdim=True) for z in (rewards, ours - ref))
@@ -51,7 +62,9 @@ def test_the_language_is_listed_whole(pad_is_eos, count, tmp_path):
 
 def test_best_of_n_law_against_all_tuples():
     """Rewards with ties; the bound on its KL (Beirami et al. 2024) holds."""
-    ref = torch.randn(1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(1)
+    ref = torch.randn(
+        1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).log_softmax(1)
     rewards, n = torch.tensor([[1.0, 3.0, 2.0, 3.0, 1.0, 2.0]]).double(), 4
     expected = torch.zeros(6).double()
     for drawn in itertools.product(range(6), repeat=n):
@@ -90,7 +103,9 @@ def test_rejection_sampling_ends_at_the_best_of_n_law(tmp_path):
     with open(f"{proof.flags['output_dir']}/rollouts.jsonl") as lines:
         for line in map(json.loads, lines):
             best = max(range(BEST_OF), key=lambda j: line["scores"][j])
-            counts[list(world.table).index(line["row"]["prompt"]), index[tuple(line["ids"][best])]] += 1
+            counts[
+                list(world.table).index(line["row"]["prompt"]), index[tuple(line["ids"][best])]
+            ] += 1
     assert (counts.sum(1) == kept).all()
     assert kl((counts / kept).log(), proof.target) < 1.2 * noise
     assert kl((counts / kept).log(), ref) > 0.5
@@ -125,7 +140,10 @@ def test_dpo_ends_at_the_optimum(tmp_path):
     proof = prove("dpo", tmp_path)
     assert implied_beta(proof) == pytest.approx(proof.flags["beta"], rel=0.2)
     logps = law(proof.flags["output_dir"], proof.world.tokenizer, proof.world.completions)
-    print("mass on what preferences say nothing of:", (1 - logps[:, proof.world.ended].exp().sum(1)).tolist())
+    print(
+        "mass on what preferences say nothing of:",
+        (1 - logps[:, proof.world.ended].exp().sum(1)).tolist(),
+    )
 
 
 @pytest.mark.slow

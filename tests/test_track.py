@@ -37,5 +37,7 @@ def test_wandb_offline(chain, tmp_path, monkeypatch):  # noqa: F811
     rows = run(chain, tmp_path / "run", "wandb")
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     data = file.read_bytes()
-    for name, value in [(name, value) for row in rows for name, value in row.items() if name != "step"]:
+    for name, value in [
+        (name, value) for row in rows for name, value in row.items() if name != "step"
+    ]:
         assert name.encode() in data and json.dumps(value).encode() in data, name

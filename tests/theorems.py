@@ -12,6 +12,20 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from language import (
+    LETTERS,
+    PROMPTS,
+    best_of_n_law,
+    gibbs,
+    k3_law,
+    kl,
+    law,
+    list_completions,
+    normalise,
+    save_start,
+    texts_of,
+    write_rows,
+)
 
 import dpo
 import grpo
@@ -20,8 +34,6 @@ import rejection_sampling
 import reward_model
 import rloo
 import sft
-from language import LETTERS, PROMPTS, best_of_n_law, gibbs, k3_law, kl, law, list_completions, normalise
-from language import save_start, texts_of, write_rows
 
 BETA = 0.35
 BEST_OF = 4
@@ -38,8 +50,12 @@ def make_world(folder, seed, architecture="llama", pad_is_eos=False, letters=LET
     world.ended = [k for k in world.ended if set(texts[k]) <= set(letters)]
 
     # rewards: the logs of 1 to 4, so that repeating rows gives exact odds, and a mean well away from 0
-    odds = {(prompt, text): draw.randint(1, 4) for prompt in PROMPTS for text in dict.fromkeys(texts)}
-    world.table = table = {prompt: {x: 3 + math.log(odds[prompt, x]) for x in texts} for prompt in PROMPTS}
+    odds = {
+        (prompt, text): draw.randint(1, 4) for prompt in PROMPTS for text in dict.fromkeys(texts)
+    }
+    world.table = table = {
+        prompt: {x: 3 + math.log(odds[prompt, x]) for x in texts} for prompt in PROMPTS
+    }
     world.rewards = torch.tensor([[table[p][x] for x in texts] for p in PROMPTS]).double()
     with open(f"{folder}/reward.py", "w") as file:
         file.write(f"TABLE = {table!r}\n\n\ndef look_up(prompts, completions, rows):\n")
@@ -69,7 +85,9 @@ def make_world(folder, seed, architecture="llama", pad_is_eos=False, letters=LET
     world.prompts = write_rows(f"{folder}/prompts.jsonl", [dict(prompt=p) for p in PROMPTS])
 
     # the reference is trained, and not to the end: every completion keeps some probability
-    flags = dict(dataset=world.demonstrations, epochs=40, batch_size=384, learning_rate=1e-3, save_every=0)
+    flags = dict(
+        dataset=world.demonstrations, epochs=40, batch_size=384, learning_rate=1e-3, save_every=0
+    )
     run(sft, model=f"{folder}/start", output_dir=world.ref, **flags)
     return world
 
@@ -91,11 +109,15 @@ class Theorem:
     law: object  # a model in memory, or the folder of one -> its log probabilities (prompts, K)
     elsewhere: torch.Tensor = None  # the law that one might take for its target
     rewards: torch.Tensor = None  # (prompts, K)
-    forward: bool = False  # KL(target || law), which fitting completions minimises, or KL(law || target)
+    forward: bool = (
+        False  # KL(target || law), which fitting completions minimises, or KL(law || target)
+    )
 
     def distance(self, model):
         """Mean over prompts, in nats."""
-        return kl(self.target, self.law(model)) if self.forward else kl(self.law(model), self.target)
+        return (
+            kl(self.target, self.law(model)) if self.forward else kl(self.law(model), self.target)
+        )
 
     def run(self, **flags):
         return run(self.script, **(self.flags | flags))
@@ -111,7 +133,9 @@ def scores_of(world, model):
     with torch.no_grad():
         for i, prompt in enumerate(PROMPTS):
             for j, k in enumerate(world.ended):
-                ids = world.tokenizer.convert_tokens_to_ids(list(prompt)) + list(world.completions[k])
+                ids = world.tokenizer.convert_tokens_to_ids(list(prompt)) + list(
+                    world.completions[k]
+                )
                 scores[i, j] = model(torch.tensor([ids])).logits[0, 0]
     model.train(was_training)
     return scores
@@ -123,8 +147,12 @@ def theorem(name, folder, seed=1, short=True):
     options |= {"grpo k1": dict(pad_is_eos=True), "reward_model": dict(letters="abc")}
     world = make_world(folder, seed, **options.get(name, {}))
     words, completions, ended = world.tokenizer, world.completions, world.ended
-    flags = dict(model=world.ref, output_dir=f"{folder}/out", seed=seed, save_every=0, log_every=10**6)
-    online = dict(dataset=world.prompts, reward=world.reward, prompts_per_step=len(PROMPTS), kl_coef=BETA)
+    flags = dict(
+        model=world.ref, output_dir=f"{folder}/out", seed=seed, save_every=0, log_every=10**6
+    )
+    online = dict(
+        dataset=world.prompts, reward=world.reward, prompts_per_step=len(PROMPTS), kl_coef=BETA
+    )
     online |= dict(max_completion_length=3, num_generations=80, steps=260 if short else 600)
     online |= dict(learning_rate=1.5e-3)
 
@@ -141,7 +169,9 @@ def theorem(name, folder, seed=1, short=True):
         flags |= dict(epochs=120 if short else 240, learning_rate=3e-3)
         return Theorem(sft, flags, world, world.data, of_policy, forward=True)
     if name == "reward_model":
-        flags |= dict(dataset=world.pairs, batch_size=240, epochs=150 if short else 300, learning_rate=2e-3)
+        flags |= dict(
+            dataset=world.pairs, batch_size=240, epochs=150 if short else 300, learning_rate=2e-3
+        )
         target = normalise(optimum[:, ended])
 
         def of_reward_model(model):  # the policy that its scores would make optimal
@@ -149,19 +179,29 @@ def theorem(name, folder, seed=1, short=True):
 
         return Theorem(reward_model, flags, world, target, of_reward_model)
     if name == "dpo":
-        flags |= dict(dataset=world.pairs, batch_size=240, epochs=30 if short else 100, learning_rate=2e-3)
+        flags |= dict(
+            dataset=world.pairs, batch_size=240, epochs=30 if short else 100, learning_rate=2e-3
+        )
         return Theorem(dpo, flags | dict(beta=BETA), world, normalise(optimum[:, ended]), of_ended)
     if name == "rejection_sampling":
         kept = 2048 if short else 8192
         rows = [dict(prompt=p) for p in PROMPTS] * kept
-        flags |= dict(dataset=write_rows(f"{folder}/many.jsonl", rows), reward=world.reward, temperature=1.0)
-        flags |= dict(num_generations=BEST_OF, max_completion_length=3, batch_size=512, learning_rate=2e-3)
+        flags |= dict(
+            dataset=write_rows(f"{folder}/many.jsonl", rows), reward=world.reward, temperature=1.0
+        )
+        flags |= dict(
+            num_generations=BEST_OF, max_completion_length=3, batch_size=512, learning_rate=2e-3
+        )
         flags |= dict(epochs=8 if short else 5)
         target = best_of_n_law(ref, world.rewards, BEST_OF)
         return Theorem(rejection_sampling, flags, world, target, of_policy, forward=True)
     if name == "ppo":  # lam 1: an advantage is then right whatever the values are
-        return Theorem(ppo, flags | online | dict(lam=1.0, update_epochs=1), world, optimum, of_policy)
-    if name == "rloo":  # the one at a temperature: reference and policy are the laws that are sampled from
+        return Theorem(
+            ppo, flags | online | dict(lam=1.0, update_epochs=1), world, optimum, of_policy
+        )
+    if (
+        name == "rloo"
+    ):  # the one at a temperature: reference and policy are the laws that are sampled from
 
         def of_warm_policy(model):
             return of_policy(model, temperature=0.7)
