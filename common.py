@@ -1,8 +1,9 @@
-"""What the methods of RLHF share and no method is: models, data, sampling, rewards, and runs on disk.
+"""What the methods of RLHF share and no method is: models, data, sampling, rewards, and runs on
+disk.
 
-Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in this order:
-1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches   7. sampling
-8. rewards   9. runs"""
+Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in this
+order: 1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches   7.
+sampling 8. rewards   9. runs"""
 
 import atexit
 import contextlib
@@ -63,20 +64,18 @@ def fail(message):
 def cli(Args, laptop):
     """Command line -> Args.
 
-    Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved in
-    --output-dir are the defaults. What stands on the command line wins."""
+    Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved
+    in --output-dir are the defaults. What stands on the command line wins."""
     is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
         f"{sys.modules[Args.__module__].__doc__}\n\n"
-        "The defaults below are those of the run that the other flags ask for: without --model the laptop run."
+        "The defaults below are those of the laptop run, or with --model those for real models."
     )
     args = tyro.cli(Args, default=Args(**laptop) if is_laptop else Args(), description=description)
     if args.resume:
         return tyro.cli(Args, default=Args(**saved_flags(args)))
     if is_laptop and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
-        fail(
-            "--dataset of your own needs --model: the laptop run's model reads only the built-in task"
-        )
+        fail("a --dataset of your own needs --model: the laptop run's model knows only `sort`")
     return args
 
 
@@ -87,14 +86,12 @@ def saved_flags(args):
         fail(f"--resume: {args.output_dir} holds no run; start it without --resume")
     saved = json.loads(path.read_text())
     if saved.keys() != vars(args).keys():
-        fail(
-            f"--resume: {args.output_dir} holds a run of another script, or of another version of it"
-        )
+        fail(f"--resume: {args.output_dir} holds a run of another script, or of an older one")
     return saved
 
 
 def setup(args):
-    """Choose the device and check --output-dir before anything loads -> device, autocast (a context)."""
+    """Check --output-dir, choose device and dtype -> device, autocast (a context)."""
     device = start_processes()
     names = os.listdir(args.output_dir) if os.path.exists(args.output_dir) else []
     if args.resume:
@@ -128,14 +125,15 @@ def setup(args):
 
 
 def generator(seed, *purpose):
-    """A torch.Generator that its arguments determine: a resumed run has no generator state to restore."""
+    """A torch.Generator that its arguments determine, so that --resume has no state to restore."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
 # ---------------------------------------------------------------- 2. processes
-# One process has none of this in its way. Under torchrun each model is split over all processes (FSDP2), each
-# takes its share of every batch, and sums run over all of them: the same numbers as with one.
+# One process has none of this in its way. Under torchrun each model is split over all processes
+# (FSDP2), each takes its share of every batch, and sums run over all of them: the same numbers as
+# with one.
 def rank():
     """The number of this process among those that torchrun started; 0 with one."""
     return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
@@ -147,7 +145,7 @@ def world_size():
 
 
 def start_processes():
-    """Join the processes that torchrun has started, if it has -> this one's device. Only the first prints."""
+    """Join the processes that torchrun started -> this one's device. Only the first prints."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() == 1:
         return torch.device(kind)
@@ -189,8 +187,8 @@ def on_first_rank(function):
 
 
 def shard(model, device):
-    """The model on its device; with several processes its parameters, gradients and optimiser state split
-    over them, layer by layer (FSDP2)."""
+    """The model on its device; with several processes its parameters, gradients and optimiser state
+    split over them, layer by layer (FSDP2)."""
     if world_size() == 1:
         return model.to(device)
     mesh = distributed.init_device_mesh(device.type, (world_size(),))
@@ -206,7 +204,7 @@ def shard(model, device):
 
 
 def as_forward(function):
-    """Decorates function(model, ...), which calls parts of a model: FSDP gathers them as for its forward."""
+    """Decorates function(model, ...) that calls parts of a model: FSDP gathers their weights."""
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
@@ -219,7 +217,7 @@ def as_forward(function):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """The whole model in each process while it samples, so that none waits for another at each token."""
+    """The whole model in each process while it samples: none waits for another at each token."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -249,19 +247,18 @@ def from_pretrained(cls, path, flag, **options):
 
 
 def load_tokenizer(path, flag="--model"):
-    """The tokenizer of a directory or Hub id. One without PAD pads with EOS: masks come from lengths."""
+    """The tokenizer of a directory or Hub id. Without a PAD of its own it pads with EOS."""
     tokenizer = from_pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None and flag == "--model":
-        fail(
-            f"{flag} {path}: the tokenizer has no EOS token, so nothing could end; set its eos_token"
-        )
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so nothing could end; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def end_of_turn_id(tokenizer):
-    """The id that ends a completion: what the chat template puts after an assistant's text, else EOS."""
+    """The id that ends a completion: what the chat template puts after an assistant's text, else
+    EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
@@ -291,9 +288,7 @@ def check_context(path, tokens, flag):
     """Stop if sequences of that many tokens do not fit the positions that a model was made for."""
     context = context_of(from_pretrained(AutoConfig, path, "--model"))
     if tokens > context:
-        fail(
-            f"sequences of {tokens} tokens do not fit the context of {path}, {context}: lower {flag}"
-        )
+        fail(f"{tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
 
 
 def load_policy(path, device, trainable=False, gradient_checkpointing=False):
@@ -321,14 +316,13 @@ def load_scorer(
 ):
     """A sequence-classification model with one output, float32 weights, on its device.
 
-    init_head: a function that fills the weight (1, H) of the new head of a language model; without it a
-    language model is an error. pad_for: tokenizer and EOS ids, for a PAD of its own (see choose_pad)."""
+    init_head: a function that fills the weight (1, H) of the new head of a language model; without
+    it a language model is an error. pad_for: tokenizer and EOS ids, for a PAD of its own (see
+    choose_pad)."""
     config = from_pretrained(AutoConfig, path, flag)
     is_scorer = "SequenceClassification" in str(config.architectures)
     if not is_scorer and init_head is None:
-        fail(
-            f"{flag} {path}: {config.architectures} is no reward model; train one with reward_model.py"
-        )
+        fail(f"{flag} {path}: {config.architectures} is no reward model: run reward_model.py on it")
     config.num_labels = 1
     model = from_pretrained(
         AutoModelForSequenceClassification,
@@ -339,9 +333,7 @@ def load_scorer(
         use_safetensors=True,
     )
     if trainable and not has_score_head(model):
-        fail(
-            f"{flag} {path}: {type(model).__name__} has no plain `score` head; use a decoder-only model"
-        )
+        fail(f"{flag} {path}: {type(model).__name__} has no plain `score` head: use a decoder")
     if not is_scorer:
         with torch.no_grad():
             init_head(model.score.weight)
@@ -358,7 +350,8 @@ def has_score_head(model):
 
 def prepare(model, device, trainable, gradient_checkpointing=False):
     """Gradients on or off; split over processes if there are several."""
-    model.eval()  # dropout and jitter stay off: else two forwards differ, and the first update's ratio is not 1
+    # dropout and jitter stay off: else two forwards differ, and the first update's ratio is not 1
+    model.eval()
     model.requires_grad_(trainable)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -371,7 +364,7 @@ def prepare(model, device, trainable, gradient_checkpointing=False):
 
 
 def head_logits(model, hidden):
-    """(N, H) last hidden states -> (N, V) float32 logits, scaled and capped as in the model's own forward."""
+    """(N, H) last hidden states -> (N, V) float32 logits, scaled and capped as by the model."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
     if getattr(config, "logits_scaling", None):  # Granite
@@ -387,7 +380,7 @@ def head_logits(model, hidden):
 
 @torch.no_grad()
 def check_head(model):
-    """Stop if head_logits of the body, or left padding, gives other log-probs than the model's own forward."""
+    """Stop if head_logits or left padding gives other log-probs than the model's own forward."""
     name = type(model).__name__
     if model.base_model is model:
         fail(f"{name} does not say which part of it is without the head (base_model)")
@@ -402,13 +395,12 @@ def check_head(model):
     ).logits[0, 2:]
     difference = head_logits(model, hidden).log_softmax(-1) - logits.float().log_softmax(-1)
     if difference.abs().max() > 1e-3:
-        fail(
-            f"{name} scales its logits or counts positions in a way that common.py does not know: see head_logits"
-        )
+        fail(f"{name} scales logits or counts positions in a way that common.py does not know")
 
 
 def choose_pad(model, tokenizer, eos_ids):
-    """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not PAD."""
+    """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not
+    PAD."""
     if tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -416,7 +408,7 @@ def choose_pad(model, tokenizer, eos_ids):
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-# ---------------------------------------------------------------- 4. the built-in task: letters into order
+# ---------------------------------------------------------------- 4. the built-in task
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TASK_ROWS = {
@@ -428,10 +420,12 @@ TASK_ROWS = {
 
 
 def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>` (`chat`: messages), answer `abcd`.
+    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>` (`chat`: messages),
+    answer `abcd`.
 
-    Whether letters are held out depends on them alone; held-out rows are the same for every seed. A rejected
-    answer has a slip or two and, like most mistakes of a half-trained model, is in order half of the time."""
+    Whether letters are held out depends on them alone; held-out rows are the same for every seed. A
+    rejected answer has a slip or two and, like most mistakes of a half-trained model, is in order
+    half of the time."""
     rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}")
     rows = []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
@@ -453,7 +447,7 @@ def task_rows(kind, held_out, seed, chat=False):
 
 
 def wrong_answer(answer, rng):
-    """A rejected answer: letters replaced, swapped, left out or put in; most are put into order again."""
+    """A letter replaced, swapped, left out or put in; most are put into order again."""
     wrong = answer
     while wrong == answer:
         i = rng.randrange(len(wrong))
@@ -535,7 +529,8 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
 
 
 def load_held_out(make_example, tokenizer, args):
-    """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line says so."""
+    """Examples of --eval-dataset, or the built-in task's own held-out rows; else none, and a line
+    says so."""
     dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
     if dataset is None:
         print("no --eval-dataset: nothing is held out")
@@ -559,17 +554,13 @@ def read_file(path):
             rows.append(json.loads(line) if line.strip() else None)
         return rows
     except (OSError, ValueError, RecursionError) as error:
-        fail(
-            f"{where}: cannot be read ({error}); wanted one JSON object a line, or in .json one list of them"
-        )
+        fail(f"{where}: cannot be read ({error}); wanted a JSON object a line, in .json a list")
 
 
 def read_hub(dataset):
     """Rows of a Hub data set, `name` or `name:split`."""
     if importlib.util.find_spec("datasets") is None:
-        fail(
-            f"{dataset}: no .jsonl or .json file; to read it from the Hub, run `pip install datasets`"
-        )
+        fail(f"{dataset}: no .jsonl or .json file; for the Hub, run `pip install datasets`")
     import datasets
 
     name, _, split = dataset.partition(":")
@@ -577,7 +568,7 @@ def read_hub(dataset):
 
 
 def preference_example(row, tokenizer, end_id, args):
-    """Prompt, chosen and rejected, or chosen and rejected that begin alike; `margin` is optional."""
+    """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
     chosen = text_or_messages(row, ["chosen"])
     rejected = text_or_messages(row, ["rejected"])
     is_whole = isinstance(chosen, list) and isinstance(
@@ -630,9 +621,7 @@ def text_or_messages(row, names):
             for key in ("role", "content")
         ]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRow(
-            f"`{name}` is no text and no list of messages with texts role and content: {value!r:.80}"
-        )
+        raise BadRow(f"`{name}` is no text and no list of messages (role, content): {value!r:.80}")
     return value
 
 
@@ -652,8 +641,8 @@ def prompt_of(row, args):
 def split_shared_prefix(chosen, rejected):
     """chosen and rejected that begin alike -> prompt, chosen, rejected.
 
-    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:" that they
-    share (Anthropic's form), or up to the last white space."""
+    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:"
+    that they share (Anthropic's form), or up to the last white space."""
     is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
     cut = is_same.index(False)
     if isinstance(chosen, list):
@@ -683,7 +672,8 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 
 def encode(tokenizer, texts, is_chat):
-    """The ids of each text. A chat template writes BOS itself; to a plain text the tokenizer adds it, once."""
+    """The ids of each text. A chat template writes BOS itself; to a plain text the tokenizer adds
+    it, once."""
     try:
         encoded = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids
     except TypeError as error:
@@ -695,11 +685,11 @@ def encode(tokenizer, texts, is_chat):
 
 
 def encode_completions(tokenizer, prompt, completions, end_id):
-    """A prompt and completions of it, texts or messages -> prompt_ids, and of each completion its ids with one
-    EOS.
+    """A prompt and completions of it, texts or messages -> prompt_ids, and of each completion its
+    ids with one EOS.
 
-    Prompt and completion are tokenised as one text and split where the prompt's tokens end, so that the
-    boundary is the one that the model sees when it samples."""
+    Prompt and completion are tokenised as one text and split where the prompt's tokens end, so that
+    the boundary is the one that the model sees when it samples."""
     is_chat = isinstance(prompt, list)
     if is_chat:
         check_control_tokens(tokenizer, prompt)
@@ -743,13 +733,13 @@ def end_once(tokenizer, ids, end_id, is_chat):
 
 
 def control_tokens(tokenizer):
-    """Texts that a tokenizer reads as control: in the content of a message they could end the turn."""
+    """Texts that a tokenizer reads as control: in a message they could end the turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return (added | set(tokenizer.all_special_tokens)) - {""}
 
 
 def check_control_tokens(tokenizer, messages):
-    """Drop a row whose messages spell one. A text may: people bring prompts that are rendered already."""
+    """Drop a row whose messages spell one. A text may: it can be a prompt rendered already."""
     text = " ".join(message["role"] + " " + message["content"] for message in messages)
     if any(token in text for token in control_tokens(tokenizer)):
         raise DroppedRow("whose messages spell a control token of the tokenizer")
@@ -761,7 +751,7 @@ def check_length(ids, limit, flag):
 
 
 def stream(examples, seed, start, stop):
-    """Examples start to stop - 1 of an endless stream: each pass over the data has an order of its own."""
+    """Examples start to stop - 1 of an endless stream; each pass over the data is shuffled anew."""
     n = len(examples)
     first_epoch = start // n
     order = []
@@ -771,7 +761,8 @@ def stream(examples, seed, start, stop):
 
 
 # ---------------------------------------------------------------- 6. batches
-# tokens below which a pass takes as long as a smaller one. CPU: measured; GPU: an estimate for 0.5B parameters
+# tokens below which a pass takes as long as a smaller one. CPU: measured; GPU: an estimate for 0.5B
+# parameters
 SMALL_BATCH = 4096 if torch.cuda.is_available() else 512
 
 
@@ -782,11 +773,12 @@ def pad_rows(rows, device, value=0, side="right"):
 
 
 def make_batch(sequences, masks, device):
-    """Lists of T+1 ids, and of 0 and 1 (trained) of equal lengths -> a batch: a dict of tensors (B, T).
+    """Lists of T+1 ids, and of 0 and 1 (trained) of equal lengths -> a batch: a dict of tensors (B,
+    T).
 
-    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the target is
-    trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so that PAD, which is never
-    read, may be any id, EOS too."""
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
+    target is trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so
+    that PAD, which is never read, may be any id, EOS too."""
     return {
         "inputs": pad_rows([ids[:-1] for ids in sequences], device),
         "targets": pad_rows([ids[1:] for ids in sequences], device),
@@ -796,7 +788,7 @@ def make_batch(sequences, masks, device):
 
 
 def completion_batch(prompts, completions, device):
-    """Lists of prompt ids and of completion ids -> a batch whose mask is 1 on completions, EOS included."""
+    """Lists of ids -> a batch whose mask is 1 on the completions, EOS included."""
     sequences = [p + c for p, c in zip(prompts, completions)]
     masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
     return make_batch(sequences, masks, device)
@@ -805,8 +797,8 @@ def completion_batch(prompts, completions, device):
 def take(batch, rows):
     """Some rows of every tensor of a batch, those of (B, T) cut to the longest of these rows.
 
-    Of no rows it makes two that count for nothing, all 0: where there are several processes, each must go
-    through the model as often as the others."""
+    Of no rows it makes two that count for nothing, all 0: where there are several processes, each
+    must go through the model as often as the others."""
     if len(rows) == 0:
         batch = {name: torch.zeros_like(x) for name, x in batch.items()}
         batch["attention_mask"][:, 0] = 1
@@ -833,18 +825,20 @@ def micro_batch_rows(batch, budget, together):
 
 
 def micro_batches(batch, budget, together=1):
-    """Cut a batch into what goes through a model at once: with padding at most `budget` tokens, or one row.
+    """Cut a batch into what goes through a model at once: with padding at most `budget` tokens, or
+    one row.
 
     Rows of about one length stand together, none shorter than nine tenths of the longest unless the
-    micro-batch is small. So many rows as `together` says, side by side, stay together (2: the two of a pair).
-    Each of W processes takes every W-th row, and as many micro-batches as any other."""
+    micro-batch is small. So many rows as `together` says, side by side, stay together (2: the two
+    of a pair). Each of W processes takes every W-th row, and as many micro-batches as any other."""
     for rows in micro_batch_rows(batch, budget, together):
         yield take(batch, rows)
 
 
 @torch.no_grad()
 def in_micro_batches(function, batch, budget):
-    """function(micro-batch), a tuple of tensors (b, t) or (b,), over a whole batch -> tensors (B, T) or (B,)."""
+    """function(micro-batch), a tuple of tensors (b, t) or (b,), over a whole batch -> tensors (B,
+    T) or (B,)."""
     results = []
     for rows in micro_batch_rows(batch, budget, together=1):
         values = function(take(batch, rows))
@@ -870,13 +864,14 @@ def sample(
     rng,
     token_budget=65_536,
 ):
-    """Sample from all of softmax(logits / temperature): no top-k, no top-p, no settings of the checkpoint.
+    """Sample from all of softmax(logits / temperature): no top-k, no top-p, no settings of the
+    checkpoint.
 
-    prompts: P lists of ids -> P * num_generations completions, lists of ids, a prompt's side by side. A
-    completion ends with its EOS, or after max_new_tokens. temperature 0: greedy. Ids that a model has and its
-    tokenizer lacks can be drawn too, and PAD. Noise belongs to row and step (one uniform number each), so that
-    neither dropping finished rows nor token_budget, the tokens that are sampled at a time, changes a token.
-    Each of W processes samples for every W-th prompt."""
+    prompts: P lists of ids -> P * num_generations completions, lists of ids, a prompt's side by
+    side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy. Ids that a
+    model has and its tokenizer lacks can be drawn too, and PAD. Noise belongs to row and step (one
+    uniform number each), so that neither dropping finished rows nor token_budget, the tokens that
+    are sampled at a time, changes a token. Each of W processes samples for every W-th prompt."""
     if temperature < 0:
         raise ValueError(f"the temperature is {temperature}, and it cannot be negative")
     noise = torch.rand(
@@ -903,10 +898,12 @@ def sample(
 
 
 def sample_rows(model, prompts, noise, temperature, eos_ids):
-    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after a row's EOS.
+    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after a row's
+    EOS.
 
-    Each prompt, left-padded, goes through the model once; its generations start from copies of its keys and
-    values. Rows that have ended leave the batch when they are a quarter of it: each time copies the cache."""
+    Each prompt, left-padded, goes through the model once; its generations start from copies of its
+    keys and values. Rows that have ended leave the batch when they are a quarter of it: each time
+    copies the cache."""
     device = noise.device
     B, max_new_tokens = noise.shape
     num_generations = B // len(prompts)
@@ -953,7 +950,7 @@ def sample_rows(model, prompts, noise, temperature, eos_ids):
 
 
 def draw(logits, temperature, noise):
-    """One token a row, (b, V) and uniform noise (b,) -> (b,), by the inverse of the distribution function."""
+    """Logits (b, V), uniform noise (b,) -> one token a row, by the inverse of the cumulative sum."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -969,7 +966,8 @@ def cut_at_eos(ids, eos_ids):
 
 
 def completion_text(tokenizer, prompt_ids, completion_ids):
-    """decode(prompt + completion) less decode(prompt), no special tokens; alone it could lose a space."""
+    """decode(prompt + completion) less decode(prompt), no special tokens; alone it could lose a
+    space."""
     decode = functools.partial(
         tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -993,7 +991,8 @@ def gsm8k_number(text):
 
 
 def gsm8k_checker(prompts, completions, rows):
-    """1.0 where the completion's number is that of the column `answer` (Cobbe et al. 2021), else 0.0."""
+    """1.0 where the completion's number is that of the column `answer` (Cobbe et al. 2021), else
+    0.0."""
     answers = [gsm8k_number(row["answer"]) for row in rows]
     return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
@@ -1005,7 +1004,8 @@ CHECKERS = {
 
 
 def checker_reward(function, tokenizer, eos_ids):
-    """A checker -> score(examples, completions) -> (B,), as load_reward has it. Only the first process calls it."""
+    """A checker -> score(examples, completions) -> (B,), as load_reward has it. Only the first
+    process calls it."""
 
     def score(examples, completions):
         prompts = [example["prompt"] for example in examples]
@@ -1029,14 +1029,16 @@ def checker_reward(function, tokenizer, eos_ids):
 
 
 def same_ids(tokenizer, other):
-    """True if every token has the same id in the other tokenizer (which may have more: a PAD of its own)."""
+    """True if every token has the same id in the other tokenizer (which may have more: a PAD of its
+    own)."""
     return tokenizer.get_vocab().items() <= other.get_vocab().items()
 
 
 @as_forward
 def last_token_scores(model, batch):
-    """The scalar head at the last real token, (b, t) -> (b,), as in reward_model.py: transformers pools at the
-    last id that is not PAD, which misreads a sampled PAD. Any other head is read by the model's own forward."""
+    """The scalar head at the last real token, (b, t) -> (b,), as in reward_model.py: transformers
+    pools at the last id that is not PAD, which misreads a sampled PAD. Any other head is read by
+    the model's own forward."""
     ids = {"input_ids": batch["inputs"], "attention_mask": batch["attention_mask"]}
     if not has_score_head(model):
         return model(**ids).logits[:, 0].float()
@@ -1049,8 +1051,8 @@ def last_token_scores(model, batch):
 
 
 class RewardModel:
-    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the CPU. One with
-    another tokenizer gets the text, or messages through its own chat template."""
+    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the
+    CPU. One with another tokenizer gets the text, or messages through its own chat template."""
 
     def __init__(self, args, policy_tokenizer, eos_ids, device, autocast):
         self.args = args
@@ -1103,12 +1105,11 @@ class RewardModel:
 
 
 def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
-    """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot judge."""
+    """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot
+    judge."""
     reward = args.reward
     if reward is None:
-        fail(
-            f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or path/file.py:function"
-        )
+        fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or file.py:function")
     path, _, name = reward.rpartition(":")
     if reward.endswith(".py"):
         fail(f"--reward {reward}: say which function of it, {reward}:function")
@@ -1129,13 +1130,12 @@ def check_answers(examples, reward):
         answer = example["row"].get("answer")
         rows = [{"answer": answer, "finished": True}]
         if not isinstance(answer, str) or CHECKERS[reward]([""], [answer], rows) != [1.0]:
-            fail(
-                f"{example['where']}: --reward {reward} finds no answer in column `answer`: {answer!r:.60}"
-            )
+            fail(f"{example['where']}: --reward {reward} finds no `answer` in {answer!r:.60}")
 
 
 def load_gold(args, tokenizer, eos_ids):
-    """The exact checker of --dataset or --reward, to be logged beside the score; None if there is none."""
+    """The exact checker of --dataset or --reward, to be logged beside the score; None if there is
+    none."""
     name = args.dataset if args.dataset in CHECKERS else getattr(args, "reward", None)
     return checker_reward(CHECKERS[name], tokenizer, eos_ids) if name in CHECKERS else None
 
@@ -1152,7 +1152,8 @@ def make_optimizer(models, args, eps=1e-8):
 
 
 def set_learning_rate(optimizer, args, step, steps):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -1172,12 +1173,13 @@ def check_finite(step, **quantities):
     for name, value in quantities.items():
         if not math.isfinite(value):
             fail(
-                f"step {step}: {name} is {float(value)}, and that update was not made; a lower --learning-rate?"
+                f"step {step}: {name} is {float(value)}, no update was made; lower --learning-rate?"
             )
 
 
 def replace_file(path, write):
-    """Write a file whole or not at all: under another name, flushed, then renamed. The first process does."""
+    """Write a file whole or not at all: under another name, flushed, then renamed. The first
+    process does."""
     if rank() > 0:
         return
     new = Path(f"{path}.new")
@@ -1209,10 +1211,11 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
-    """A run's folder (args.json, metrics, samples, checkpoint/, at last the model) and its terminal.
+    """A run's folder (args.json, metrics, samples, checkpoint/, at last the model) and its
+    terminal.
 
-    Only the first process writes. Random numbers and the position in the data are functions of seed and step,
-    so that a checkpoint is the step, the models and the optimiser."""
+    Only the first process writes. Random numbers and the position in the data are functions of seed
+    and step, so that a checkpoint is the step, the models and the optimiser."""
 
     def __init__(self, args, models, optimizer, steps):
         self.args = args
@@ -1231,7 +1234,8 @@ class Run:
         self.tracker = make_tracker(args)
 
     def make_folder(self):
-        """A new folder; an earlier run that is there, which --overwrite allows, gets another name."""
+        """A new folder; an earlier run that is there, which --overwrite allows, gets another
+        name."""
         if (self.dir / "args.json").exists() and not self.args.resume:
             old = Path(f"{self.dir}.old")
             while old.exists():
@@ -1255,8 +1259,8 @@ class Run:
         barrier()
 
     def restore(self):
-        """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps done, 0
-        without a checkpoint."""
+        """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps
+        done, 0 without a checkpoint."""
         if not self.args.resume:
             return 0
         path = self.dir / "checkpoint" / "state.pt"
@@ -1275,7 +1279,8 @@ class Run:
         return step
 
     def checkpoint_if_due(self, step, is_last=False):
-        """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the run."""
+        """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the
+        run."""
         is_interrupted = self.is_interrupted()
         if is_interrupted or is_last or is_due(self.args.save_every, step, self.steps):
             self.checkpoint(step)
@@ -1284,7 +1289,8 @@ class Run:
 
     # ------------------------------------------------ signals
     def interrupt(self, number, frame):
-        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at once."""
+        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at
+        once."""
         self.signal = number
         for (
             each
@@ -1297,7 +1303,8 @@ class Run:
         return self.signal > 0
 
     def exit(self, done):
-        """End the process with the status that shells expect after a signal; `done` says how far it came."""
+        """End the process with the status that shells expect after a signal; `done` says how far it
+        came."""
         self.close()
         print(f"stopped after {done}; go on with --resume --output-dir {self.dir}", flush=True)
         raise SystemExit(128 + self.signal)
@@ -1319,7 +1326,8 @@ class Run:
         replace_file(self.dir / name, lambda file: file.write(json_lines(rows).encode()))
 
     def log(self, step, metrics, show=()):
-        """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log, a line."""
+        """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log,
+        a line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -1343,9 +1351,11 @@ class Run:
             tqdm.write(f"  {row['prompt']!r:.60} -> {row['completion']!r:.60}", file=sys.stdout)
 
     def finish(self, model, tokenizer, eos_ids, then):
-        """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run next."""
+        """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run
+        next."""
         if model.can_generate():
-            # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not even save
+            # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not
+            # even save
             model.generation_config = transformers.GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -1376,7 +1386,8 @@ def json_lines(rows):
 
 
 def read_rows(path):
-    """Rows of a .jsonl log of ours; a last line that was cut off when the run was killed is left out."""
+    """Rows of a .jsonl log of ours; a last line that was cut off when the run was killed is left
+    out."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

@@ -1,17 +1,19 @@
-"""Direct preference optimisation (DPO): learn from pairs of answers which people prefer, in one stage.
+"""Direct preference optimisation (DPO): learn from pairs of answers which people prefer, in one
+stage.
 
     loss = - log sigmoid(beta log pi/pi_ref(chosen) - beta log pi/pi_ref(rejected)), mean over pairs
 
-Rafailov et al. 2023, equation 7. The optimum of RLHF, pi_ref exp(reward / beta) / Z, solved for the reward,
-goes into the Bradley-Terry likelihood: no reward model, no sampling. Log-probs are sums over the
-completion, EOS included. Its relatives are --loss-type, a line or three each in preference_loss. Left out:
-making the pairs, a learnt or scheduled beta, LoRA.
+Rafailov et al. 2023, equation 7. The optimum of RLHF, pi_ref exp(reward / beta) / Z, solved for the
+reward, goes into the Bradley-Terry likelihood: no reward model, no sampling. Log-probs are sums
+over the completion, EOS included. Its relatives are --loss-type, a line or three each in
+preference_loss. Left out: making the pairs, a learnt or scheduled beta, LoRA.
 
-    python dpo.py                     laptop run, after `python sft.py`: three quarters of a minute, two cores
-    python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset held_out_pairs.jsonl
+    python dpo.py                     laptop run, after `python sft.py`: three quarters of a minute,
+    two cores python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset
+    held_out_pairs.jsonl
 
-Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin` optional.
-Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
+Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin`
+optional. Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
 
 import math
 import time
@@ -59,7 +61,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -87,9 +89,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -107,9 +109,11 @@ class Args:
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
     beta: float | None = None
-    """of the loss; without it 0.1, for simpo 2 (Rafailov et al.; Hong et al.; Meng et al.; ipo: TRL)"""
+    """of the loss; without it 0.1, for simpo 2 (Rafailov et al.; Hong et al.; Meng et al.; ipo:
+    TRL)"""
     loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
-    """preference_loss has the formula and the paper of each; simpo and orpo train without reference"""
+    """preference_loss has the formula and the paper of each; simpo and orpo train without
+    reference"""
     label_smoothing: float = 0.0
     """sigmoid: probability that a label is wrong (cDPO, Mitchell 2023)"""
     simpo_margin: float | None = None
@@ -118,7 +122,8 @@ class Args:
     """weight of the chosen completion's NLL per token (Pang et al. 2024, iterative reasoning: 1)"""
 
 
-# log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors have it
+# log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors
+# have it
 LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 BETA = {
@@ -134,9 +139,9 @@ SIMPO_MARGIN = 1.0
 def token_logprobs(model, batch, temperature=1.0):
     """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature).
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside the mask.
-    Head and softmax run at mask positions only, and where these are many in chunks, computed again in the
-    backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside
+    the mask. Head and softmax run at mask positions only, and where these are many in chunks,
+    computed again in the backward pass, so that memory does not grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -169,19 +174,21 @@ def preference_loss(  # noqa: PLR0917
     label_smoothing=0.0,
     margin=0.0,
 ):
-    """Losses of B pairs and their implicit rewards, beta * log pi / pi_ref; all (B,). Log-probs, in nats, are
-    means over tokens for the loss types in LENGTH_AVERAGED, the reference's 0 for those in REFERENCE_FREE.
+    """Losses of B pairs and their implicit rewards, beta * log pi / pi_ref; all (B,). Log-probs, in
+    nats, are means over tokens for the loss types in LENGTH_AVERAGED, the reference's 0 for those
+    in REFERENCE_FREE.
 
     With h = chosen reward - rejected reward - margin, s the label smoothing and odds = p / (1 - p):
-    sigmoid: - (1-s) log sigmoid(h) - s log sigmoid(-h) (Rafailov et al. 2023, equation 7; s > 0: cDPO,
+    sigmoid: - (1-s) log sigmoid(h) - s log sigmoid(-h) (Rafailov et al. 2023, equation 7; s > 0:
+    cDPO,
         Mitchell 2023; a margin: ODPO, Amini et al. 2024)
     ipo: (difference of log-ratios - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
     simpo: - log sigmoid(h) (Meng et al. 2024, equation 6)
     orpo: - log pi(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)) (Hong et al. 2024,
         equations 6 and 7)
-    ipo and orpo have no margin. One line away: hinge (SLiC, Zhao et al. 2023), relu(1 - h); robust DPO
-    (Chowdhury et al. 2024), sigmoid's with + s for - s and divided by 1 - 2s; REBEL (Gao et al. 2024),
-    (h - (score of chosen - score of rejected))^2."""
+    ipo and orpo have no margin. One line away: hinge (SLiC, Zhao et al. 2023), relu(1 - h); robust
+    DPO (Chowdhury et al. 2024), sigmoid's with + s for - s and divided by 1 - 2s; REBEL (Gao et al.
+    2024), (h - (score of chosen - score of rejected))^2."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     h = chosen_rewards - rejected_rewards - margin
@@ -199,7 +206,8 @@ def preference_loss(  # noqa: PLR0917
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) of log p; any shape, in nats. p stays below 1 by 1e-6: there it is infinite."""
+    """log(p / (1 - p)) of log p; any shape, in nats. p stays below 1 by 1e-6: there it is
+    infinite."""
     return logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 
@@ -216,8 +224,9 @@ def pair_length(example):
 
 
 def pair_batch(examples, device):
-    """B pairs -> a batch of 2B sequences, each chosen one followed by its rejected one. ref_logps, margins and
-    weights, those of the mean over pairs, are (2B,), the latter two the same for the two of a pair."""
+    """B pairs -> a batch of 2B sequences, each chosen one followed by its rejected one. ref_logps,
+    margins and weights, those of the mean over pairs, are (2B,), the latter two the same for the
+    two of a pair."""
     prompts = []
     completions = []
     ref_logps = []
@@ -235,7 +244,8 @@ def pair_batch(examples, device):
 
 
 def of_pairs(values):
-    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones (B,)."""
+    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
+    (B,)."""
     return values[0::2], values[1::2]
 
 
@@ -251,7 +261,8 @@ def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
 
 
 def add_reference(model, examples, args, autocast):
-    """The examples with ref_logps: log-probs of chosen and rejected, summed over tokens, in nats."""
+    """The examples with ref_logps: log-probs of chosen and rejected, summed over tokens, in
+    nats."""
     ref_logps = []
     for start in range(0, len(examples), 1000):
         batch = pair_batch(examples[start : start + 1000], model.device)
@@ -261,7 +272,8 @@ def add_reference(model, examples, args, autocast):
 
 
 def pair_losses(logprobs, batch, args):
-    """logprobs (2B, T) of a pair_batch -> losses (B,), and what is logged of each pair, a dict of (B,)."""
+    """logprobs (2B, T) of a pair_batch -> losses (B,), and what is logged of each pair, a dict of
+    (B,)."""
     logps = logprobs.sum(1)  # (2B,)
     ref_logps = batch["ref_logps"]
     lengths = batch["mask"].sum(1).clamp(min=1)
@@ -284,9 +296,10 @@ def pair_losses(logprobs, batch, args):
     chosen_nll, _ = of_pairs(-logps / lengths)
     losses = losses + args.sft_coef * chosen_nll
 
-    # the chosen reward often falls with the rejected one: the loss sees only their difference, and the two
-    # share most of their tokens. It is no harm while the margin grows and samples stay good; it is when
-    # eval/kl runs away or samples get worse: the mass has gone to answers in neither (Razin et al. 2024)
+    # the chosen reward often falls with the rejected one: the loss sees only their difference, and
+    # the two share most of their tokens. It is no harm while the margin grows and samples stay
+    # good; it is when eval/kl runs away or samples get worse: the mass has gone to answers in
+    # neither (Razin et al. 2024)
     chosen_logratio, rejected_logratio = of_pairs(logps - ref_logps)
     logged = {
         "loss": losses,
@@ -303,9 +316,9 @@ def pair_losses(logprobs, batch, args):
 
 @torch.no_grad()
 def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, args, autocast):
-    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt -> the sampled
-    ones, metrics (how many are right, how many of the sampled ones stop), and a row for each prompt with the
-    sampled one."""
+    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt ->
+    the sampled ones, metrics (how many are right, how many of the sampled ones stop), and a row for
+    each prompt with the sampled one."""
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
@@ -341,9 +354,9 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
 
 @torch.no_grad()
 def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, autocast):
-    """Of held-out pairs what training logs, with the accuracy's binomial standard error; what complete_prompts
-    says of the first 500 prompts; the KL of the sampled completions from the reference, in nats -> metrics,
-    rows."""
+    """Of held-out pairs what training logs, with the accuracy's binomial standard error; what
+    complete_prompts says of the first 500 prompts; the KL of the sampled completions from the
+    reference, in nats -> metrics, rows."""
     totals = Counter()
     for start in range(0, len(examples), 1000):
         batch = pair_batch(examples[start : start + 1000], policy.device)
@@ -386,9 +399,7 @@ def main(args):
     if args.simpo_margin is not None and args.loss_type != "simpo":
         fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
     if args.beta == 0 or args.label_smoothing > 0.5:
-        fail(
-            f"--beta is {args.beta}, --label-smoothing {args.label_smoothing}: above 0, at most 0.5 wanted"
-        )
+        fail(f"--beta is to be above 0, --label-smoothing {args.label_smoothing} at most 0.5")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)

@@ -1,24 +1,25 @@
-"""Group relative policy optimisation (GRPO): no value model, advantages are z-scores within a group.
+"""Group relative policy optimisation (GRPO): advantages are z-scores within a group.
 
     maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
-Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. A completion's advantage, its score less the
-mean of its group and divided by the group's standard deviation, is that of all its tokens; PPO's clipped
-surrogate is averaged over the tokens of each completion, then over completions; the KL is a second loss, the
-k3 estimate (its gradient is not quite that of the objective: see kl_penalty). Later work is one flag each.
-Dr. GRPO (Liu et al. 2025): --scale-rewards none --loss-aggregation constant --kl-coef 0. DAPO (Yu et al.
-2025): --loss-aggregation token --epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and
---mask-truncated (with one update per rollout, the default, no ratio leaves 1 and no clip is at work).
-Left out: a value model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
+Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. A completion's advantage, its score
+less the mean of its group and divided by the group's standard deviation, is that of all its tokens;
+PPO's clipped surrogate is averaged over the tokens of each completion, then over completions; the
+KL is a second loss, the k3 estimate (its gradient is not quite that of the objective: see
+kl_penalty). Later work is one flag each. Dr. GRPO (Liu et al. 2025): --scale-rewards none
+--loss-aggregation constant --kl-coef 0. DAPO (Yu et al. 2025): --loss-aggregation token
+--epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and --mask-truncated (with
+one update per rollout, the default, no ratio leaves 1 and no clip is at work). Left out: a value
+model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
 
     python grpo.py                    laptop run, after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where the data
-set has an exact checker of its own, `gold` is logged beside the score: the reward model is the proxy, gold is
-the truth, and they part when the policy over-optimises. Comments cite "N+" (Huang et al. 2024, The N+
-implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
-(openai/lm-human-preferences)."""
+Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
+the data set has an exact checker of its own, `gold` is logged beside the score: the reward model is
+the proxy, gold is the truth, and they part when the policy over-optimises. Comments cite "N+"
+(Huang et al. 2024, The N+ implementation details of RLHF with PPO), "B" (the blog post before it)
+and "lmhp" (openai/lm-human-preferences)."""
 
 import math
 import time
@@ -66,7 +67,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -94,9 +95,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -108,7 +109,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 32
     """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
     num_generations: int = 16
@@ -120,7 +121,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.04
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: only in evaluations)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -138,20 +139,22 @@ class Args:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide advantages by the standard deviation of the group, of the batch, or not (Dr. GRPO)"""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """mean over each completion's tokens (GRPO), over all tokens (DAPO), or sum over a length (Dr. GRPO)"""
+    """mean over each completion's tokens (GRPO), over all tokens (DAPO), or a sum (Dr. GRPO)"""
     mask_truncated: bool = False
-    """no gradient from a completion without EOS (DAPO, section 3.4); its score still counts in its group"""
+    """no gradient from a completion without EOS, whose score still counts (DAPO, section 3.4)"""
     dynamic_sampling: bool = False
-    """replace groups of equal rewards by fresh prompts, in at most 8 more rounds (DAPO, section 3.2)"""
+    """replace groups of equal rewards by fresh prompts, in 8 rounds at most (DAPO, section 3.2)"""
 
 
 @as_forward
 def token_logprobs_and_entropy(model, batch, temperature=1.0):
-    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that softmax's entropy.
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that
+    softmax's entropy.
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each (B, T)
-    float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and where these are many
-    in chunks, computed again in the backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each
+    (B, T) float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and
+    where these are many in chunks, computed again in the backward pass, so that memory does not
+    grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -192,17 +195,17 @@ def batch_logprobs(model, batch, args, autocast):
 
 
 def equal_groups(rewards, group_size):
-    """True for groups whose rewards are all equal, so that all their advantages are 0: (B,) -> (P,) bool."""
+    """True for groups of equal rewards, whose advantages are all 0: (B,) -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.amax(1) == groups.amin(1)
 
 
 def group_advantages(rewards, group_size, scale="group"):
-    """A_i = (r_i - mean of its group) / (its standard deviation + 1e-6) (DeepSeekMath, section 4.1.2).
+    """A_i = (r_i - mean of its group) / (its std + 1e-6) (DeepSeekMath, section 4.1.2).
 
-    rewards (B,), groups side by side -> (B,). scale "batch": the standard deviation of all rewards of the
-    batch (Liu et al. 2025, Tricks or traps); "none": no division (Dr. GRPO: dividing favours prompts that are
-    nearly always or never solved)."""
+    rewards (B,), groups side by side -> (B,). scale "batch": the standard deviation of all rewards
+    of the batch (Liu et al. 2025, Tricks or traps); "none": no division (Dr. GRPO: dividing favours
+    prompts that are nearly always or never solved)."""
     groups = rewards.view(-1, group_size)
     groups = groups - groups[:, :1]  # equal rewards: exactly 0, whatever the rounding of their mean
     advantages = groups - groups.mean(1, keepdim=True)
@@ -216,14 +219,14 @@ def group_advantages(rewards, group_size, scale="group"):
 
 
 def kl_penalty(logprobs, ref_logprobs, estimator):
-    """Estimate of KL(policy || reference) at each token: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x with
-    x = log pi - log pi_ref (Schulman 2020, Approximating KL divergence). All (B, T).
+    """Estimate of KL(policy || reference) at each token: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x
+    with x = log pi - log pi_ref (Schulman 2020, Approximating KL divergence). All (B, T).
 
-    Where they lead with --scale-rewards none: k1 in the reward to pi_ref exp(r / beta) / Z. k2 as a loss, on
-    one-token completions, there too, with b = beta G / (G-1) for beta, since a group's mean includes the
-    sample. k3 as a loss, GRPO's, on one-token completions to another law, b pi_ref / (lambda - r): its
-    gradient is that of KL(pi_ref || pi). Not offered: k1 as a loss (does not regularise: its mean gradient
-    is 0), k2 and k3 in the reward (no sound fixed point)."""
+    Where they lead with --scale-rewards none: k1 in the reward to pi_ref exp(r / beta) / Z. k2 as a
+    loss, on one-token completions, there too, with b = beta G / (G-1) for beta, since a group's
+    mean includes the sample. k3 as a loss, GRPO's, on one-token completions to another law, b
+    pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). Not offered: k1 as a loss (does
+    not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point)."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -237,9 +240,10 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
 def loss_weights(mask, aggregation, max_completion_length):
     """mask (b, T) of a minibatch -> weights (b, T) of its token losses.
 
-    "sequence": mean over the tokens of each completion, then over completions (DeepSeekMath, equation 3);
-    "token": mean over all tokens (DAPO, section 3.3), neither counting what has no trained token; "constant":
-    sum over the longest possible length, then mean over all completions (Dr. GRPO)."""
+    "sequence": mean over the tokens of each completion, then over completions (DeepSeekMath,
+    equation 3); "token": mean over all tokens (DAPO, section 3.3), neither counting what has no
+    trained token; "constant": sum over the longest possible length, then mean over all completions
+    (Dr. GRPO)."""
     if aggregation == "sequence":
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         num_sequences = mask.any(1).sum().clamp(min=1)
@@ -252,15 +256,16 @@ def loss_weights(mask, aggregation, max_completion_length):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
-    """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 + epsilon_high)).
+    """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 +
+    epsilon_high)).
 
-    Schulman et al. 2017, equation 7, negated. All (B, T) -> loss scalar, clipped (B, T) bool: tokens whose
-    gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
+    Schulman et al. 2017, equation 7, negated. All (B, T) -> loss scalar, clipped (B, T) bool:
+    tokens whose gradient the clip removed. Weights are 0 outside the mask and carry the
+    normaliser."""
     if epsilon_high is None:
         epsilon_high = epsilon
-    log_ratio = (logprobs - old_logprobs).clamp(
-        max=20
-    )  # else a token that the clip removes could be inf * 0
+    # without the clamp a token that the clip removes could give infinity times 0
+    log_ratio = (logprobs - old_logprobs).clamp(max=20)
     ratio = log_ratio.exp()
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -270,8 +275,8 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
 
 
 def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
-    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by side: its
-    example with completion_ids, finished, score and reward."""
+    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
+    side: its example with completion_ids, finished, score and reward."""
     with autocast():
         completions = sample(
             policy,
@@ -282,7 +287,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
             eos_ids=eos_ids,
             rng=rng,
         )
-    # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+    # 1. a completion ends with its first EOS, which is kept and trained (N+ samples on, then cuts)
     # 2. it is scored together with its prompt (B)
     examples = [example for example in examples for _ in range(args.num_generations)]
     scores = score(examples, completions).tolist()
@@ -300,7 +305,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
                 "reward": reward,
             }
         )
-    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of loss and KL alike
+    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of the KL too
     judged = []
     for start in range(0, len(rollouts), args.num_generations):
         group = rollouts[start : start + args.num_generations]
@@ -309,11 +314,90 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
     return judged
 
 
+def replace_equal_groups(rollouts, sample_fresh, group_size):
+    """Groups of equal rewards are replaced by those of fresh prompts, which sample_fresh(attempt,
+    number) gives (DAPO, section 3.2) -> rollouts, number of groups replaced. What is equal after 8
+    rounds stays."""
+    num_replaced = 0
+    for attempt in range(8):
+        groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+        unequal = [group for group in groups if len({rollout["reward"] for rollout in group}) > 1]
+        num_equal = len(groups) - len(unequal)
+        if num_equal == 0:
+            break
+        rollouts = [rollout for group in unequal for rollout in group]
+        rollouts += sample_fresh(attempt, num_equal)
+        num_replaced += num_equal
+    return rollouts, num_replaced
+
+
+def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
+    """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
+    normaliser, however it is cut into micro-batches."""
+    is_kl_loss = reference is not None and args.kl_in == "loss"
+    totals = Counter()
+    ratio_max_dev = 0.0
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(
+            len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
+        )
+        for minibatch_rows in order.tensor_split(args.num_minibatches):
+            minibatch = take(batch, minibatch_rows)
+            minibatch["weights"] = loss_weights(
+                minibatch["trained"],
+                args.loss_aggregation,
+                args.max_completion_length,
+            )
+            for mb in micro_batches(minibatch, args.micro_batch_tokens):
+                if is_kl_loss:  # before the policy's activations exist
+                    with torch.no_grad(), autocast():
+                        mb_ref_logprobs, _ = token_logprobs_and_entropy(
+                            reference, mb, args.temperature
+                        )
+                with autocast():
+                    mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                        policy, mb, args.temperature
+                    )
+                # where a rollout is stepped on once, its old log-probs are the update's own
+                mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
+                loss, clipped = policy_loss(
+                    mb_logprobs,
+                    mb_old_logprobs,
+                    mb["advantages"],
+                    mb["weights"],
+                    args.epsilon,
+                    epsilon_high=args.epsilon_high,
+                )
+                if is_kl_loss:
+                    kl_loss = kl_penalty(mb_logprobs, mb_ref_logprobs, args.kl_estimator)
+                    loss = loss + args.kl_coef * (mb["weights"] * kl_loss).sum()
+                    totals["kl"] += (mb_old_logprobs - mb_ref_logprobs).sum()
+                loss.backward()
+                totals["loss"] += loss.detach()
+                totals["entropy"] += mb_entropy.sum()
+                totals["clipped"] += clipped.sum()
+                totals["padded_tokens"] += mb["inputs"].numel()
+                # before the first update the ratio is 1, up to rounding
+                if totals["updates"] == 0:
+                    ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                    ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
+            check_finite(step + 1, grad_norm=grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            totals["grad_norm"] += grad_norm
+            totals["updates"] += 1
+    for name in ("loss", "kl", "entropy", "clipped", "padded_tokens"):
+        totals[name] = all_reduce(totals[name])
+    totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
+    return totals
+
+
 @torch.no_grad()
 def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
-    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
-    reference in nats per completion."""
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
+    prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
+    the KL from the reference in nats per completion."""
     prompts = [example["prompt_ids"] for example in examples]
     metrics = {}
     # the sampled completions come second: what follows the loop is about them
@@ -366,14 +450,10 @@ def main(args):
     if args.num_generations < 2:
         fail("--num-generations is 1, and a group of one has no advantage: give at least 2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
-        fail(
-            f"--kl-estimator {args.kl_estimator} --kl-in {args.kl_in}: k1 goes into the reward, k2 and k3 into the loss"
-        )
+        fail(f"--kl-estimator {args.kl_estimator}: k1 is for --kl-in reward, k2, k3 for loss")
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -438,31 +518,23 @@ def main(args):
             args=args,
             autocast=autocast,
         )
-        # replace groups of equal rewards by those of fresh prompts; what is equal after 8 rounds stays
         num_replaced = 0
-        for attempt in range(8 if args.dynamic_sampling else 0):
-            rewards = torch.tensor([rollout["reward"] for rollout in rollouts])
-            is_equal = equal_groups(rewards, args.num_generations).repeat_interleave(
-                args.num_generations
-            )
-            num_equal = int(is_equal.sum()) // args.num_generations
-            if num_equal == 0:
-                break
-            num_replaced += num_equal
-            rollouts = [rollout for rollout, equal in zip(rollouts, is_equal) if not equal]
-            rollouts += sample_groups(
-                policy,
-                stream(examples, f"{args.seed} extra {attempt}", first, first + num_equal),
-                generator(args.seed, "sample", step, attempt),
-                score=score,
-                eos_ids=eos_ids,
-                args=args,
-                autocast=autocast,
+        if args.dynamic_sampling:
+            rollouts, num_replaced = replace_equal_groups(
+                rollouts,
+                lambda attempt, number, step=step, first=first: sample_groups(
+                    policy,
+                    stream(examples, f"{args.seed} extra {attempt}", first, first + number),
+                    generator(args.seed, "sample", step, attempt),
+                    score=score,
+                    eos_ids=eos_ids,
+                    args=args,
+                    autocast=autocast,
+                ),
+                args.num_generations,
             )
         if len(rollouts) < args.num_minibatches:
-            fail(
-                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
-            )
+            fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
         completions = [rollout["completion_ids"] for rollout in rollouts]
         batch = completion_batch(
             [rollout["prompt_ids"] for rollout in rollouts], completions, device
@@ -472,8 +544,8 @@ def main(args):
         sampling_seconds = time.time() - began
 
         # compute advantages
-        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at the temperature
-        # of sampling, else they speak of another distribution (B)
+        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at
+        # the temperature of sampling, else they speak of another distribution (B)
         is_stepped_on_once = args.update_epochs * args.num_minibatches == 1
         is_kl_reward = reference is not None and args.kl_in == "reward"
         is_kl_loss = reference is not None and args.kl_in == "loss"
@@ -481,85 +553,39 @@ def main(args):
             batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
         zero_std_groups = equal_groups(rewards, args.num_generations).float().mean()
-        # 6. with --kl-in reward the KL of the whole completion is part of its reward, before the group's mean
+        # 6. with --kl-in reward a completion's KL is part of its reward, before the group's mean
         if is_kl_reward:
             ref_logprobs = batch_logprobs(reference, batch, args, autocast)
             kl = kl_penalty(batch["old_logprobs"], ref_logprobs, args.kl_estimator).sum(1)
             rewards = rewards - args.kl_coef * kl
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
         batch["advantages"] = advantages[:, None] * mask
-        # 7. with --mask-truncated a completion without EOS trains nothing; it has counted in its group
+        # 7. with --mask-truncated a completion without EOS trains nothing, but counts in its group
         batch["trained"] = mask
         if args.mask_truncated:
             finished = torch.tensor([rollout["finished"] for rollout in rollouts], device=device)
             batch["trained"] = mask * finished[:, None]
 
-        # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
+        # update the weights
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        totals = Counter()
-        ratio_max_dev = 0.0
-        for epoch in range(args.update_epochs):
-            order = torch.randperm(
-                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
-            )
-            for minibatch_rows in order.tensor_split(args.num_minibatches):
-                minibatch = take(batch, minibatch_rows)
-                minibatch["weights"] = loss_weights(
-                    minibatch["trained"],
-                    args.loss_aggregation,
-                    args.max_completion_length,
-                )
-                for mb in micro_batches(minibatch, args.micro_batch_tokens):
-                    if is_kl_loss:  # before the policy's activations exist
-                        with torch.no_grad(), autocast():
-                            mb_ref_logprobs, _ = token_logprobs_and_entropy(
-                                reference, mb, args.temperature
-                            )
-                    with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                            policy, mb, args.temperature
-                        )
-                    # where a rollout is stepped on once, its old log-probs are the update's own
-                    mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
-                    loss, clipped = policy_loss(
-                        mb_logprobs,
-                        mb_old_logprobs,
-                        mb["advantages"],
-                        mb["weights"],
-                        args.epsilon,
-                        epsilon_high=args.epsilon_high,
-                    )
-                    if is_kl_loss:
-                        kl_loss = kl_penalty(mb_logprobs, mb_ref_logprobs, args.kl_estimator)
-                        loss = loss + args.kl_coef * (mb["weights"] * kl_loss).sum()
-                        totals["kl"] += (mb_old_logprobs - mb_ref_logprobs).sum()
-                    loss.backward()
-                    totals["loss"] += loss.detach()
-                    totals["entropy"] += mb_entropy.sum()
-                    totals["clipped"] += clipped.sum()
-                    totals["padded_tokens"] += mb["inputs"].numel()
-                    if (
-                        totals["updates"] == 0
-                    ):  # before the first update the ratio is 1, up to rounding
-                        ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
-                        ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                grad_norm = clip_gradients(policy, args.max_grad_norm)
-                check_finite(step + 1, grad_norm=grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                totals["grad_norm"] += grad_norm
-                totals["updates"] += 1
+        totals = grpo_update(
+            policy,
+            reference,
+            optimizer,
+            batch,
+            step=step,
+            args=args,
+            autocast=autocast,
+        )
 
         # log, evaluate, save
-        for name in ("loss", "kl", "entropy", "clipped", "padded_tokens"):
-            totals[name] = all_reduce(totals[name])
         batch_tokens = batch["attention_mask"].sum()
         metrics = {
             "loss": totals["loss"] / totals["updates"],
             "reward": rewards.mean(),
             "score": scores.mean(),
             "entropy": totals["entropy"] / (args.update_epochs * mask.sum()),
-            "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
+            "ratio_max_dev": totals["ratio_max_dev"],
             "clip_fraction": totals["clipped"]
             / (args.update_epochs * batch["trained"].sum().clamp(min=1)),
             "completion_length": mask.sum(1).float().mean(),

@@ -1,22 +1,23 @@
-"""Proximal policy optimisation (PPO) from human feedback: raise a learned reward, stay near the reference.
+"""Proximal policy optimisation (PPO) from human feedback: raise a learned reward, stay near the
+reference.
 
     maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
-The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token is an
-action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last token. A value model
-predicts what is still to come, GAE turns both into advantages, and the clipped surrogate (Schulman et al.
-2017, equation 7) is stepped on for several epochs. Left out: an adaptive KL coefficient (later work fixes
-it), reward scaling, the pretraining loss of PPO-ptx, a trunk shared by policy and value model, generation
-engines, LoRA.
+The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token
+is an action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last
+token. A value model predicts what is still to come, GAE turns both into advantages, and the clipped
+surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. Left out: an adaptive
+KL coefficient (later work fixes it), reward scaling, the pretraining loss of PPO-ptx, a trunk
+shared by policy and value model, generation engines, LoRA.
 
-    python ppo.py                     laptop run, after sft.py and reward_model.py: two minutes, two cores
-    python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+    python ppo.py                     laptop run, after sft.py and reward_model.py: two minutes, two
+    cores python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where the data
-set has an exact checker of its own, `gold` is logged beside the score: the reward model is the proxy, gold is
-the truth, and they part when the policy over-optimises. Comments cite "N+" (Huang et al. 2024, The N+
-implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
-(openai/lm-human-preferences)."""
+Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
+the data set has an exact checker of its own, `gold` is logged beside the score: the reward model is
+the proxy, gold is the truth, and they part when the policy over-optimises. Comments cite "N+"
+(Huang et al. 2024, The N+ implementation details of RLHF with PPO), "B" (the blog post before it)
+and "lmhp" (openai/lm-human-preferences)."""
 
 import math
 import time
@@ -68,7 +69,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -96,9 +97,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -110,7 +111,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 512
     """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
     num_generations: int = 1
@@ -122,7 +123,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.05
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: only in evaluations)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 4
@@ -134,9 +135,11 @@ class Args:
     epsilon_high: float | None = None
     """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
     value_model: str | None = None
-    """where values start; without it the reward model if it has the policy's tokens, else a zero head"""
+    """where values start; without it the reward model if it has the policy's tokens, else a zero
+    head"""
     value_coef: float = 0.1
-    """weight of the value loss (0.1: N+). Adam hides it where, as here, the value model stands apart"""
+    """weight of the value loss (0.1: N+). Adam hides it where, as here, the value model stands
+    apart"""
     value_clip: float = 0.2
     """a value moves this far from its old one before its gradient stops (0.2: N+)"""
     gamma: float = 1.0
@@ -149,11 +152,13 @@ class Args:
 
 @as_forward
 def token_logprobs_and_entropy(model, batch, temperature=1.0):
-    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that softmax's entropy.
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that
+    softmax's entropy.
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each (B, T)
-    float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and where these are many
-    in chunks, computed again in the backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each
+    (B, T) float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and
+    where these are many in chunks, computed again in the backward pass, so that memory does not
+    grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -199,8 +204,8 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x (B, T) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0 outside the
-    mask. Population variance plus 1e-8 (lmhp)."""
+    """x (B, T) to variance 1 over the mask, and to mean 0 if shift_mean, else the mean stays; 0
+    outside the mask. Population variance plus 1e-8 (lmhp)."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -211,8 +216,8 @@ def masked_whiten(x, mask, shift_mean=True):
 
 @as_forward
 def token_values(model, batch):
-    """V(inputs[:, : t + 1]), the rewards still to come: a batch of (B, T) -> (B, T) float32, 0 outside the
-    mask."""
+    """V(inputs[:, : t + 1]), the rewards still to come: a batch of (B, T) -> (B, T) float32, 0
+    outside the mask."""
     outputs = model.base_model(
         input_ids=batch["inputs"],
         attention_mask=batch["attention_mask"],
@@ -234,12 +239,12 @@ def batch_values(model, batch, args, autocast):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """- kl_coef * (log pi - log pi_ref) at every completion token, the k1 estimate of the KL, and the score
-    at the last.
+    """- kl_coef * (log pi - log pi_ref) at every completion token, the k1 estimate of the KL, and
+    the score at the last.
 
-    scores (B,), the others (B, T) -> (B, T). Ziegler et al. 2019, equation 2; at the last completion token,
-    which is EOS unless the completion was cut, so that one mask serves rewards, values and log-probs (N+ puts
-    the score one token later and needs a second mask)."""
+    scores (B,), the others (B, T) -> (B, T). Ziegler et al. 2019, equation 2; at the last
+    completion token, which is EOS unless the completion was cut, so that one mask serves rewards,
+    values and log-probs (N+ puts the score one token later and needs a second mask)."""
     tokens_from_here = mask.flip(1).cumsum(1).flip(1)
     is_last = (tokens_from_here == 1) & mask.bool()
     kl = (logprobs - ref_logprobs) * mask
@@ -247,11 +252,12 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16): all (B, T) -> advantages,
-    returns.
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16): all (B, T) ->
+    advantages, returns.
 
-    delta_t = r_t + gamma V_t+1 - V_t and A_t = delta_t + gamma lambda A_t+1, both 0 past the last completion
-    token. returns = A + V, what the value model is trained on. The mask of a row is one run of ones."""
+    delta_t = r_t + gamma V_t+1 - V_t and A_t = delta_t + gamma lambda A_t+1, both 0 past the last
+    completion token. returns = A + V, what the value model is trained on. The mask of a row is one
+    run of ones."""
     advantages = torch.zeros_like(rewards)
     next_advantage = 0.0
     next_value = 0.0
@@ -265,15 +271,16 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
-    """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 + epsilon_high)).
+    """Clipped surrogate: sum of weights * max(- A ratio, - A clip(ratio, 1 - epsilon, 1 +
+    epsilon_high)).
 
-    Schulman et al. 2017, equation 7, negated. All (B, T) -> loss scalar, clipped (B, T) bool: tokens whose
-    gradient the clip removed. Weights are 0 outside the mask and carry the normaliser."""
+    Schulman et al. 2017, equation 7, negated. All (B, T) -> loss scalar, clipped (B, T) bool:
+    tokens whose gradient the clip removed. Weights are 0 outside the mask and carry the
+    normaliser."""
     if epsilon_high is None:
         epsilon_high = epsilon
-    log_ratio = (logprobs - old_logprobs).clamp(
-        max=20
-    )  # else a token that the clip removes could be inf * 0
+    # without the clamp a token that the clip removes could give infinity times 0
+    log_ratio = (logprobs - old_logprobs).clamp(max=20)
     ratio = log_ratio.exp()
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -283,8 +290,8 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
 
 
 def value_loss(values, old_values, returns, weights, value_clip):
-    """Clipped value loss: sum of weights * 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) (N+,
-    OpenAI's baselines). All (B, T) -> loss scalar, clipped (B, T) bool."""
+    """Clipped value loss: sum of weights * 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) -
+    R)^2) (N+, OpenAI's baselines). All (B, T) -> loss scalar, clipped (B, T) bool."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     vf_loss1 = (values - returns) ** 2
     vf_loss2 = (clipped_values - returns) ** 2
@@ -294,8 +301,9 @@ def value_loss(values, old_values, returns, weights, value_clip):
 
 
 def explained_variance(returns, values, mask):
-    """1 - variance of (returns - values) / variance of returns, over the mask; all (B, T) -> scalar, NaN where
-    the returns do not vary. 1: the values predict them; 0: no better than their mean."""
+    """1 - variance of (returns - values) / variance of returns, over the mask; all (B, T) ->
+    scalar, NaN where the returns do not vary. 1: the values predict them; 0: no better than their
+    mean."""
     errors = returns - values
     unexplained = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
@@ -303,8 +311,8 @@ def explained_variance(returns, values, mask):
 
 
 def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
-    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by side: its
-    example with completion_ids, finished, score and reward."""
+    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
+    side: its example with completion_ids, finished, score and reward."""
     with autocast():
         completions = sample(
             policy,
@@ -315,7 +323,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
             eos_ids=eos_ids,
             rng=rng,
         )
-    # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+    # 1. a completion ends with its first EOS, which is kept and trained (N+ samples on, then cuts)
     # 2. it is scored together with its prompt (B)
     examples = [example for example in examples for _ in range(args.num_generations)]
     scores = score(examples, completions).tolist()
@@ -333,7 +341,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
                 "reward": reward,
             }
         )
-    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of loss and KL alike
+    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of the KL too
     judged = []
     for start in range(0, len(rollouts), args.num_generations):
         group = rollouts[start : start + args.num_generations]
@@ -342,11 +350,91 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
     return judged
 
 
+def load_value_model(args, tokenizer, score, device):
+    """--value-model; without it the reward model (N+) if it has the policy's tokens, else the
+    policy with a head that gives 0 (B)."""
+    path = args.value_model or args.model
+    is_reward_model = isinstance(score, RewardModel) and has_score_head(score.model)
+    if args.value_model is None and is_reward_model and score.has_policy_tokens:
+        path = args.reward
+    if not same_ids(tokenizer, load_tokenizer(path, "--value-model")):
+        fail(f"--value-model {path}: its tokens are not the policy's, so it cannot value them")
+    return load_scorer(
+        path,
+        device,
+        "--value-model",
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        init_head=nn.init.zeros_,
+    )
+
+
+def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
+    """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
+    normaliser, however it is cut into micro-batches."""
+    totals = Counter()
+    ratio_max_dev = 0.0
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(
+            len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
+        )
+        for minibatch_rows in order.tensor_split(args.num_minibatches):
+            minibatch = take(batch, minibatch_rows)
+            minibatch["weights"] = minibatch["mask"] / minibatch["mask"].sum()
+            for mb in micro_batches(minibatch, args.micro_batch_tokens):
+                with autocast():
+                    mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                        policy, mb, args.temperature
+                    )
+                pg_loss, clipped = policy_loss(
+                    mb_logprobs,
+                    mb["old_logprobs"],
+                    mb["advantages"],
+                    mb["weights"],
+                    args.epsilon,
+                    epsilon_high=args.epsilon_high,
+                )
+                pg_loss.backward()  # before the value model's activations exist
+                with autocast():
+                    mb_values = token_values(value_model, mb)
+                vf_loss, _ = value_loss(
+                    mb_values,
+                    mb["old_values"],
+                    mb["returns"],
+                    mb["weights"],
+                    args.value_clip,
+                )
+                (args.value_coef * vf_loss).backward()
+                totals["policy_loss"] += pg_loss.detach()
+                totals["value_loss"] += vf_loss.detach()
+                totals["entropy"] += mb_entropy.sum()
+                totals["clipped"] += clipped.sum()
+                totals["padded_tokens"] += mb["inputs"].numel()
+                # before the first update the ratio is 1, up to rounding
+                if totals["updates"] == 0:
+                    ratio = (mb_logprobs - mb["old_logprobs"]).detach().exp()
+                    ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
+            # 9. the two norms are clipped apart: with one for both the value loss would slow
+            # the policy down
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
+            value_grad_norm = clip_gradients(value_model, args.max_grad_norm)
+            check_finite(step + 1, grad_norm=grad_norm, value_grad_norm=value_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            totals["grad_norm"] += grad_norm
+            totals["value_grad_norm"] += value_grad_norm
+            totals["updates"] += 1
+    for name in ("policy_loss", "value_loss", "entropy", "clipped", "padded_tokens"):
+        totals[name] = all_reduce(totals[name])
+    totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
+    return totals
+
+
 @torch.no_grad()
 def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
-    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
-    reference in nats per completion."""
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
+    prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
+    the KL from the reference in nats per completion."""
     prompts = [example["prompt_ids"] for example in examples]
     metrics = {}
     # the sampled completions come second: what follows the loop is about them
@@ -398,9 +486,7 @@ def main(args):
     device, autocast = setup(args)
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -426,23 +512,7 @@ def main(args):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     reference = load_policy(args.model, device) if args.kl_coef else None
-    # values start from the reward model (N+) if it has the policy's tokens, else with a head that gives 0 (B)
-    value_path = args.value_model or args.model
-    is_reward_model = isinstance(score, RewardModel) and has_score_head(score.model)
-    if args.value_model is None and is_reward_model and score.has_policy_tokens:
-        value_path = args.reward
-    if not same_ids(tokenizer, load_tokenizer(value_path, "--value-model")):
-        fail(
-            f"--value-model {value_path}: its tokens are not the policy's, so it cannot value them"
-        )
-    value_model = load_scorer(
-        value_path,
-        device,
-        "--value-model",
-        trainable=True,
-        gradient_checkpointing=args.gradient_checkpointing,
-        init_head=nn.init.zeros_,
-    )
+    value_model = load_value_model(args, tokenizer, score, device)
     models = nn.ModuleDict({"policy": policy, "value_model": value_model})
     optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
     run = Run(args, models, optimizer, args.steps)
@@ -483,9 +553,7 @@ def main(args):
             autocast=autocast,
         )
         if len(rollouts) < args.num_minibatches:
-            fail(
-                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
-            )
+            fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
         completions = [rollout["completion_ids"] for rollout in rollouts]
         batch = completion_batch(
             [rollout["prompt_ids"] for rollout in rollouts], completions, device
@@ -495,7 +563,7 @@ def main(args):
         sampling_seconds = time.time() - began
 
         # take log-probs with the forward that trains them: the sampler's differ by rounding
-        # 5. all of them are at the temperature of sampling, else they speak of another distribution (B)
+        # 5. all are at the temperature of sampling, else they speak of another distribution (B)
         batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
         batch["ref_logprobs"] = batch["old_logprobs"]
         if reference is not None:
@@ -521,64 +589,19 @@ def main(args):
         )
         batch["advantages"] = masked_whiten(advantages, mask)
 
-        # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
+        # update the weights
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        totals = Counter()
-        ratio_max_dev = 0.0
-        for epoch in range(args.update_epochs):
-            order = torch.randperm(
-                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
-            )
-            for minibatch_rows in order.tensor_split(args.num_minibatches):
-                minibatch = take(batch, minibatch_rows)
-                minibatch["weights"] = minibatch["mask"] / minibatch["mask"].sum()
-                for mb in micro_batches(minibatch, args.micro_batch_tokens):
-                    with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                            policy, mb, args.temperature
-                        )
-                    pg_loss, clipped = policy_loss(
-                        mb_logprobs,
-                        mb["old_logprobs"],
-                        mb["advantages"],
-                        mb["weights"],
-                        args.epsilon,
-                        epsilon_high=args.epsilon_high,
-                    )
-                    pg_loss.backward()  # before the value model's activations exist
-                    with autocast():
-                        mb_values = token_values(value_model, mb)
-                    vf_loss, _ = value_loss(
-                        mb_values,
-                        mb["old_values"],
-                        mb["returns"],
-                        mb["weights"],
-                        args.value_clip,
-                    )
-                    (args.value_coef * vf_loss).backward()
-                    totals["policy_loss"] += pg_loss.detach()
-                    totals["value_loss"] += vf_loss.detach()
-                    totals["entropy"] += mb_entropy.sum()
-                    totals["clipped"] += clipped.sum()
-                    totals["padded_tokens"] += mb["inputs"].numel()
-                    if (
-                        totals["updates"] == 0
-                    ):  # before the first update the ratio is 1, up to rounding
-                        ratio = (mb_logprobs - mb["old_logprobs"]).detach().exp()
-                        ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                # 9. the two norms are clipped apart: with one for both the value loss would slow the policy down
-                grad_norm = clip_gradients(policy, args.max_grad_norm)
-                value_grad_norm = clip_gradients(value_model, args.max_grad_norm)
-                check_finite(step + 1, grad_norm=grad_norm, value_grad_norm=value_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                totals["grad_norm"] += grad_norm
-                totals["value_grad_norm"] += value_grad_norm
-                totals["updates"] += 1
+        totals = ppo_update(
+            policy,
+            value_model,
+            optimizer,
+            batch,
+            step=step,
+            args=args,
+            autocast=autocast,
+        )
 
         # log, evaluate, save
-        for name in ("policy_loss", "value_loss", "entropy", "clipped", "padded_tokens"):
-            totals[name] = all_reduce(totals[name])
         updates = totals["updates"]
         trained_tokens = args.update_epochs * mask.sum()
         batch_tokens = batch["attention_mask"].sum()
@@ -589,7 +612,7 @@ def main(args):
             "reward": mean_reward,
             "score": scores.mean(),
             "entropy": totals["entropy"] / trained_tokens,
-            "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
+            "ratio_max_dev": totals["ratio_max_dev"],
             "clip_fraction": totals["clipped"] / trained_tokens,
             "explained_variance": explained_variance(batch["returns"], batch["old_values"], mask),
             "completion_length": mask.sum(1).float().mean(),
@@ -618,7 +641,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # the reward model never saw text without EOS, and PPO finds that out unless such text costs something
+    # the reward model never saw text without EOS, and PPO finds that out unless it costs something
     laptop = dict(
         model="runs/sft",
         reward="runs/reward_model",

@@ -1,19 +1,24 @@
-"""Rejection sampling, or best-of-N fine-tuning: sample, keep what scores best, train on it as in sft.py.
+"""Rejection sampling, or best-of-N fine-tuning: sample, keep what scores best, train on it as in
+sft.py.
 
-    loss = - sum over tokens of the kept completions of log pi(token | what stands before it) / their number
+    loss = - sum over tokens of the kept completions of log pi(token | what stands before it) /
+    their number
 
-Nakano et al. 2021 (best of N), Touvron et al. 2023 (Llama 2, section 3.2.3), Dong et al. 2023 (RAFT: several
---iterations, each from the policy of the one before). N completions of each of M prompts are scored; of the
-M x N scores the best of each row is kept, or the k best of all. The controls keep as many at random: only
-against them can one say that selection did anything, since training on one's own samples at a temperature
-below 1 sharpens a policy by itself. The rollouts also give best-of-N without any training, with a bound on
-its KL, and each prompt's solve rate. Left out: data of earlier iterations (Llama 2 mixes it in), LoRA.
+Nakano et al. 2021 (best of N), Touvron et al. 2023 (Llama 2, section 3.2.3), Dong et al. 2023
+(RAFT: several --iterations, each from the policy of the one before). N completions of each of M
+prompts are scored; of the M x N scores the best of each row is kept, or the k best of all. The
+controls keep as many at random: only against them can one say that selection did anything, since
+training on one's own samples at a temperature below 1 sharpens a policy by itself. The rollouts
+also give best-of-N without any training, with a bound on its KL, and each prompt's solve rate. Left
+out: data of earlier iterations (Llama 2 mixes it in), LoRA.
 
-    python rejection_sampling.py      laptop run, after sft.py and reward_model.py: 90 seconds, two cores
-    python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+    python rejection_sampling.py      laptop run, after sft.py and reward_model.py: 90 seconds, two
+    cores python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model --dataset
+    prompts.jsonl
 
-Data: rows of prompt, and any columns that a checker reads. Expect one iteration to raise `eval/score`
-by a part of what best-of-N promises. rollouts.jsonl holds all that was sampled, with scores."""
+Data: rows of prompt, and any columns that a checker reads. Expect one iteration to raise
+`eval/score` by a part of what best-of-N promises. rollouts.jsonl holds all that was sampled, with
+scores."""
 
 import math
 import time
@@ -62,7 +67,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -90,9 +95,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -108,7 +113,7 @@ class Args:
     epochs: int = 1
     """passes over the data"""
     reward: str | None = None
-    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     num_generations: int = 16
     """completions of each prompt, N"""
     max_prompt_length: int = 512
@@ -118,7 +123,8 @@ class Args:
     temperature: float = 0.8
     """of sampling; training is at 1, so that a lower one sharpens the policy"""
     select: Literal["top-per-prompt", "top-k", "random-per-prompt", "random-k"] = "top-per-prompt"
-    """the best completion of each prompt, the --select-k best of all, or as many at random: the controls"""
+    """the best completion of each prompt, the --select-k best of all, or as many at random: the
+    controls"""
     select_k: int | None = None
     """completions that top-k and random-k keep"""
     min_score: float | None = None
@@ -133,9 +139,9 @@ class Args:
 def token_logprobs(model, batch, temperature=1.0):
     """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature).
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside the mask.
-    Head and softmax run at mask positions only, and where these are many in chunks, computed again in the
-    backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside
+    the mask. Head and softmax run at mask positions only, and where these are many in chunks,
+    computed again in the backward pass, so that memory does not grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -170,32 +176,32 @@ def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
 
 
 def sft_loss(logprobs, weights):
-    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole batch, their
-    mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
+    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole
+    batch, their mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
     return -(weights * logprobs).sum()
 
 
 def select_top_per_prompt(rewards):
-    """rewards (M, N), NaN where there is no score -> (M,) the column of each row's best, the lower one in a
-    tie, -1 where the row has no score."""
+    """rewards (M, N), NaN where there is no score -> (M,) the column of each row's best, the lower
+    one in a tie, -1 where the row has no score."""
     best = rewards.masked_fill(rewards.isnan(), -torch.inf).argmax(1)
     return best.masked_fill(rewards.isnan().all(1), -1)
 
 
 def select_top_k(rewards, k):
-    """rewards (M, N), NaN where there is no score -> (k,) flat indices of the k best of all, best first, the
-    lower one first in a tie."""
+    """rewards (M, N), NaN where there is no score -> (k,) flat indices of the k best of all, best
+    first, the lower one first in a tie."""
     flat = rewards.flatten()
     flat = flat.masked_fill(flat.isnan(), -torch.inf)
     return flat.sort(descending=True, stable=True).indices[:k]
 
 
 def best_of_n(scores, values):
-    """Best of N without training: what `values` of the best-scored of N completions is on average, for N = 1,
-    2, 4, ... up to n. scores, values (n,), no NaN -> {N: mean}.
+    """Best of N without training: what `values` of the best-scored of N completions is on average,
+    for N = 1, 2, 4, ... up to n. scores, values (n,), no NaN -> {N: mean}.
 
-    Unbiased, the mean over all subsets of N: with scores in ascending order, the i-th (from 0) is the best of
-    comb(i, N-1) of the comb(n, N) subsets. In a tie the lower index wins."""
+    Unbiased, the mean over all subsets of N: with scores in ascending order, the i-th (from 0) is
+    the best of comb(i, N-1) of the comb(n, N) subsets. In a tie the lower index wins."""
     n = len(scores)
     ascending = (
         scores.flip(0).sort(stable=True).indices
@@ -209,8 +215,8 @@ def best_of_n(scores, values):
 
 
 def best_of_n_metrics(scores, values, name):
-    """Means of best_of_n over the rows of scores (M, n) that have no NaN, and in nats the bound
-    log N - (N-1)/N on the KL of best-of-N from the policy that was sampled (Beirami et al. 2024)."""
+    """Means of best_of_n over the rows of scores (M, n) that have no NaN, and in nats the bound log
+    N - (N-1)/N on the KL of best-of-N from the policy that was sampled (Beirami et al. 2024)."""
     is_known = ~scores.isnan().any(1)
     curves = [best_of_n(*row) for row in zip(scores[is_known], values[is_known])]
     metrics = {}
@@ -224,10 +230,11 @@ CHUNK = 64  # prompts that are sampled, scored and written at a time
 
 
 def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has them.
+    """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has
+    them.
 
-    What that file holds of this iteration, from before a --resume, is read; a chunk that was cut off is sampled
-    again. A score is None where the reward cannot judge."""
+    What that file holds of this iteration, from before a --resume, is read; a chunk that was cut
+    off is sampled again. A score is None where the reward cannot judge."""
     records = on_first_rank(lambda: read_rows(run.dir / "rollouts.jsonl"))
     earlier = [record for record in records if record["iteration"] < iteration]
     records = [record for record in records if record["iteration"] == iteration]
@@ -274,8 +281,9 @@ def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_id
 
 
 def select(rewards, ids, iteration, args):
-    """Choose what to train on: rewards (M, N), NaN where there is no score, and the completions' ids, M lists of
-    N -> (row, column) of each. The controls choose by random numbers, and are the same otherwise."""
+    """Choose what to train on: rewards (M, N), NaN where there is no score, and the completions'
+    ids, M lists of N -> (row, column) of each. The controls choose by random numbers, and are the
+    same otherwise."""
     if args.min_score is not None:
         rewards = rewards.masked_fill(rewards < args.min_score, math.nan)
     num_usable = int((~rewards.isnan()).sum())
@@ -294,7 +302,8 @@ def select(rewards, ids, iteration, args):
 
 
 def distinct(flat, ids):
-    """Flat indices of (M, N) -> (row, column) of each; of equal completions of a row the first only."""
+    """Flat indices of (M, N) -> (row, column) of each; of equal completions of a row the first
+    only."""
     pairs = {}
     for index in flat.tolist():
         row, column = divmod(index, len(ids[0]))
@@ -316,9 +325,9 @@ def fine_tune(
     args,
     autocast,
 ):
-    """sft.py on the selected completions, with a learning rate schedule of its own -> steps done at its end,
-    metrics of the last step. Steps before `start` were made before the run was resumed; the metrics
-    `log_first` are of the first step."""
+    """sft.py on the selected completions, with a learning rate schedule of its own -> steps done at
+    its end, metrics of the last step. Steps before `start` were made before the run was resumed;
+    the metrics `log_first` are of the first step."""
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     if args.steps is not None:
         steps = min(steps, args.steps - first_step)
@@ -377,9 +386,9 @@ def fine_tune(
 
 @torch.no_grad()
 def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
-    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
-    model at the start in nats per completion."""
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
+    prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
+    the KL from the model at the start in nats per completion."""
     prompts = [example["prompt_ids"] for example in examples]
     metrics = {}
     # the sampled completions come second: what follows the loop is about them
@@ -430,9 +439,7 @@ def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, 
 def main(args):
     device, autocast = setup(args)
     if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
-        fail(
-            f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it, others do not"
-        )
+        fail(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)

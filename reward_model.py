@@ -1,18 +1,21 @@
-"""Reward model (RM): learn from pairs of answers which one people prefer, as one number for any answer.
+"""Reward model (RM): learn from pairs of answers which one people prefer, as one number for any
+answer.
 
-    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected) - margin), mean over pairs   (Bradley-Terry)
+    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected) - margin), mean over pairs
+    (Bradley-Terry)
 
-The second stage of RLHF (Ouyang et al. 2022, equation 1; Stiennon et al. 2020). The score is a scalar head on
-the hidden state of the last real token, EOS. Left out: ensembles, and shifting the scores to mean 0 after
-training (Stiennon et al. do): a constant changes no advantage once PPO's values have learnt it.
-`eval/score_mean` is logged.
+The second stage of RLHF (Ouyang et al. 2022, equation 1; Stiennon et al. 2020). The score is a
+scalar head on the hidden state of the last real token, EOS. Left out: ensembles, and shifting the
+scores to mean 0 after training (Stiennon et al. do): a constant changes no advantage once PPO's
+values have learnt it. `eval/score_mean` is logged.
 
-    python reward_model.py            laptop run, after `python sft.py`: three quarters of a minute, two cores
-    python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset held_out_pairs.jsonl
+    python reward_model.py            laptop run, after `python sft.py`: three quarters of a minute,
+    two cores python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset
+    held_out_pairs.jsonl
 
-Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin` optional. One
-epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human preferences, more in
-the laptop run."""
+Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin`
+optional. One epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human
+preferences, more in the laptop run."""
 
 import math
 import time
@@ -54,7 +57,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -82,9 +85,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -102,18 +105,18 @@ class Args:
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
     center_coef: float = 0.0
-    """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et al. 2023:
-    0.01)"""
+    """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et
+    al. 2023: 0.01)"""
 
 
 @as_forward
 def sequence_scores(model, batch):
-    """The scalar head at the last real token, found by length: neither padding nor a PAD inside the text
-    moves it.
+    """The scalar head at the last real token, found by length: neither padding nor a PAD inside the
+    text moves it.
 
-    batch: inputs, here whole sequences, and attention_mask, (B, T), right-padded -> (B,) float32. The head's
-    product is in float32 under autocast too: in bfloat16 scores near 4 would be 0.03 apart at least, and close
-    pairs ties."""
+    batch: inputs, here whole sequences, and attention_mask, (B, T), right-padded -> (B,) float32.
+    The head's product is in float32 under autocast too: in bfloat16 scores near 4 would be 0.03
+    apart at least, and close pairs ties."""
     outputs = model.base_model(
         input_ids=batch["inputs"],
         attention_mask=batch["attention_mask"],
@@ -126,8 +129,9 @@ def sequence_scores(model, batch):
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=None):
-    """- log sigmoid(r_chosen - r_rejected - margin), each (B,) -> (B,). Ouyang et al. 2022, equation 1; the
-    margin, how much better the chosen one was judged, is Llama 2's (Touvron et al. 2023, equation 2)."""
+    """- log sigmoid(r_chosen - r_rejected - margin), each (B,) -> (B,). Ouyang et al. 2022,
+    equation 1; the margin, how much better the chosen one was judged, is Llama 2's (Touvron et al.
+    2023, equation 2)."""
     difference = chosen_scores - rejected_scores
     if margin is not None:
         difference = difference - margin
@@ -147,8 +151,8 @@ def pair_length(example):
 
 
 def score_batch(examples, device):
-    """B pairs -> a batch of 2B whole sequences, each chosen one followed by its rejected one; margins and
-    weights, those of the mean over pairs, are (2B,), the same for the two."""
+    """B pairs -> a batch of 2B whole sequences, each chosen one followed by its rejected one;
+    margins and weights, those of the mean over pairs, are (2B,), the same for the two."""
     sequences = []
     for example in examples:
         sequences.append(example["prompt_ids"] + example["chosen_ids"])
@@ -163,14 +167,15 @@ def score_batch(examples, device):
 
 
 def of_pairs(values):
-    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones (B,)."""
+    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
+    (B,)."""
     return values[0::2], values[1::2]
 
 
 @torch.no_grad()
 def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
-    """Held-out accuracy (a tie counts half), its binomial standard error, margin and the scores' spread ->
-    metrics, and a row for each sequence of the first 500 pairs with its score."""
+    """Held-out accuracy (a tie counts half), its binomial standard error, margin and the scores'
+    spread -> metrics, and a row for each sequence of the first 500 pairs with its score."""
     scores = []
     for start in range(0, len(examples), 1000):
         batch = score_batch(examples[start : start + 1000], model.device)
@@ -308,7 +313,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Bradley-Terry leaves a constant per prompt open, which PPO would have to learn first: centre the scores
+    # Bradley-Terry leaves a constant per prompt open, which PPO would have to learn first: centre
+    # the scores
     laptop = dict(
         model="runs/sft",
         steps=1100,

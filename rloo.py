@@ -2,21 +2,22 @@
 
     maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
-Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one action.
-Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the baseline: the mean
-reward of the other completions of its prompt, which keeps the gradient unbiased. The loss is - advantage *
-log pi(completion), stepped on once per rollout. More steps (--update-epochs, --num-minibatches) add to it a
-clipped importance ratio of the whole completion, since the policy has moved. Left out: a value model,
-reward and advantage normalisation, generation engines, LoRA.
+Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one
+action. Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the
+baseline: the mean reward of the other completions of its prompt, which keeps the gradient unbiased.
+The loss is - advantage * log pi(completion), stepped on once per rollout. More steps
+(--update-epochs, --num-minibatches) add to it a clipped importance ratio of the whole completion,
+since the policy has moved. Left out: a value model, reward and advantage normalisation, generation
+engines, LoRA.
 
     python rloo.py                    laptop run, after sft.py: two minutes, two cores
     python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where the data
-set has an exact checker of its own, `gold` is logged beside the score: the reward model is the proxy, gold is
-the truth, and they part when the policy over-optimises. Comments cite "N+" (Huang et al. 2024, The N+
-implementation details of RLHF with PPO), "B" (the blog post before it) and "lmhp"
-(openai/lm-human-preferences)."""
+Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
+the data set has an exact checker of its own, `gold` is logged beside the score: the reward model is
+the proxy, gold is the truth, and they part when the policy over-optimises. Comments cite "N+"
+(Huang et al. 2024, The N+ implementation details of RLHF with PPO), "B" (the blog post before it)
+and "lmhp" (openai/lm-human-preferences)."""
 
 import math
 import time
@@ -64,7 +65,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -92,9 +93,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -106,7 +107,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """also send the metrics there"""
     reward: str | None = None
-    """a reward model (directory or Hub id), `sort` or `gsm8k` (exact checkers), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 128
     """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
     num_generations: int = 4
@@ -118,7 +119,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.03
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: only in evaluations)"""
+    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -135,11 +136,13 @@ class Args:
 
 @as_forward
 def token_logprobs_and_entropy(model, batch, temperature=1.0):
-    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that softmax's entropy.
+    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that
+    softmax's entropy.
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each (B, T)
-    float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and where these are many
-    in chunks, computed again in the backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each
+    (B, T) float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and
+    where these are many in chunks, computed again in the backward pass, so that memory does not
+    grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -180,7 +183,7 @@ def batch_logprobs(model, batch, args, autocast):
 
 
 def equal_groups(rewards, group_size):
-    """True for groups whose rewards are all equal, so that all their advantages are 0: (B,) -> (P,) bool."""
+    """True for groups of equal rewards, whose advantages are all 0: (B,) -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.amax(1) == groups.amin(1)
 
@@ -196,11 +199,13 @@ def leave_one_out_advantages(rewards, group_size):
 
 
 def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
-    """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one action.
+    """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one
+    action.
 
-    Williams 1992. All (B, T), advantages equal along a row -> loss scalar, clipped (B, T) bool. The ratio
-    pi / pi_old of the whole completion is a constant here, 1 at the first update. Later, where PPO's clip
-    would remove a completion's gradient, it is removed: for long completions after small steps already."""
+    Williams 1992. All (B, T), advantages equal along a row -> loss scalar, clipped (B, T) bool. The
+    ratio pi / pi_old of the whole completion is a constant here, 1 at the first update. Later,
+    where PPO's clip would remove a completion's gradient, it is removed: for long completions after
+    small steps already."""
     if epsilon_high is None:
         epsilon_high = epsilon
     log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach()  # (B, 1)
@@ -213,8 +218,8 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
 
 
 def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
-    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by side: its
-    example with completion_ids, finished, score and reward."""
+    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
+    side: its example with completion_ids, finished, score and reward."""
     with autocast():
         completions = sample(
             policy,
@@ -225,7 +230,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
             eos_ids=eos_ids,
             rng=rng,
         )
-    # 1. a completion ends with its first EOS, which is kept and trained (N+ cuts there after sampling on)
+    # 1. a completion ends with its first EOS, which is kept and trained (N+ samples on, then cuts)
     # 2. it is scored together with its prompt (B)
     examples = [example for example in examples for _ in range(args.num_generations)]
     scores = score(examples, completions).tolist()
@@ -243,7 +248,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
                 "reward": reward,
             }
         )
-    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of loss and KL alike
+    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of the KL too
     judged = []
     for start in range(0, len(rollouts), args.num_generations):
         group = rollouts[start : start + args.num_generations]
@@ -252,11 +257,61 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
     return judged
 
 
+def rloo_update(policy, optimizer, batch, *, step, args, autocast):
+    """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
+    normaliser, however it is cut into micro-batches."""
+    totals = Counter()
+    ratio_max_dev = 0.0
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(
+            len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
+        )
+        for minibatch_rows in order.tensor_split(args.num_minibatches):
+            minibatch = take(batch, minibatch_rows)
+            minibatch["weights"] = minibatch["mask"] / len(
+                minibatch_rows
+            )  # a mean over completions
+            for mb in micro_batches(minibatch, args.micro_batch_tokens):
+                with autocast():
+                    mb_logprobs, mb_entropy = token_logprobs_and_entropy(
+                        policy, mb, args.temperature
+                    )
+                # where a rollout is stepped on once, its old log-probs are the update's own
+                mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
+                loss, clipped = reinforce_loss(
+                    mb_logprobs,
+                    mb_old_logprobs,
+                    mb["advantages"],
+                    mb["weights"],
+                    args.epsilon,
+                    epsilon_high=args.epsilon_high,
+                )
+                loss.backward()
+                totals["loss"] += loss.detach()
+                totals["entropy"] += mb_entropy.sum()
+                totals["clipped"] += clipped.sum()
+                totals["padded_tokens"] += mb["inputs"].numel()
+                # before the first update the ratio is 1, up to rounding
+                if totals["updates"] == 0:
+                    ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
+                    ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
+            check_finite(step + 1, grad_norm=grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            totals["grad_norm"] += grad_norm
+            totals["updates"] += 1
+    for name in ("loss", "entropy", "clipped", "padded_tokens"):
+        totals[name] = all_reduce(totals[name])
+    totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
+    return totals
+
+
 @torch.no_grad()
 def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
-    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each prompt with
-    its first sampled completion: their scores, the share that ends in EOS, tokens, and the KL from the
-    reference in nats per completion."""
+    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
+    prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
+    the KL from the reference in nats per completion."""
     prompts = [example["prompt_ids"] for example in examples]
     metrics = {}
     # the sampled completions come second: what follows the loop is about them
@@ -310,9 +365,7 @@ def main(args):
         fail("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: more than the {batch_size} completions of a step"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
@@ -378,9 +431,7 @@ def main(args):
             autocast=autocast,
         )
         if len(rollouts) < args.num_minibatches:
-            fail(
-                f"step {step + 1}: {len(rollouts)} of {batch_size} completions are in groups that could be judged"
-            )
+            fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
         completions = [rollout["completion_ids"] for rollout in rollouts]
         batch = completion_batch(
             [rollout["prompt_ids"] for rollout in rollouts], completions, device
@@ -390,8 +441,8 @@ def main(args):
         sampling_seconds = time.time() - began
 
         # compute advantages
-        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at the temperature
-        # of sampling, else they speak of another distribution (B)
+        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at
+        # the temperature of sampling, else they speak of another distribution (B)
         is_stepped_on_once = args.update_epochs * args.num_minibatches == 1
         if reference is not None or not is_stepped_on_once:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
@@ -407,61 +458,25 @@ def main(args):
             advantages = leave_one_out_advantages(rewards, args.num_generations)
         batch["advantages"] = advantages[:, None] * mask
 
-        # update: epochs of minibatches, each with one normaliser, however it is cut into micro-batches
+        # update the weights
         learning_rate = set_learning_rate(optimizer, args, step, args.steps)
-        totals = Counter()
-        ratio_max_dev = 0.0
-        for epoch in range(args.update_epochs):
-            order = torch.randperm(
-                len(rollouts), generator=generator(args.seed, "minibatch", step, epoch)
-            )
-            for minibatch_rows in order.tensor_split(args.num_minibatches):
-                minibatch = take(batch, minibatch_rows)
-                minibatch["weights"] = minibatch["mask"] / len(
-                    minibatch_rows
-                )  # a mean over completions
-                for mb in micro_batches(minibatch, args.micro_batch_tokens):
-                    with autocast():
-                        mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                            policy, mb, args.temperature
-                        )
-                    # where a rollout is stepped on once, its old log-probs are the update's own
-                    mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
-                    loss, clipped = reinforce_loss(
-                        mb_logprobs,
-                        mb_old_logprobs,
-                        mb["advantages"],
-                        mb["weights"],
-                        args.epsilon,
-                        epsilon_high=args.epsilon_high,
-                    )
-                    loss.backward()
-                    totals["loss"] += loss.detach()
-                    totals["entropy"] += mb_entropy.sum()
-                    totals["clipped"] += clipped.sum()
-                    totals["padded_tokens"] += mb["inputs"].numel()
-                    if (
-                        totals["updates"] == 0
-                    ):  # before the first update the ratio is 1, up to rounding
-                        ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
-                        ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-                grad_norm = clip_gradients(policy, args.max_grad_norm)
-                check_finite(step + 1, grad_norm=grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                totals["grad_norm"] += grad_norm
-                totals["updates"] += 1
+        totals = rloo_update(
+            policy,
+            optimizer,
+            batch,
+            step=step,
+            args=args,
+            autocast=autocast,
+        )
 
         # log, evaluate, save
-        for name in ("loss", "entropy", "clipped", "padded_tokens"):
-            totals[name] = all_reduce(totals[name])
         batch_tokens = batch["attention_mask"].sum()
         metrics = {
             "loss": totals["loss"] / totals["updates"],
             "reward": rewards.mean(),
             "score": scores.mean(),
             "entropy": totals["entropy"] / (args.update_epochs * mask.sum()),
-            "ratio_max_dev": all_reduce(ratio_max_dev, op="max"),
+            "ratio_max_dev": totals["ratio_max_dev"],
             "clip_fraction": totals["clipped"] / (args.update_epochs * mask.sum()),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),

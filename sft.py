@@ -1,18 +1,22 @@
-"""Supervised fine-tuning (SFT): teach a language model to answer, by maximum likelihood of given completions.
+"""Supervised fine-tuning (SFT): teach a language model to answer, by maximum likelihood of given
+completions.
 
-    loss = - sum over completion tokens of log pi(token | what stands before it) / number of completion tokens
+    loss = - sum over completion tokens of log pi(token | what stands before it) / number of
+    completion tokens
 
-The first stage of RLHF (Ouyang et al. 2022, section 3.5). Prompt tokens are not trained (Huang et al. 2024
-train them too); EOS is, so that the model learns to stop. Left out: packing several rows into one sequence
-(sorting by length saves most of the padding), LoRA and 8-bit optimisers (a few lines of peft or bitsandbytes
-at load_policy).
+The first stage of RLHF (Ouyang et al. 2022, section 3.5). Prompt tokens are not trained (Huang et
+al. 2024 train them too); EOS is, so that the model learns to stop. Left out: packing several rows
+into one sequence (sorting by length saves most of the padding), LoRA and 8-bit optimisers (a few
+lines of peft or bitsandbytes at load_policy).
 
-    python sft.py                     laptop run: a tiny model from scratch, a quarter of a minute, two cores
-    python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
+    python sft.py                     laptop run: a tiny model from scratch, a quarter of a minute,
+    two cores python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset
+    held_out.jsonl
 
-Data: rows of prompt and completion (or instruction and output, question and answer), or of messages. Expect
-the held-out loss to fall, and to rise again once the rows are learnt by heart: stop there. The laptop run ends
-near 35% exact match (`gold`): 165 demonstrations do not teach more, and the next stages shall."""
+Data: rows of prompt and completion (or instruction and output, question and answer), or of
+messages. Expect the held-out loss to fall, and to rise again once the rows are learnt by heart:
+stop there. The laptop run ends near 35% exact match (`gold`): 165 demonstrations do not teach more,
+and the next stages shall."""
 
 import math
 import time
@@ -68,7 +72,7 @@ from common import (
 @dataclass
 class Args:
     model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run on the built-in task"""
+    """directory or Hub id of the model to start from; without it, the laptop run"""
     dataset: str = "sort"
     """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
     eval_dataset: str | None = None
@@ -96,9 +100,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward: memory, not results (GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute (autocast): auto is bfloat16 on a GPU, float32 on a CPU; weights are always float32"""
+    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     eval_every: int = 0
@@ -120,7 +124,8 @@ class Args:
 
 
 def sft_example(row, tokenizer, end_id, args):
-    """Prompt and completion, or messages, of which the last assistant turn is trained, or all of them."""
+    """Prompt and completion, or messages, of which the last assistant turn is trained, or all of
+    them."""
     if "messages" in row:
         messages = text_or_messages(row, ["messages"])
         roles = [] if isinstance(messages, str) else [message["role"] for message in messages]
@@ -180,9 +185,9 @@ def tiny_config(tokenizer):
 def token_logprobs(model, batch, temperature=1.0):
     """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature).
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside the mask.
-    Head and softmax run at mask positions only, and where these are many in chunks, computed again in the
-    backward pass, so that memory does not grow with B * T * V."""
+    batch: inputs, targets, attention_mask, mask, each (B, T) -> (B, T) float32, in nats, 0 outside
+    the mask. Head and softmax run at mask positions only, and where these are many in chunks,
+    computed again in the backward pass, so that memory does not grow with B * T * V."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -217,16 +222,16 @@ def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
 
 
 def sft_loss(logprobs, weights):
-    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole batch, their
-    mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
+    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole
+    batch, their mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
     return -(weights * logprobs).sum()
 
 
 @torch.no_grad()
 def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, args, autocast):
-    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt -> the sampled
-    ones, metrics (how many are right, how many of the sampled ones stop), and a row for each prompt with the
-    sampled one."""
+    """A greedy and a sampled completion, of `longest` tokens at most, of each held-out prompt ->
+    the sampled ones, metrics (how many are right, how many of the sampled ones stop), and a row for
+    each prompt with the sampled one."""
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
@@ -262,8 +267,8 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
 
 @torch.no_grad()
 def evaluate_answers(policy, examples, *, gold, tokenizer, eos_ids, args, autocast):
-    """Held-out loss, in nats per token, and what complete_prompts says of the first 500 prompts -> metrics,
-    rows."""
+    """Held-out loss, in nats per token, and what complete_prompts says of the first 500 prompts ->
+    metrics, rows."""
     batch = make_batch(
         [example["ids"] for example in examples],
         [example["mask"] for example in examples],

@@ -30,8 +30,8 @@ NAMES = {  # theorem -> what README and figure call it, and where it must end
     "rejection_sampling": ("rejection_sampling.py", "the best-of-4 law of p_ref"),
     "ppo": ("ppo.py", "p_ref exp(r / beta) / Z"),
     "rloo": ("rloo.py", "p_ref exp(r / beta) / Z"),
-    "grpo k1": ("grpo.py --kl k1-reward", "p_ref exp(r / beta) / Z"),
-    "grpo k3": ("grpo.py --kl k3-loss", "b p_ref / (lambda - r), one token"),
+    "grpo k1": ("grpo.py --kl-estimator k1 --kl-in reward", "p_ref exp(r / beta) / Z"),
+    "grpo k3": ("grpo.py --kl-estimator k3 --kl-in loss", "b p_ref / (lambda - r), one token"),
 }
 OTHER = "kl to p_ref exp(r / beta) / Z"
 
@@ -55,7 +55,7 @@ def watch(proof, every):
 
     def loaded(*args, **kwargs):
         model = load(*args, **kwargs)
-        if kwargs.get("train") is not None:
+        if kwargs.get("trainable"):
             models.append(model)
         return model
 

@@ -46,12 +46,12 @@ STUDIES = {  # study -> method -> script, flags
         "Dr. GRPO": ("grpo", f"{GROUPS} {DR_GRPO}"),
         "DAPO": (
             "grpo",
-            f"{EXACT} {DAPO} --prompts-per-step 128 --minibatches 4 --steps 13 "
+            f"{EXACT} {DAPO} --prompts-per-step 128 --num-minibatches 4 --steps 13 "
             "--warmup-steps 1 --eval-every 1",
         ),
         "rejection sampling": (
             "rejection_sampling",
-            "--reward sort --min-score 1 --temperature 1 --prompts 640 --iterations 4 --epochs 4",
+            "--reward sort --min-score 1 --temperature 1 --prompts-per-iteration 640 --iterations 4 --epochs 4",
         ),
         "DPO": ("dpo", "--steps 640 --eval-every 80"),
     },
@@ -61,13 +61,13 @@ STUDIES = {  # study -> method -> script, flags
         "PPO, KL coefficient 0.3": ("ppo", f"{PROXY} --kl-coef 0.3"),
         "best of N": (
             "rejection_sampling",
-            "--temperature 1 --prompts 500 --num-generations 128 --steps 1 --iterations 1",
+            "--temperature 1 --prompts-per-iteration 500 --num-generations 128 --steps 1 --iterations 1",
         ),
     },
     "stories": {
         "PPO": (
             "ppo",
-            f"{MOOD} --kl-coef 0.2 --prompts-per-step 64 --update-epochs 2 --minibatches 2 --value-clip 2 "
+            f"{MOOD} --kl-coef 0.2 --prompts-per-step 64 --update-epochs 2 --num-minibatches 2 --value-clip 2 "
             "--steps 30 --eval-every 10",
         ),
         "RLOO": ("rloo", f"{MOODS} --kl-coef 0.2"),
@@ -76,11 +76,11 @@ STUDIES = {  # study -> method -> script, flags
         "Dr. GRPO": ("grpo", f"{MOODS} {DR_GRPO}"),
         "DAPO": (
             "grpo",
-            f"{MOOD} {DAPO} --prompts-per-step 24 --minibatches 3 --steps 10 --warmup-steps 3 --eval-every 2",
+            f"{MOOD} {DAPO} --prompts-per-step 24 --num-minibatches 3 --steps 10 --warmup-steps 3 --eval-every 2",
         ),
         "rejection sampling": (
             "rejection_sampling",
-            f"{MOOD} --temperature 1 --num-generations 8 --prompts 60 --iterations 4 --epochs 3 "
+            f"{MOOD} --temperature 1 --num-generations 8 --prompts-per-iteration 60 --iterations 4 --epochs 3 "
             "--batch-size 15",
         ),
         "DPO": (
@@ -131,7 +131,7 @@ def run(study, method, seed, folder):
                 totals["completions"] += 2 * args["batch_size"]
             elif script == "rejection_sampling":
                 totals["completions"] += (
-                    args["prompts"] * args["num_generations"] * ("seconds/sample" in row)
+                    args["prompts_per_iteration"] * args["num_generations"] * ("seconds/sample" in row)
                 )
                 totals["seconds"] += row.get("seconds/sample", 0.0)
             else:

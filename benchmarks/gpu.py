@@ -17,7 +17,7 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import sft  # noqa: E402
 
 SHAPE = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
 SHAPE |= dict(
@@ -40,7 +40,7 @@ def main():
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(TINY if tiny else SHAPE)))
         model.generation_config.eos_token_id = 1
         model.save_pretrained(f"{folder}/model")
-        common.tiny_tokenizer().save_pretrained(f"{folder}/model")
+        sft.tiny_tokenizer().save_pretrained(f"{folder}/model")
         shared = ["--steps", "2", "--dtype", "bfloat16", "--eval-every", "0"]
         scored = ["--reward", f"{folder}/reward_model", "--max-completion-length", completion]
         group = [*scored, "--prompts-per-step", "8", "--num-generations", "8"]
@@ -59,7 +59,7 @@ def main():
             ],
             "rloo": ["--model", f"{folder}/model", *group],
             "grpo": ["--model", f"{folder}/model", *group],
-            "rejection_sampling": ["--model", f"{folder}/model", *scored, "--prompts", "128"],
+            "rejection_sampling": ["--model", f"{folder}/model", *scored, "--prompts-per-iteration", "128"],
         }
         for script, flags in jobs.items():
             command = [

@@ -1,13 +1,13 @@
-"""Seconds of a GRPO step on several processes, and of its sampling by each way to reach split weights.
+"""Seconds of a GRPO step on one process, and on two that split the models between them (FSDP2).
 
-    python benchmarks/processes.py           two CPU cores: 1 and 2 processes of one thread (two minutes)
+    python benchmarks/processes.py           two CPU cores, each process on one of them (two minutes)
+    python benchmarks/processes.py --repeats 1 --steps 4      to see that it runs
 
 The model and rows of speed.py's smallest case: a Llama of 4 layers, 1M parameters; 8 prompts x 8 completions
-of at most 32 tokens, no EOS. "full" splits it (FSDP2) and gathers it once for a rollout; "layers" gathers
-layer by layer at every step of sampling, as where a GPU has no room for the whole. gloo on one machine says
-how much the ways differ, not how a network of GPUs would do."""
+of at most 32 tokens, no EOS. gloo on one machine says what the messages cost there, not how a network of GPUs
+would do."""
 
-import contextlib
+import argparse
 import json
 import os
 import statistics
@@ -18,86 +18,101 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-WAYS = [(1, "none"), (2, "none"), (2, "full"), (2, "layers")]
-REPEATS, STEPS = 3, 12
-
-
-def child(folder, way):
-    import torch
-
-    import common
-    import grpo
-
-    torch.set_num_threads(1)
-    common.SMALL_BATCH = 10**9  # no way shares prompts: split models never do
-    if way == "layers":
-        common.gathered = contextlib.contextmanager(lambda model: (yield False))
-    flags = dict(
-        model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", output_dir=f"{folder}/run"
-    )
-    flags |= dict(reward=f"{__file__}:length", prompts_per_step=8, num_generations=8, steps=STEPS)
-    flags |= dict(
-        max_completion_length=32, shard="none" if way == "none" else "full", overwrite=True
-    )
-    grpo.main(grpo.Args(**flags, kl_coef=0.04, save_every=0))
-
 
 def length(prompts, completions, rows):
     """Any reward will do."""
     return [float(len(text)) for text in completions]
 
 
-def main():
-    if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:])
+def child(folder, steps):
+    """One process of a run."""
+    import torch
+
+    import grpo
+
+    torch.set_num_threads(1)
+    grpo.main(
+        grpo.Args(
+            model=f"{folder}/model",
+            dataset=f"{folder}/rows.jsonl",
+            reward=f"{__file__}:length",
+            output_dir=f"{folder}/run",
+            overwrite=True,
+            steps=steps,
+            save_every=0,
+            prompts_per_step=8,
+            num_generations=8,
+            max_completion_length=32,
+            kl_coef=0.04,
+        )
+    )
+
+
+def make_start(folder):
+    """Model, tokenizer and prompts."""
     import torch
     import transformers
 
-    import common
+    import sft
 
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
+    sft.tiny_tokenizer().save_pretrained(f"{folder}/model")
+    letters = "abcdefgh"
+    rows = [json.dumps({"prompt": letters[i:] * 4 + letters[:i] * 4}) for i in range(8)]
+    Path(folder, "rows.jsonl").write_text("\n".join(rows))
+
+
+def run(folder, processes, steps):
+    """One run -> mean seconds of sampling, and of the rest of a step; the first two steps warm up."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}"]
+    command += [__file__, "--child", folder, "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()[2:]
+    metrics = [json.loads(line) for line in lines]
+    sampling = statistics.mean(row["seconds/sample"] for row in metrics)
+    training = statistics.mean(row["seconds/train"] for row in metrics)
+    return sampling, training
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.steps)
     os.environ["OMP_NUM_THREADS"] = "1"
-    found = {way: [] for way in WAYS}
+    seconds = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(1)
-        shape = dict(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
-        )
-        ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=256)
-        config = transformers.LlamaConfig(vocab_size=1024, tie_word_embeddings=True, **shape, **ids)
-        transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
-        common.tiny_tokenizer().save_pretrained(f"{folder}/model")
-        rows = [json.dumps({"prompt": "abcdefgh"[i:] * 4 + "abcdefgh"[:i] * 4}) for i in range(8)]
-        Path(folder, "rows.jsonl").write_text("\n".join(rows))
-        for _ in range(REPEATS):
-            for processes, way in WAYS:
-                start = [
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc-per-node={processes}",
-                ]
-                command = [
-                    sys.executable,
-                    *(start if processes > 1 else []),
-                    __file__,
-                    "--child",
-                    folder,
-                    way,
-                ]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr[-2000:])
-                lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
-                steps = [json.loads(line) for line in lines][2:]
-                sampling, training = (
-                    [row[f"seconds/{k}"] for row in steps] for k in ("sample", "train")
-                )
-                found[processes, way].append((statistics.mean(sampling), statistics.mean(training)))
-    print("| processes | --shard | sampling, s | the rest of a step, s |\n|---|---|---|---|")
-    for (processes, way), runs in found.items():
+        make_start(folder)
+        for _ in range(args.repeats):
+            for processes, runs in seconds.items():
+                runs.append(run(folder, processes, args.steps))
+    print("| processes | sampling, s | the rest of a step, s |\n|---|---|---|")
+    for processes, runs in seconds.items():
         columns = [f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in zip(*runs)]
-        name = "full, layer by layer" if way == "layers" else way
-        print(f"| {processes} | {name} | {' | '.join(columns)} |")
+        print(f"| {processes} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

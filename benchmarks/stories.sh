@@ -18,6 +18,6 @@ python reward_model.py --model "$runs/sft" --overwrite --output-dir "$runs/rewar
     --learning-rate 1e-3 --batch-size 32
 python ppo.py --model "$runs/sft" --reward "$runs/reward_model" --overwrite --output-dir "$runs/ppo" \
     --dataset "$data/stories_sft_train.jsonl" --eval-dataset "$data/stories_sft_test.jsonl" \
-    --max-completion-length 160 --prompts-per-step 64 --update-epochs 2 --minibatches 2 --steps 30 \
+    --max-completion-length 160 --prompts-per-step 64 --update-epochs 2 --num-minibatches 2 --steps 30 \
     --learning-rate 2e-4 --kl-coef 0.5 --value-clip 2
 MOOD_LEXICON=$data/opinion_lexicon.json python benchmarks/mood.py "$runs/ppo" | tee benchmarks/stories.md

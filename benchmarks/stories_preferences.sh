@@ -28,7 +28,7 @@ for select in top-per-prompt random-per-prompt; do
     python rejection_sampling.py --model "$runs/sft" --reward benchmarks/mood.py:mood --select "$select" --overwrite \
         --output-dir "$runs/rejection-sampling-$select" --dataset "$data/stories_sft_train.jsonl" \
         --eval-dataset "$data/stories_sft_test.jsonl" --max-completion-length 160 --num-generations 8 \
-        --prompts 800 --epochs 3 --batch-size 32 --learning-rate 5e-4
+        --prompts-per-iteration 800 --epochs 3 --batch-size 32 --learning-rate 5e-4
 done
 {
     python - "$runs"/dpo-{mood,polite_short,pandalm_human} << 'PYTHON'

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, distance, gradients, ragged_batch
+from conftest import CPU, VOCAB, distance, gradients, ragged_batch
 
 import common
 import ppo
@@ -40,204 +40,243 @@ def grid(entry, mask=MASK):
     ]
 
 
-def slow_logprobs(model, batch, mask, temperature):
+def sequences_of(batch):
+    """The ids of each row, prompt and completion, without padding."""
+    sequences = []
+    for inputs, targets, n in zip(
+        batch["inputs"], batch["targets"], batch["attention_mask"].sum(1)
+    ):
+        sequences.append([*inputs[:n].tolist(), targets[n - 1].item()])
+    return sequences
+
+
+def slow_logprobs(model, batch, temperature):
     """Row by row without padding, through the model's own forward and head -> logprobs, entropy."""
-    logprobs, entropy = ([[0.0] * mask.shape[1] for _ in mask] for _ in range(2))
-    for i, length in enumerate(batch.lengths):
-        ids = batch.input_ids[i, :length].tolist()
+    mask = batch["mask"].tolist()
+    logprobs = [[0.0] * len(row) for row in mask]
+    entropy = [[0.0] * len(row) for row in mask]
+    for i, ids in enumerate(sequences_of(batch)):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0].tolist()
-        for t in range(length - 1):
-            if mask[i, t]:
+        for t in range(len(ids) - 1):
+            if mask[i][t]:
                 scaled = [x / temperature for x in logits[t]]
                 log_normaliser = math.log(sum(math.exp(x) for x in scaled))
-                logprobs[i][t] = scaled[ids[t + 1]] - log_normaliser
-                entropy[i][t] = -sum(
-                    math.exp(x - log_normaliser) * (x - log_normaliser)
-                    for x in scaled
-                    if x > -math.inf
-                )
+                logps = [x - log_normaliser for x in scaled]
+                logprobs[i][t] = logps[ids[t + 1]]
+                entropy[i][t] = -sum(math.exp(x) * x for x in logps)
     return logprobs, entropy
 
 
-@pytest.mark.parametrize("script, temperature", [(sft, 1.0), (ppo, 0.7)])
-def test_token_logprobs(script, temperature, policy):
-    """Shift, gather, temperature, cap and mask are those of the loop; nothing of prompt and padding."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs(temperature, policy):
+    """Shift, gather, temperature, cap and mask are those of the loop; nothing of prompt and
+    padding."""
     batch = ragged_batch(1)
-    mask = batch.completion_mask[:, 1:]
-    inputs = (policy, batch.input_ids, batch.attention_mask, mask, temperature)
-    logprobs, entropy = script.token_logprobs(*inputs)
-    slow = slow_logprobs(policy, batch, mask, temperature)
-    assert_near(logprobs, slow[0], atol=1e-5)
-    assert_near(entropy, slow[1], atol=1e-5)
+    mask = batch["mask"]
+    logprobs, entropy = ppo.token_logprobs_and_entropy(policy, batch, temperature)
+    slow_logps, slow_entropy = slow_logprobs(policy, batch, temperature)
+    assert_near(logprobs, slow_logps, atol=1e-5)
+    assert_near(entropy, slow_entropy, atol=1e-5)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert logprobs.requires_grad and not entropy.requires_grad
     assert (logprobs[mask == 0] == 0).all() and (entropy[mask == 0] == 0).all()
     assert mask.sum() == sum((7, 1, 12, 4, 2, 7))
+    assert_near(sft.token_logprobs(policy, batch, temperature), slow_logps, atol=1e-5)
 
 
 def test_token_logprobs_defaults_to_temperature_one(tiny_llama):
     """And a temperature of 0.7 is another distribution."""
     batch = ragged_batch(2)
-    inputs = (tiny_llama, batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:])
     with torch.no_grad():
-        assert torch.equal(ppo.token_logprobs(*inputs)[0], ppo.token_logprobs(*inputs, 1.0)[0])
-        assert (
-            ppo.token_logprobs(*inputs)[0] - ppo.token_logprobs(*inputs, 0.7)[0]
-        ).abs().max() > 0.5
+        plain, _ = ppo.token_logprobs_and_entropy(tiny_llama, batch)
+        one, _ = ppo.token_logprobs_and_entropy(tiny_llama, batch, 1.0)
+        sharp, _ = ppo.token_logprobs_and_entropy(tiny_llama, batch, 0.7)
+        assert torch.equal(plain, one)
+        assert (plain - sharp).abs().max() > 0.5
+        assert torch.equal(
+            sft.token_logprobs(tiny_llama, batch), sft.token_logprobs(tiny_llama, batch, 1.0)
+        )
 
 
 def test_token_logprobs_keep_the_cap_of_gemma2(tiny_gemma2, monkeypatch):
     """The cap is small enough here that losing it shows, and it stays within +-cap."""
     batch = ragged_batch(2)
-    mask = batch.completion_mask[:, 1:]
-    inputs = (tiny_gemma2, batch.input_ids, batch.attention_mask, mask)
     with torch.no_grad():
-        capped, _ = ppo.token_logprobs(*inputs)
+        capped = sft.token_logprobs(tiny_gemma2, batch)
         assert capped.min() > -4 - math.log(64)
         monkeypatch.setattr(tiny_gemma2.config, "final_logit_softcapping", None)
-        assert (capped - ppo.token_logprobs(*inputs)[0]).abs().max() > 1
+        assert (capped - sft.token_logprobs(tiny_gemma2, batch)).abs().max() > 1
 
 
-@pytest.mark.parametrize("kind", [torch.bool, torch.long, torch.float32])
-def test_masks_of_any_dtype_mean_the_same(kind, tiny_llama):
-    """Bool, integer and float masks give one result in every function that takes one."""
-    batch = ragged_batch(3)
-    mask = batch.completion_mask[:, 1:]
-    inputs = (tiny_llama, batch.input_ids, batch.attention_mask)
-    with torch.no_grad():
-        ours, theirs = (ppo.token_logprobs(*inputs, m)[0] for m in (mask.to(kind), mask))
-    assert torch.equal(ours, theirs)
-    x, y = normal(1, ROWS, WIDTH), normal(2, ROWS, WIDTH)
-    results = [
-        (
-            ppo.masked_mean(x, m),
-            ppo.masked_whiten(x, m),
-            ppo.token_rewards(x[:, 0], x, y, m, 0.1),
-            *ppo.gae(x, y, m, 0.9, 0.8),
-        )
-        for m in (MASK.to(kind), MASK)
-    ]
-    for ours, theirs in zip(*results):
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_of_any_dtype_mean_the_same(kind, tiny_llama, scorers):
+    """Bool and float masks give what integer ones do in every function that takes one."""
+    x = normal(1, ROWS, WIDTH)
+    y = normal(2, ROWS, WIDTH)
+
+    def results(dtype):
+        batch = ragged_batch(3)
+        batch["mask"] = batch["mask"].to(dtype)
+        mask = MASK.to(dtype)
+        with torch.no_grad():
+            return [
+                sft.token_logprobs(tiny_llama, batch),
+                *ppo.token_logprobs_and_entropy(tiny_llama, batch),
+                ppo.token_values(scorers["llama"], batch),
+                ppo.masked_mean(x, mask),
+                ppo.masked_whiten(x, mask),
+                ppo.token_rewards(x[:, 0], x, y, mask, 0.1),
+                *ppo.gae(x, y, mask, 0.9, 0.8),
+                ppo.explained_variance(x, y, mask),
+            ]
+
+    for ours, theirs in zip(results(kind), results(torch.long), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def dense_logprobs(model, batch, mask, temperature):
+def dense_logprobs(model, batch, temperature):
     """All logits at once through the model's own head, for gradients."""
-    logits = (
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
-    )
-    logps = (logits / temperature).log_softmax(-1)
-    return logps.gather(-1, batch.input_ids[:, 1:, None])[..., 0] * mask
+    logits = model(input_ids=batch["inputs"], attention_mask=batch["attention_mask"]).logits
+    logps = (logits.float() / temperature).log_softmax(-1)
+    return logps.gather(-1, batch["targets"][..., None])[..., 0] * batch["mask"]
 
 
-def count_heads(monkeypatch):
+def set_chunk(monkeypatch, model, tokens):
+    """Head and softmax see so many tokens at a time: the size of a chunk follows from that of the
+    vocabulary."""
+    monkeypatch.setattr(model.config.get_text_config(), "vocab_size", 40_000_000 // tokens)
+
+
+def count_heads(monkeypatch, script):
     """Rows of logits in each call of the head, recomputations too."""
-    calls, scaled = [], common._scaled
-    monkeypatch.setattr(
-        common, "_scaled", lambda m, logits: (calls.append(len(logits)), scaled(m, logits))[1]
-    )
+    calls = []
+    head_logits = script.head_logits
+
+    def counted(model, hidden):
+        calls.append(len(hidden))
+        return head_logits(model, hidden)
+
+    monkeypatch.setattr(script, "head_logits", counted)
     return calls
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_of_token_logprobs_is_the_dense_one(bias, policy, monkeypatch):
-    """In one chunk and in chunks of four tokens, values and gradients are those of all logits at once; with
-    a frozen head too."""
-    policy, (batch, temperature) = copy.deepcopy(policy), (ragged_batch(4), 0.7)
+    """In one chunk and in chunks of four tokens, values and gradients are those of all logits at
+    once; with a frozen head too."""
+    policy = copy.deepcopy(policy)
+    batch = ragged_batch(4)
+    temperature = 0.7
     head = policy.get_output_embeddings()
     if bias:
         head.bias = torch.nn.Parameter(normal(6, VOCAB))
-    mask = batch.completion_mask[:, 1:]
-    weights = normal(5, *mask.shape)
-    calls = count_heads(monkeypatch)
-    for frozen in (False, True):
-        head.requires_grad_(not frozen)
-        dense = dense_logprobs(policy, batch, mask, temperature)
+    weights = normal(5, *batch["mask"].shape)
+    ppo_calls = count_heads(monkeypatch, ppo)
+    sft_calls = count_heads(monkeypatch, sft)
+    for is_frozen in (False, True):
+        head.requires_grad_(not is_frozen)
+        dense = dense_logprobs(policy, batch, temperature)
         (weights * dense).sum().backward()
         dense_gradient = gradients(policy)
-        for size, chunks in ((100 * VOCAB, 1), (4 * VOCAB, 9)):
-            monkeypatch.setattr(common, "CHUNK", size)
-            inputs = (policy, batch.input_ids, batch.attention_mask, mask, temperature)
-            logprobs, entropy = ppo.token_logprobs(*inputs)
-            assert len(calls) == chunks and sum(calls) == 33
+        for tokens, num_chunks in ((100, 1), (4, 9)):
+            set_chunk(monkeypatch, policy, tokens)
+            logprobs, entropy = ppo.token_logprobs_and_entropy(policy, batch, temperature)
+            assert len(ppo_calls) == num_chunks and sum(ppo_calls) == 33
             assert_near(logprobs, dense.detach(), atol=1e-5)
             assert not entropy.requires_grad
             if not bias:
-                assert_near(entropy, slow_logprobs(policy, batch, mask, temperature)[1], atol=1e-5)
+                _, slow_entropy = slow_logprobs(policy, batch, temperature)
+                assert_near(entropy, slow_entropy, atol=1e-5)
             (weights * logprobs).sum().backward()
             assert distance(gradients(policy), dense_gradient) < 1e-6
-            calls.clear()
+            logprobs = sft.token_logprobs(policy, batch, temperature)
+            assert len(sft_calls) == num_chunks and sum(sft_calls) == 33
+            assert_near(logprobs, dense.detach(), atol=1e-5)
+            (weights * logprobs).sum().backward()
+            assert distance(gradients(policy), dense_gradient) < 1e-6
+            ppo_calls.clear()
+            sft_calls.clear()
 
 
 def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monkeypatch):
     """Many chunks of one row: as near to float32's gradient as one chunk in bfloat16 is."""
     batch = ragged_batch(4)
-    mask = batch.completion_mask[:, 1:]
-    inputs = (tiny_qwen2, batch.input_ids, batch.attention_mask, mask)
-    found = {}
-    for name, size, half in (("exact", 2**30, False), ("one", 2**30, True), ("many", VOCAB, True)):
-        monkeypatch.setattr(common, "CHUNK", size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            logprobs, entropy = ppo.token_logprobs(*inputs)
+    head_gradients = {}
+    all_gradients = {}
+    for name, tokens, is_half in (("exact", 1000, False), ("one", 1000, True), ("many", 1, True)):
+        set_chunk(monkeypatch, tiny_qwen2, tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            logprobs, entropy = ppo.token_logprobs_and_entropy(tiny_qwen2, batch)
         assert logprobs.dtype == entropy.dtype == torch.float32
         logprobs.sum().backward()
-        found[name] = tiny_qwen2.get_output_embeddings().weight.grad.clone(), gradients(tiny_qwen2)
-    for exact, one, many in zip(*found.values()):
-        assert 1e-3 < distance(one, exact) < 5e-2
-        assert distance(many, exact) < 1.2 * distance(one, exact)
+        head_gradients[name] = tiny_qwen2.get_output_embeddings().weight.grad.clone()
+        all_gradients[name] = gradients(tiny_qwen2)
+    for result in (head_gradients, all_gradients):
+        assert 1e-3 < distance(result["one"], result["exact"]) < 5e-2
+        one_chunk = distance(result["one"], result["exact"])
+        assert distance(result["many"], result["exact"]) < 1.2 * one_chunk
 
 
-@pytest.mark.parametrize("rows", [4, 1000])
-def test_a_token_of_probability_zero_has_no_entropy(rows, tiny_llama, monkeypatch):
-    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is - infinity, which
-    stops a run, not some number."""
-    monkeypatch.setattr(common, "CHUNK", rows * VOCAB)
-    batch, scaled = ragged_batch(4), common._scaled
-    mask = batch.completion_mask[:, 1:]
-    batch.input_ids[:] = 5
-    banned = torch.arange(VOCAB) >= VOCAB // 2
-    monkeypatch.setattr(common, "_scaled", lambda m, x: scaled(m, x).masked_fill(banned, -math.inf))
-    logprobs, entropy = ppo.token_logprobs(tiny_llama, batch.input_ids, batch.attention_mask, mask)
+@pytest.mark.parametrize("tokens", [4, 1000])
+def test_a_token_of_probability_zero_has_no_entropy(tokens, tiny_llama, monkeypatch):
+    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is - infinity,
+    which stops a run, not some number."""
+    batch = ragged_batch(4)
+    mask = batch["mask"].bool()
+    is_banned = torch.arange(VOCAB) >= VOCAB // 2
+    head_logits = ppo.head_logits
+    monkeypatch.setattr(
+        ppo, "head_logits", lambda m, x: head_logits(m, x).masked_fill(is_banned, -math.inf)
+    )
+    set_chunk(monkeypatch, tiny_llama, tokens)
+    batch["targets"][:] = 5
+    logprobs, entropy = ppo.token_logprobs_and_entropy(tiny_llama, batch)
     assert torch.isfinite(logprobs).all() and torch.isfinite(entropy).all()
     assert 0 < entropy.max() < math.log(VOCAB / 2)
     logprobs.sum().backward()
     assert torch.isfinite(gradients(tiny_llama)).all()
-    batch.input_ids[:] = VOCAB - 1
-    logprobs, _ = ppo.token_logprobs(tiny_llama, batch.input_ids, batch.attention_mask, mask)
-    assert (logprobs[mask.bool()] == -math.inf).all()
+    batch["targets"][:] = VOCAB - 1
+    logprobs, _ = ppo.token_logprobs_and_entropy(tiny_llama, batch)
+    assert (logprobs[mask] == -math.inf).all()
 
 
-def test_chunks_are_recomputed_in_the_backward_pass(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("script", [sft, ppo])
+def test_chunks_are_recomputed_in_the_backward_pass(script, tiny_llama, monkeypatch):
     """So that the logits of one chunk only are alive; without gradient nothing runs twice."""
     batch = ragged_batch(4)
-    calls = count_heads(monkeypatch)
-    monkeypatch.setattr(common, "CHUNK", 16 * VOCAB)
-    inputs = (tiny_llama, batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:])
-    logprobs, _ = ppo.token_logprobs(*inputs)
-    forward, all_tokens = list(calls), 33
-    assert sum(forward) == all_tokens and max(forward) == 16
+    calls = count_heads(monkeypatch, script)
+    set_chunk(monkeypatch, tiny_llama, 16)
+
+    def logprobs_of(batch):
+        if script is sft:
+            return sft.token_logprobs(tiny_llama, batch)
+        return ppo.token_logprobs_and_entropy(tiny_llama, batch)[0]
+
+    logprobs = logprobs_of(batch)
+    assert calls == [16, 16, 1]
     logprobs.sum().backward()
     gradients(tiny_llama)
-    assert sum(calls) == 2 * all_tokens and max(calls) == 16
+    assert sum(calls) == 2 * 33 and max(calls) == 16
     calls.clear()
     with torch.no_grad():
-        assert torch.equal(logprobs, ppo.token_logprobs(*inputs)[0])
-    assert calls == forward
+        assert torch.equal(logprobs, logprobs_of(batch))
+    assert calls == [16, 16, 1]
 
 
 def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scorers):
     """A micro-batch that trains on nothing is finite and leaves every gradient at 0."""
-    batch, scorer = ragged_batch(6), scorers["llama"]
-    nothing = torch.zeros_like(batch.completion_mask[:, 1:])
-    inputs = (batch.input_ids, batch.attention_mask, nothing)
-    logprobs, entropy = ppo.token_logprobs(tiny_llama, *inputs)
-    values = ppo.token_values(scorer, *inputs)
-    pg_loss, clipped = ppo.policy_loss(
-        logprobs, logprobs.detach(), normal(1, *nothing.shape), nothing, 0.2
-    )
+    batch = ragged_batch(6)
+    batch["mask"] = torch.zeros_like(batch["mask"])
+    nothing = batch["mask"]
+    scorer = scorers["llama"]
+    logprobs, entropy = ppo.token_logprobs_and_entropy(tiny_llama, batch)
+    values = ppo.token_values(scorer, batch)
+    advantages = normal(1, *nothing.shape)
+    pg_loss, clipped = ppo.policy_loss(logprobs, logprobs.detach(), advantages, nothing, 0.2)
     vf_loss, _ = ppo.value_loss(values, values.detach(), values.detach(), nothing, 0.2)
-    (pg_loss + vf_loss + sft.sft_loss(logprobs, nothing)).backward()
+    nll = sft.sft_loss(sft.token_logprobs(tiny_llama, batch), nothing)
+    (pg_loss + vf_loss + nll).backward()
     assert not logprobs.any() and not entropy.any() and not values.any() and not clipped.any()
     assert not gradients(tiny_llama).any() and not gradients(scorer).any()
     x = normal(2, ROWS, WIDTH)
@@ -312,9 +351,9 @@ def test_token_rewards_of_a_row_that_takes_no_part():
     assert not rewards.any()
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
-def test_gae(gamma, lam):
-    """A_t is the sum of (gamma lam)^k delta_{t+k} over the row's own actions, V past the last being 0."""
+@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
+def test_gae(gamma, gae_lambda):
+    """A_t is the sum of (gamma lambda)^k delta_{t+k} over the row's own actions, V past the last being 0."""
     rewards, values = normal(1, ROWS, WIDTH), normal(2, ROWS, WIDTH)  # rubbish outside the mask
 
     def slow(i, t):
@@ -323,15 +362,15 @@ def test_gae(gamma, lam):
         for k, u in enumerate(u for u in actions if u >= t):
             next_value = values[i, u + 1].item() if u + 1 in actions else 0.0
             delta = rewards[i, u].item() + gamma * next_value - values[i, u].item()
-            advantage += (gamma * lam) ** k * delta
+            advantage += (gamma * gae_lambda) ** k * delta
         return advantage
 
-    advantages, returns = ppo.gae(rewards, values, MASK, gamma, lam)
+    advantages, returns = ppo.gae(rewards, values, MASK, gamma, gae_lambda)
     assert_near(advantages, grid(slow))
     assert_near(returns, grid(lambda i, t: slow(i, t) + values[i, t].item()))
 
 
-def test_gae_with_lam_one_is_the_discounted_return_less_the_value():
+def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
     """No value but that of the state itself enters: A = sum of gamma^k r - V, and returns hold no value."""
     rewards, values, gamma = normal(3, ROWS, WIDTH), normal(4, ROWS, WIDTH), 0.9
 
@@ -394,6 +433,27 @@ def test_policy_loss_before_the_first_update():
     assert not clipped.any()
 
 
+def test_policy_loss_of_a_ratio_beyond_float32():
+    """A token that the clip or an advantage of 0 removes adds nothing, and never inf * 0; where the
+    ratio counts it is cut at exp(20), so that the loss stays finite. Ratios near 0 are left alone."""
+    log_ratio = torch.tensor([[1000.0, 1000.0, 1000.0, 1000.0, -1000.0, -1000.0]])
+    advantages = torch.tensor([[2.0, 0.0, -2.0, 3.0, 2.0, -2.0]])
+    weights = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
+    logprobs = log_ratio.requires_grad_()
+    loss, clipped = ppo.policy_loss(
+        logprobs, torch.zeros(1, 6), advantages, weights, 0.2, epsilon_high=0.3
+    )
+    loss.backward()
+    # good and risen: 1.3; no advantage: 0; bad and risen: exp(20); not trained: 0; fallen: 0 and 0.8
+    assert_near(loss, -2 * 1.3 + 2 * math.exp(20) + 2 * 0.8)
+    assert not logprobs.grad.any()
+    assert clipped.tolist() == [[True, False, False, False, False, True]]
+    below = torch.tensor([[19.9]], requires_grad=True)  # below the cut nothing is lost
+    loss, _ = ppo.policy_loss(below, torch.zeros(1, 1), -torch.ones(1, 1), torch.ones(1, 1), 0.2)
+    loss.backward()
+    assert_near(below.grad, [[math.exp(19.9)]])
+
+
 @pytest.mark.parametrize("value_clip", [0.2, 1.0])
 def test_value_loss(value_clip):
     """Half of the larger square, of the value itself or of the value at most value_clip from the old one."""
@@ -424,6 +484,34 @@ def test_value_loss(value_clip):
     assert_near(ours, loss)
     assert_near(values.grad, gradient)
     assert torch.equal(ours_clipped, clipped)
+
+
+def test_explained_variance():
+    """1 less the share of the returns' variance that the values leave, over the mask alone."""
+    returns = normal(1, ROWS, WIDTH, shift=2.0) + 1e3 * (1 - MASK)
+    values = returns + normal(2, ROWS, WIDTH, scale=0.5, shift=-1.0) - 1e4 * (1 - MASK)
+    cells = [(i, t) for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
+
+    def variance(numbers):
+        mean = sum(numbers) / len(numbers)
+        return sum((x - mean) ** 2 for x in numbers) / len(numbers)
+
+    errors = [returns[i, t].item() - values[i, t].item() for i, t in cells]
+    slow = 1 - variance(errors) / variance([returns[i, t].item() for i, t in cells])
+    assert 0.5 < slow < 0.9
+    assert_near(ppo.explained_variance(returns, values, MASK), slow)
+
+
+def test_explained_variance_of_special_values():
+    """1 for the returns themselves, a constant added or not; 0 for a constant; -3 for the returns
+    turned round; NaN, not a division by 0, where the returns do not vary."""
+    returns = normal(1, ROWS, WIDTH)
+    assert_near(ppo.explained_variance(returns, returns, MASK), 1.0)
+    assert_near(ppo.explained_variance(returns, returns + 5, MASK), 1.0)
+    assert_near(ppo.explained_variance(returns, torch.full_like(returns, 0.7), MASK), 0.0)
+    assert_near(ppo.explained_variance(returns, -returns, MASK), -3.0)
+    assert ppo.explained_variance(torch.full_like(returns, 0.7), returns, MASK).isnan()
+    assert ppo.explained_variance(returns, returns, torch.zeros_like(MASK)).isnan()
 
 
 def test_sft_loss():
@@ -466,45 +554,51 @@ def test_bradley_terry_loss(margin):
     assert_near(rejected.grad, [-slope for slope in slopes])
 
 
-def slow_heads(model, batch):
+def slow_heads(model, sequences):
     """The scalar head at every position of every row, without padding, as loops."""
-    weight, rows = model.score.weight[0].tolist(), []
-    for ids, length in zip(batch.input_ids, batch.lengths):
+    weight = model.score.weight[0].tolist()
+    rows = []
+    for ids in sequences:
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids[None, :length]).last_hidden_state[0].tolist()
+            hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0].tolist()
         rows.append([sum(h * w for h, w in zip(position, weight)) for position in hidden])
     return rows
+
+
+def score_batch(sequences, pad_id=0):
+    """Whole sequences, right-padded, as sequence_scores takes them."""
+    mask = [[1] * len(ids) for ids in sequences]
+    return {
+        "inputs": common.pad_rows(sequences, CPU, value=pad_id),
+        "attention_mask": common.pad_rows(mask, CPU),
+    }
 
 
 @pytest.mark.parametrize("pad_id", [0, 1, 17])
 def test_sequence_scores(pad_id, scorer):
     """The head at the last real token of each row, though rows hold PAD and may end in it."""
-    batch = ragged_batch(7)
-    for i, length in enumerate(batch.lengths):
-        batch.input_ids[i, length:] = pad_id
-    batch.input_ids[0, batch.lengths[0] - 1] = pad_id
-    scores = reward_model.sequence_scores(scorer, batch.input_ids, batch.attention_mask)
+    sequences = sequences_of(ragged_batch(7))
+    sequences[0][-1] = pad_id
+    scores = reward_model.sequence_scores(scorer, score_batch(sequences, pad_id))
     assert scores.shape == (6,) and scores.dtype == torch.float32
-    assert_near(scores, [row[-1] for row in slow_heads(scorer, batch)], atol=1e-5)
+    assert_near(scores, [row[-1] for row in slow_heads(scorer, sequences)], atol=1e-5)
 
 
 def test_sequence_scores_are_those_of_transformers(scorers):
     """Where no PAD stands inside a row, the model's own forward pools at the same place."""
+    sequences = [[5 if i == 0 else i for i in ids] for ids in sequences_of(ragged_batch(8))]
+    batch = score_batch(sequences)
     for model in scorers.values():
-        batch = ragged_batch(8)
-        batch.input_ids[batch.input_ids == 0] = 5
-        batch.input_ids[batch.attention_mask == 0] = 0
         with torch.no_grad():
-            scores = reward_model.sequence_scores(model, batch.input_ids, batch.attention_mask)
-            theirs = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+            scores = reward_model.sequence_scores(model, batch)
+            theirs = model(batch["inputs"], attention_mask=batch["attention_mask"]).logits[:, 0]
         assert_near(scores, theirs, atol=1e-5)
 
 
 def test_token_values(scorer):
-    """Column t is the head at token t, before token t+1 is chosen; 0 outside the mask."""
+    """Column t is the head at inputs[:, t], before targets[:, t] is chosen; 0 outside the mask."""
     batch = ragged_batch(9)
-    mask = batch.completion_mask[:, 1:]
-    heads = slow_heads(scorer, batch)
-    values = ppo.token_values(scorer, batch.input_ids, batch.attention_mask, mask)
-    assert values.shape == mask.shape and values.dtype == torch.float32
-    assert_near(values, grid(lambda i, t: heads[i][t], mask), atol=1e-5)
+    heads = slow_heads(scorer, sequences_of(batch))
+    values = ppo.token_values(scorer, batch)
+    assert values.shape == batch["mask"].shape and values.dtype == torch.float32
+    assert_near(values, grid(lambda i, t: heads[i][t], batch["mask"]), atol=1e-5)

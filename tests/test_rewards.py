@@ -12,6 +12,8 @@ import torch
 import transformers
 
 import common
+import sft
+from reward_model import sequence_scores
 
 CPU = torch.device("cpu")
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -99,9 +101,19 @@ def save(tmp_path):
 
 
 def reward_model(path, tokenizer, budget=64):
-    args = types.SimpleNamespace(reward=path, micro_batch_tokens=budget)
-    stop_ids = common.eos_ids(tokenizer, None)
-    return common.RewardModel(args, tokenizer, CPU, contextlib.nullcontext, stop_ids, longest=16)
+    eos_ids = common.find_eos_ids(tokenizer, path)
+    return load_reward(path, [], tokenizer, eos_ids, budget)
+
+
+def load_reward(reward, examples, tokenizer=None, eos_ids=(1,), budget=64):
+    return common.load_reward(
+        types.SimpleNamespace(reward=reward, micro_batch_tokens=budget),
+        examples,
+        tokenizer or sft.tiny_tokenizer(),
+        eos_ids,
+        device=CPU,
+        autocast=contextlib.nullcontext,
+    )
 
 
 def example(tokenizer, prompt, **columns):
@@ -122,7 +134,7 @@ PROMPTS = ["abcd>", "zyxwvuts>", "hello>", "q>", "monday>"]
 
 def tiny_rows(endings, prompts=PROMPTS):
     """Examples and completions (ids) in tiny_tokenizer's tokens; an ending is a text that may hold [EOS]."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     examples = [example(tokenizer, prompt) for prompt in prompts]
     return tokenizer, examples, [tokenizer(text).input_ids for text in endings]
 
@@ -155,52 +167,82 @@ def file(tmp_path):
     return str(tmp_path / "my_reward.py")
 
 
-def test_find_checker_in_a_file(file):
-    function = common.find_checker(f"{file}:length", [])
-    assert function([], ["ab", ""], []) == [2.0, 0.0]
+def test_function_in_a_file(file):
+    tokenizer = sft.tiny_tokenizer()
+    score = load_reward(f"{file}:length", [])
+    examples = [example(tokenizer, "ab>")] * 2
+    assert score(examples, [tokenizer("ab[EOS]").input_ids, [1]]).tolist() == [2.0, 0.0]
 
 
-def test_find_checker_missing(file, refused):
-    refused(["--reward is missing", common.TASK, ":function"], common.find_checker, None, [])
-    refused(["none/file.py", "no file"], common.find_checker, "none/file.py:f", [])
-    refused([file, "no function other"], common.find_checker, f"{file}:other", [])
-    refused([file, "no function value"], common.find_checker, f"{file}:value", [])
-    refused([file, "no function"], common.find_checker, f"{file}:", [])
+def test_function_that_is_not_there(file, refused):
+    refused(["--reward is missing", common.TASK, "gsm8k", ":function"], load_reward, None, [])
+    refused(["none/file.py", "no such file"], load_reward, "none/file.py:f", [])
+    refused([file, "no function other"], load_reward, f"{file}:other", [])
+    refused([file, "no function"], load_reward, f"{file}:", [])
+    refused([file, ":function"], load_reward, file, [])
 
 
 @pytest.mark.parametrize("reward", ["runs/reward_model", "./model", "someone/some-model", "/x/y.z"])
-def test_any_other_name_is_a_model(reward):
-    assert common.find_checker(reward, []) is None
-
-
-def test_file_without_a_function_named(file, refused):
-    refused([file, ":function"], common.find_checker, file, [])
+def test_any_other_name_is_a_model(reward, monkeypatch):
+    monkeypatch.setattr(common, "RewardModel", lambda args, *others: f"the model {args.reward}")
+    assert load_reward(reward, []) == f"the model {reward}"
 
 
 def test_file_with_a_dataclass(tmp_path):
+    """What the file defines beside the function is there when it is called."""
     lines = ["from __future__ import annotations", "from dataclasses import dataclass"]
-    lines += ["@dataclass", "class Rule:", "    weight: float = 1.0", FILE]
+    lines += ["@dataclass", "class Rule:", "    weight: float = 0.5"]
+    lines += ["def rule(prompts, completions, rows):", "    return [Rule().weight]"]
+    lines += ["assert __name__ != '__main__'"]
     (tmp_path / "rules.py").write_text("\n".join(lines))
-    assert common.find_checker(f"{tmp_path}/rules.py:length", [])([], ["ab"], []) == [2.0]
+    score = load_reward(f"{tmp_path}/rules.py:rule", [])
+    assert score([example(sft.tiny_tokenizer(), "ab>")], [[4, 1]]).tolist() == [0.5]
 
 
 def test_built_in_checker(refused):
-    tokenizer = common.tiny_tokenizer()
-    good, bad = example(tokenizer, "ab>", answer="ba"), example(tokenizer, "ab>", solution="ba")
-    function = common.find_checker(common.TASK, [good])
+    """A row without an answer that it reads is named, with its file and line, before anything is sampled."""
+    tokenizer = sft.tiny_tokenizer()
+    good = example(tokenizer, "ab>", answer="ba")
+    score = load_reward(common.TASK, [good])
     end = tokenizer.eos_token_id
-    right, wrong = tokenizer("ba").input_ids, tokenizer("ab").input_ids
-    scores, texts = common.call_checker(
-        function, tokenizer, [good] * 3, [[*right, end], right, wrong], [end]
-    )
-    assert scores.tolist() == [1, 0, 0] and texts == ["ba", "ba", "ab"]
-    words = ["rows.jsonl line 1", "--reward", common.TASK, "`answer`", "prompt, solution"]
-    refused(words, common.find_checker, common.TASK, [good, bad])
-    refused(["`answer`"], common.find_checker, common.TASK, [example(tokenizer, "ab>", answer=5)])
+    right = tokenizer("ba").input_ids
+    wrong = tokenizer("ab").input_ids
+    completions = [[*right, end], right, [*wrong, end]]
+    assert score([good] * 3, completions).tolist() == [1, 0, 0]
+    for reward, columns in [
+        (common.TASK, dict(solution="ba")),
+        (common.TASK, dict(answer=5)),
+        (common.TASK, dict(answer=None)),
+        ("gsm8k", dict(answer="no number at all")),
+        ("gsm8k", dict(answer=["#### 3"])),
+    ]:
+        fine = good | {"row": {"answer": "ba" if reward == common.TASK else "#### 12"}}
+        assert callable(load_reward(reward, [fine]))
+        bad = example(tokenizer, "ab>", **columns) | {"where": "rows.jsonl line 7"}
+        words = ["rows.jsonl line 7", f"--reward {reward}", "`answer`"]
+        refused(words, load_reward, reward, [fine, bad])
+
+
+def test_gold_is_the_exact_checker_of_data_or_reward():
+    tokenizer = sft.tiny_tokenizer()
+    right = [tokenizer("ab[EOS]").input_ids]
+    examples = [example(tokenizer, "ba>", answer="ab")]
+    for dataset, reward, has_gold in [
+        ("sort", "runs/reward_model", True),
+        ("rows.jsonl", "sort", True),
+        ("rows.jsonl", "runs/reward_model", False),
+        ("rows.jsonl", "my/file.py:sort", False),
+    ]:
+        args = types.SimpleNamespace(dataset=dataset, reward=reward)
+        gold = common.load_gold(args, tokenizer, [1])
+        assert (gold is not None) == has_gold
+        assert gold is None or gold(examples, right).tolist() == [1.0]
+    assert common.load_gold(types.SimpleNamespace(dataset="rows.jsonl"), tokenizer, [1]) is None
 
 
 def test_checker_is_given_texts_columns_and_finished():
-    tokenizer, seen = common.tiny_tokenizer(), []
+    tokenizer = sft.tiny_tokenizer()
+    seen = []
 
     def judge(prompts, completions, rows):
         seen.append((prompts, completions, rows))
@@ -210,12 +252,12 @@ def test_checker_is_given_texts_columns_and_finished():
     examples = [example(tokenizer, "ab>", answer="ba", level=3) for _ in range(4)]
     examples[1]["prompt"] = messages
     before = json.dumps(examples)
-    completions = [[*tokenizer("ba").input_ids, 1], tokenizer("ba").input_ids, [2, 3], []]
-    scores, texts = common.call_checker(judge, tokenizer, examples, completions, stop_ids=[1, 3])
-    ((prompts, given, rows),) = seen
+    completions = [[*tokenizer("ba").input_ids, 1], tokenizer("ba").input_ids, [2, 3], [1]]
+    scores = common.checker_reward(judge, tokenizer, [1, 3])(examples, completions)
+    ((prompts, texts, rows),) = seen
     assert prompts == ["ab>", messages, "ab>", "ab>"]
-    assert given == texts == ["ba", "ba", tokenizer.decode([2, 3], skip_special_tokens=True), ""]
-    assert [row["finished"] for row in rows] == [True, False, True, False]
+    assert texts == ["ba", "ba", tokenizer.decode([2, 3], skip_special_tokens=True), ""]
+    assert [row["finished"] for row in rows] == [True, False, True, True]
     assert all(
         row == e["row"] | {"finished": row["finished"]}
         for row, e in zip(rows, examples, strict=True)
@@ -233,19 +275,14 @@ def test_checker_is_given_texts_columns_and_finished():
         ([1.0, math.inf], ["inf"]),
         ([1.0, "0.5"], ["'0.5'"]),
         ([1.0, [0.5]], ["[0.5]"]),
-        ([1.0], ["1 value", "2"]),
-        ([1.0] * 3, ["3 values", "2"]),
-        (None, ["NoneType", "list"]),
-        (1.0, ["float", "list"]),
+        ([1.0], ["1 number", "2 completions"]),
+        ([1.0] * 3, ["3 numbers", "2 completions"]),
     ],
 )
 def test_checker_that_returns_nonsense(refused, result, words):
-    def judge(prompts, completions, rows):
-        return result
-
-    tokenizer = common.tiny_tokenizer()
-    arguments = judge, tokenizer, [example(tokenizer, "ab>")] * 2, [[5, 1], [6, 1]], [1]
-    refused(["the reward judge", *words], common.call_checker, *arguments)
+    tokenizer = sft.tiny_tokenizer()
+    score = common.checker_reward(lambda prompts, completions, rows: result, tokenizer, [1])
+    refused(["the reward", *words], score, [example(tokenizer, "ab>")] * 2, [[5, 1], [6, 1]])
 
 
 def test_completion_keeps_its_leading_space():
@@ -253,7 +290,8 @@ def test_completion_keeps_its_leading_space():
     ids = tokenizer("there was").input_ids
     assert tokenizer.decode(ids) == "there was"  # decoded alone it has none
     once = example(tokenizer, "Once")
-    _, texts = common.call_checker(lambda p, c, r: [0], tokenizer, [once], [[*ids, 1]], [1])
+    texts = []
+    common.checker_reward(lambda p, c, r: texts.extend(c) or [0], tokenizer, [1])([once], [[*ids, 1]])
     assert texts == [" there was"]
 
 
@@ -292,7 +330,7 @@ def test_score_where_pad_is_eos(save):
 def test_same_tokens_and_a_pad_of_its_own(save):
     """The reward model may have one token more; ids go to it as they are, control tokens included."""
     tokenizer, examples, completions = tiny_rows(SAMPLED)
-    richer = common.tiny_tokenizer()
+    richer = sft.tiny_tokenizer()
     richer.add_special_tokens({"pad_token": "<pad>"})
     model = reward_model(save(richer), tokenizer)
     assert common.same_ids(tokenizer, richer) and not common.same_ids(richer, tokenizer)
@@ -323,7 +361,7 @@ def test_another_tokenizer_is_given_the_text(save, bos):
 
 
 def test_another_tokenizer_is_given_messages_through_its_own_template(save):
-    policy, other = common.tiny_tokenizer(), other_tokenizer(bos=True, chat=True)
+    policy, other = sft.tiny_tokenizer(), other_tokenizer(bos=True, chat=True)
     other.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>")
     policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
     first, said = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}
@@ -353,7 +391,7 @@ def test_another_tokenizer_is_given_messages_through_its_own_template(save):
 )
 def test_another_tokenizer_scores_what_reward_model_py_trains_on(save, tmp_path, template, prompt):
     """The same row, as load_examples cuts it into tokens: it ends in the same token."""
-    policy, other = common.tiny_tokenizer(), other_tokenizer(bos=True)
+    policy, other = sft.tiny_tokenizer(), other_tokenizer(bos=True)
     policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
     other.chat_template = template
     (tmp_path / "rows.jsonl").write_text(
@@ -368,7 +406,7 @@ def test_another_tokenizer_scores_what_reward_model_py_trains_on(save, tmp_path,
 
 
 def test_messages_for_a_reward_model_without_template(save, refused):
-    policy = common.tiny_tokenizer()
+    policy = sft.tiny_tokenizer()
     policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
     model = reward_model(save(other_tokenizer()), policy)
     refused(
@@ -380,7 +418,7 @@ def test_messages_for_a_reward_model_without_template(save, refused):
 
 
 def test_text_over_the_limit_of_the_reward_model(save, refused):
-    policy, other = common.tiny_tokenizer(), other_tokenizer()
+    policy, other = sft.tiny_tokenizer(), other_tokenizer()
     other.model_max_length = 8
     model = reward_model(save(other), policy)
     assert model([example(policy, "abcd>")], [[5, 6, 1]]).shape == (1,)
@@ -419,14 +457,14 @@ def test_encoder_is_scored_by_its_own_forward(save, special, ending):
     ],
 )
 def test_models_that_are_no_reward_model(save, refused, kind, labels, words):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     path = save(tokenizer, kind, num_labels=labels)
     refused([f"--reward {path}", *words], reward_model, path, tokenizer)
 
 
 def test_missing_reward_model(tmp_path, refused):
     path = str(tmp_path / "none")
-    refused([f"--reward {path}", "no such directory"], reward_model, path, common.tiny_tokenizer())
+    refused([f"--reward {path}", "no such directory"], reward_model, path, sft.tiny_tokenizer())
 
 
 def test_score_that_is_not_finite(save, refused):
@@ -437,7 +475,7 @@ def test_score_that_is_not_finite(save, refused):
 
 
 def test_reward_model_is_frozen(save):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     model = reward_model(save(tokenizer), tokenizer).model
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
@@ -447,7 +485,7 @@ TRAIN = types.SimpleNamespace(seed=1, gradient_checkpointing=False)
 
 
 def test_new_head(save):
-    path = save(common.tiny_tokenizer(), "LlamaForCausalLM")
+    path = save(sft.tiny_tokenizer(), "LlamaForCausalLM")
     load = dict(device=CPU, flag="--model", train=TRAIN)
     heads = [
         common.load_scorer(path, new_head=name, **load).score.weight
@@ -475,7 +513,7 @@ WITH_PAD = ["<|right_pad|>", *BARE]
 )
 def test_choose_pad(save, tokens, special, spare, expected, rows):
     """A PAD that is no EOS, with a row in the embedding; that grows only if it must."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     if tokens:
         inner = tokenizers.Tokenizer(
             tokenizers.models.WordLevel({t: i for i, t in enumerate(tokens)})
@@ -497,7 +535,7 @@ def test_choose_pad(save, tokens, special, spare, expected, rows):
 
 
 def test_choose_pad_avoids_every_eos(save):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     model = reward_model(save(tokenizer), tokenizer).model
     common.choose_pad(tokenizer, model, [tokenizer.eos_token_id, tokenizer.pad_token_id])
     assert tokenizer.pad_token == "[UNK]" and model.config.pad_token_id == tokenizer.unk_token_id
@@ -505,7 +543,7 @@ def test_choose_pad_avoids_every_eos(save):
 
 def test_choose_pad_beyond_the_embedding(save):
     """A tokenizer to which somebody has added [PAD] and left the model as it was."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     path = save(tokenizer, "LlamaForCausalLM", vocab_size=30, pad_token_id=0)
     model = common.load_scorer(path, CPU, "--model", train=TRAIN, new_head="normal")
@@ -520,7 +558,7 @@ def test_saved_scores_are_those_of_transformers(save, tmp_path, tokens, pad_is_e
     policy = (
         wordlevel(tokens, eos_token="[EOS]", pad_token="[EOS]")
         if tokens
-        else common.tiny_tokenizer()
+        else sft.tiny_tokenizer()
     )
     if pad_is_eos:
         policy.pad_token = "[EOS]"
@@ -553,7 +591,7 @@ def test_saved_scores_are_those_of_transformers(save, tmp_path, tokens, pad_is_e
 
 
 def test_load_tokenizer(tmp_path, refused):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "no_pad")
     assert common.load_tokenizer(tmp_path / "no_pad").pad_token == "[EOS]"
