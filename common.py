@@ -1,9 +1,10 @@
-"""What the methods of RLHF share and no method is: models, data, sampling, rewards, and runs on
-disk.
+"""What the methods of RLHF share and no method is: models, data, sampling, rewards, runs on disk.
 
-Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in this
-order: 1. command line   2. processes   3. models   4. the built-in task   5. data   6. batches   7.
-sampling 8. rewards   9. runs"""
+Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in order:
+
+    1. command line   2. processes   3. models    4. the built-in task   5. data
+    6. batches        7. sampling    8. rewards   9. runs
+"""
 
 import atexit
 import contextlib
@@ -47,6 +48,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -97,9 +99,7 @@ def setup(args):
     if args.resume:
         saved_flags(args)
     elif "args.json" in names and not args.overwrite:
-        fail(
-            f"{args.output_dir} holds a run: go on with --resume, or set it aside with --overwrite"
-        )
+        fail(f"{args.output_dir} holds a run: --resume goes on, --overwrite sets it aside")
     elif names and "args.json" not in names:
         fail(f"--output-dir {args.output_dir}: holds files, and they are no run; name a new folder")
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
@@ -149,12 +149,11 @@ def start_processes():
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() == 1:
         return torch.device(kind)
-    device = (
-        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    )
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        if kind == "cuda":
-            torch.cuda.set_device(device)
         distributed.init_process_group()
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
@@ -166,9 +165,7 @@ def all_reduce(value, op="sum"):
     if world_size() == 1:
         return value
     total = torch.as_tensor(value).clone()
-    distributed.all_reduce(
-        total, distributed.ReduceOp.SUM if op == "sum" else distributed.ReduceOp.MAX
-    )
+    distributed.all_reduce(total, getattr(distributed.ReduceOp, op.upper()))
     return total if isinstance(value, torch.Tensor) else total.item()
 
 
@@ -256,9 +253,9 @@ def load_tokenizer(path, flag="--model"):
     return tokenizer
 
 
+@functools.cache
 def end_of_turn_id(tokenizer):
-    """The id that ends a completion: what the chat template puts after an assistant's text, else
-    EOS."""
+    """The id that ends a completion: what the chat template puts after a turn, else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
@@ -356,10 +353,8 @@ def prepare(model, device, trainable, gradient_checkpointing=False):
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
         for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = (
-                    True  # what turns it on; the parts of this module stay as they are
-                )
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # what turns it on; a model's own would drop the cache
     return shard(model, device)
 
 
@@ -371,10 +366,9 @@ def head_logits(model, hidden):
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and later
-        logits = (
-            torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        )
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:  # Gemma 2 and later
+        logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -395,12 +389,11 @@ def check_head(model):
     ).logits[0, 2:]
     difference = head_logits(model, hidden).log_softmax(-1) - logits.float().log_softmax(-1)
     if difference.abs().max() > 1e-3:
-        fail(f"{name} scales logits or counts positions in a way that common.py does not know")
+        fail(f"{name} scales logits or counts positions in a way that is not known here")
 
 
 def choose_pad(model, tokenizer, eos_ids):
-    """Give a reward model a PAD that is no EOS: transformers scores at the last id that is not
-    PAD."""
+    """Give a reward model a PAD that is no EOS: transformers scores at the last id but PAD."""
     if tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -411,21 +404,15 @@ def choose_pad(model, tokenizer, eos_ids):
 # ---------------------------------------------------------------- 4. the built-in task
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TASK_ROWS = {
-    "sft": 165,
-    "preference": 40_000,
-    "prompt": 20_000,
-    "held out": 500,
-}  # demonstrations are scarce
+# demonstrations are scarce
+TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}
 
 
 def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>` (`chat`: messages),
-    answer `abcd`.
+    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`. chat: the
+    prompt as messages.
 
-    Whether letters are held out depends on them alone; held-out rows are the same for every seed. A
-    rejected answer has a slip or two and, like most mistakes of a half-trained model, is in order
-    half of the time."""
+    Whether letters are held out depends on them alone; held-out rows are the same for all seeds."""
     rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}")
     rows = []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
@@ -437,8 +424,6 @@ def task_rows(kind, held_out, seed, chat=False):
         if chat:
             request = f"Put these letters into alphabetical order: {letters}"
             row["prompt"] = [{"role": "user", "content": request}]
-        if kind == "sft":
-            row["completion"] = answer
         if kind == "preference":
             row["chosen"] = answer
             row["rejected"] = wrong_answer(answer, rng)
@@ -447,7 +432,8 @@ def task_rows(kind, held_out, seed, chat=False):
 
 
 def wrong_answer(answer, rng):
-    """A letter replaced, swapped, left out or put in; most are put into order again."""
+    """A letter replaced, swapped, left out or put in; like most mistakes of a half-trained model,
+    most answers are in order all the same."""
     wrong = answer
     while wrong == answer:
         i = rng.randrange(len(wrong))
@@ -544,10 +530,7 @@ def read_file(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError(f"it holds one {type(rows).__name__}, not a list of objects")
-            return rows
+            return list(json.loads(text))
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path} line {number}"
@@ -571,9 +554,8 @@ def preference_example(row, tokenizer, end_id, args):
     """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
     chosen = text_or_messages(row, ["chosen"])
     rejected = text_or_messages(row, ["rejected"])
-    is_whole = isinstance(chosen, list) and isinstance(
-        row.get("prompt"), str
-    )  # UltraFeedback's form
+    # UltraFeedback's form: a text, which stands in both conversations, too
+    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
     if row.keys() & set(PROMPT_COLUMNS) and not is_whole:
         prompt = prompt_of(row, args)
     else:
@@ -601,8 +583,6 @@ def prompt_example(row, tokenizer, end_id, args):
     """A prompt; the further columns are the checker's."""
     prompt = prompt_of(row, args)
     prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
-    if not prompt_ids:
-        raise DroppedRow("whose prompt is empty")
     check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
     return {"prompt": prompt, "prompt_ids": prompt_ids}
 
@@ -658,17 +638,16 @@ def split_shared_prefix(chosen, rejected):
 def render(tokenizer, messages, add_generation_prompt=False):
     """Messages -> text by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        raise BadRow(
-            "messages need a chat template, and the tokenizer has none (instruct models have one)"
-        )
+        raise BadRow("messages need a chat template, and the tokenizer has none")
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # jinja2's errors, and whatever a template raises
-        raise BadRow(
-            f"the chat template refuses these messages ({' '.join(str(error).split())})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise BadRow(f"the chat template refuses these messages ({reason})") from error
 
 
 def encode(tokenizer, texts, is_chat):
@@ -692,28 +671,21 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     the boundary is the one that the model sees when it samples."""
     is_chat = isinstance(prompt, list)
     if is_chat:
-        check_control_tokens(tokenizer, prompt)
+        conversations = [join_messages(prompt, completion) for completion in completions]
+        check_control_tokens(tokenizer, sum(conversations, prompt))
         texts = [render(tokenizer, prompt, add_generation_prompt=True)]
+        texts += [render(tokenizer, messages) for messages in conversations]
+    elif all(isinstance(completion, str) for completion in completions):
+        texts = [prompt] + [prompt + completion for completion in completions]
     else:
-        texts = [prompt]
-    for completion in completions:
-        if is_chat:
-            messages = join_messages(prompt, completion)
-            check_control_tokens(tokenizer, messages)
-            texts.append(render(tokenizer, messages))
-        elif isinstance(completion, str):
-            texts.append(prompt + completion)
-        else:
-            raise BadRow("the prompt is a text, so the answer must be a text too, not messages")
+        raise BadRow("the prompt is a text, so the answer must be a text too, not messages")
     prompt_ids, *sequences = encode(tokenizer, texts, is_chat)
-    for ids in sequences:
-        if not prompt_ids or ids[: len(prompt_ids)] != prompt_ids:
-            raise DroppedRow(
-                "whose prompt is empty or, in tokens, no prefix of prompt and completion"
-            )
-    return prompt_ids, [
-        end_once(tokenizer, ids[len(prompt_ids) :], end_id, is_chat) for ids in sequences
-    ]
+    if not prompt_ids:
+        raise DroppedRow("whose prompt is empty")
+    if any(ids[: len(prompt_ids)] != prompt_ids for ids in sequences):
+        raise DroppedRow("whose prompt is, in tokens, no prefix of prompt and completion")
+    completions = [ids[len(prompt_ids) :] for ids in sequences]
+    return prompt_ids, [end_once(tokenizer, ids, end_id, is_chat) for ids in completions]
 
 
 def join_messages(prompt, completion):
@@ -732,6 +704,7 @@ def end_once(tokenizer, ids, end_id, is_chat):
     return [*ids, end_id]
 
 
+@functools.cache
 def control_tokens(tokenizer):
     """Texts that a tokenizer reads as control: in a message they could end the turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -761,8 +734,7 @@ def stream(examples, seed, start, stop):
 
 
 # ---------------------------------------------------------------- 6. batches
-# tokens below which a pass takes as long as a smaller one. CPU: measured; GPU: an estimate for 0.5B
-# parameters
+# tokens below which a pass takes as long as a smaller one (CPU: measured; GPU: an estimate)
 SMALL_BATCH = 4096 if torch.cuda.is_available() else 512
 
 
@@ -773,8 +745,7 @@ def pad_rows(rows, device, value=0, side="right"):
 
 
 def make_batch(sequences, masks, device):
-    """Lists of T+1 ids, and of 0 and 1 (trained) of equal lengths -> a batch: a dict of tensors (B,
-    T).
+    """Lists of T+1 ids, and of as many 0 and 1 (trained) -> a batch: a dict of tensors (B, T).
 
     inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
     target is trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so
@@ -837,8 +808,7 @@ def micro_batches(batch, budget, together=1):
 
 @torch.no_grad()
 def in_micro_batches(function, batch, budget):
-    """function(micro-batch), a tuple of tensors (b, t) or (b,), over a whole batch -> tensors (B,
-    T) or (B,)."""
+    """function(micro-batch) -> tuple of (b, t) or (b,); of a whole batch -> (B, T) or (B,) each."""
     results = []
     for rows in micro_batch_rows(batch, budget, together=1):
         values = function(take(batch, rows))
@@ -864,8 +834,7 @@ def sample(
     rng,
     token_budget=65_536,
 ):
-    """Sample from all of softmax(logits / temperature): no top-k, no top-p, no settings of the
-    checkpoint.
+    """Sample from all of softmax(logits / temperature): no top-k, no top-p, no generation config.
 
     prompts: P lists of ids -> P * num_generations completions, lists of ids, a prompt's side by
     side. A completion ends with its EOS, or after max_new_tokens. temperature 0: greedy. Ids that a
@@ -898,8 +867,7 @@ def sample(
 
 
 def sample_rows(model, prompts, noise, temperature, eos_ids):
-    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after a row's
-    EOS.
+    """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after an EOS.
 
     Each prompt, left-padded, goes through the model once; its generations start from copies of its
     keys and values. Rows that have ended leave the batch when they are a quarter of it: each time
@@ -950,7 +918,7 @@ def sample_rows(model, prompts, noise, temperature, eos_ids):
 
 
 def draw(logits, temperature, noise):
-    """Logits (b, V), uniform noise (b,) -> one token a row, by the inverse of the cumulative sum."""
+    """Logits (b, V), uniform noise (b,) -> tokens (b,), by the inverse of the cumulative sum."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -966,10 +934,11 @@ def cut_at_eos(ids, eos_ids):
 
 
 def completion_text(tokenizer, prompt_ids, completion_ids):
-    """decode(prompt + completion) less decode(prompt), no special tokens; alone it could lose a
-    space."""
+    """decode(prompt + completion) less decode(prompt): alone it could lose a space."""
     decode = functools.partial(
-        tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        tokenizer.decode,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )
     prompt = decode(prompt_ids)
     whole = decode(prompt_ids + completion_ids)
@@ -991,21 +960,16 @@ def gsm8k_number(text):
 
 
 def gsm8k_checker(prompts, completions, rows):
-    """1.0 where the completion's number is that of the column `answer` (Cobbe et al. 2021), else
-    0.0."""
+    """1.0 where a completion's number is that of column `answer`, else 0.0 (Cobbe et al. 2021)."""
     answers = [gsm8k_number(row["answer"]) for row in rows]
     return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
 
-CHECKERS = {
-    TASK: task_checker,
-    "gsm8k": gsm8k_checker,
-}  # they read the column `answer` of the data set
+CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # both read the column `answer`
 
 
 def checker_reward(function, tokenizer, eos_ids):
-    """A checker -> score(examples, completions) -> (B,), as load_reward has it. Only the first
-    process calls it."""
+    """A checker -> score as load_reward has it. Only the first process calls the checker."""
 
     def score(examples, completions):
         prompts = [example["prompt"] for example in examples]
@@ -1020,17 +984,14 @@ def checker_reward(function, tokenizer, eos_ids):
         for value in scores:
             is_number = isinstance(value, numbers.Real) and math.isfinite(value)
             if not is_number and value is not None:
-                fail(
-                    f"the reward returned {value!r}: wanted numbers, and None where it cannot judge"
-                )
+                fail(f"the reward returned {value!r}: wanted a number, or None: it cannot judge")
         return torch.tensor([math.nan if value is None else float(value) for value in scores])
 
     return score
 
 
 def same_ids(tokenizer, other):
-    """True if every token has the same id in the other tokenizer (which may have more: a PAD of its
-    own)."""
+    """True if every token has the same id in the other one (which may have more: its own PAD)."""
     return tokenizer.get_vocab().items() <= other.get_vocab().items()
 
 
@@ -1044,10 +1005,8 @@ def last_token_scores(model, batch):
         return model(**ids).logits[:, 0].float()
     hidden = model.base_model(**ids, use_cache=False).last_hidden_state
     last = batch["attention_mask"].sum(1) - 1
-    return (
-        hidden[torch.arange(len(last), device=last.device), last].float()
-        @ model.score.weight[0].float()
-    )
+    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (b, H)
+    return (hidden.float() * model.score.weight[0]).sum(1)
 
 
 class RewardModel:
@@ -1067,12 +1026,11 @@ class RewardModel:
         sequences = []
         for example, completion_ids in zip(examples, completions):
             ids = example["prompt_ids"] + completion_ids
-            sequences.append(
-                ids if self.has_policy_tokens else self.translate(example, completion_ids)
-            )
-        pad_id = (
-            self.model.config.get_text_config().pad_token_id or 0
-        )  # a model's own forward may look for it
+            if not self.has_policy_tokens:
+                ids = self.translate(example, completion_ids)
+            sequences.append(ids)
+        # (a model's own forward may look for PAD)
+        pad_id = self.model.config.pad_token_id or 0
         batch = {
             "inputs": pad_rows(sequences, self.model.device, value=pad_id),
             "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], self.model.device),
@@ -1091,28 +1049,24 @@ class RewardModel:
         """Prompt and completion in this model's own tokens."""
         prompt = example["prompt"]
         text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids)
-        for token in control_tokens(
-            self.tokenizer
-        ):  # in a completion it is text, and could end the turn
+        for token in control_tokens(self.tokenizer):  # as text: else it could end the turn
             text = text.replace(token, " ".join(token))
         is_chat = isinstance(prompt, list)
         whole = render(self.tokenizer, join_messages(prompt, text)) if is_chat else prompt + text
         end_id = end_of_turn_id(self.tokenizer)
         (ids,) = encode(self.tokenizer, [whole], is_chat)
         ids = end_once(self.tokenizer, ids, end_id, is_chat)
-        is_cut = completion_ids[-1] not in self.eos_ids
+        # (an encoder's [SEP], which may be its EOS, ends a cut text too)
+        is_cut = has_score_head(self.model) and completion_ids[-1] not in self.eos_ids
         return ids[:-1] if is_cut and ids[-1] == end_id else ids
 
 
 def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
-    """--reward -> score(examples, completions) -> (B,) float32 on the CPU, NaN where it cannot
-    judge."""
+    """--reward -> score(examples, completions) -> (B,) on the CPU, NaN where it cannot judge."""
     reward = args.reward
     if reward is None:
         fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or file.py:function")
     path, _, name = reward.rpartition(":")
-    if reward.endswith(".py"):
-        fail(f"--reward {reward}: say which function of it, {reward}:function")
     if path.endswith(".py"):
         functions = runpy.run_path(path) if Path(path).is_file() else {}
         if name not in functions:
@@ -1172,14 +1126,11 @@ def check_finite(step, **quantities):
     """Stop before the update is made if one of these is not finite."""
     for name, value in quantities.items():
         if not math.isfinite(value):
-            fail(
-                f"step {step}: {name} is {float(value)}, no update was made; lower --learning-rate?"
-            )
+            fail(f"step {step}: {name} is {float(value)}; no update was made")
 
 
 def replace_file(path, write):
-    """Write a file whole or not at all: under another name, flushed, then renamed. The first
-    process does."""
+    """Write a file whole or not at all (the first process): flushed, then renamed."""
     if rank() > 0:
         return
     new = Path(f"{path}.new")
@@ -1211,8 +1162,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
-    """A run's folder (args.json, metrics, samples, checkpoint/, at last the model) and its
-    terminal.
+    """A run's folder (args.json, metrics, samples, checkpoint/, the model) and its terminal.
 
     Only the first process writes. Random numbers and the position in the data are functions of seed
     and step, so that a checkpoint is the step, the models and the optimiser."""
@@ -1234,8 +1184,7 @@ class Run:
         self.tracker = make_tracker(args)
 
     def make_folder(self):
-        """A new folder; an earlier run that is there, which --overwrite allows, gets another
-        name."""
+        """A new folder. An earlier run that is there, as --overwrite allows, gets another name."""
         if (self.dir / "args.json").exists() and not self.args.resume:
             old = Path(f"{self.dir}.old")
             while old.exists():
@@ -1279,8 +1228,7 @@ class Run:
         return step
 
     def checkpoint_if_due(self, step, is_last=False):
-        """After every --save-every-th step, after the last, and before Ctrl-C or SIGTERM ends the
-        run."""
+        """After every --save-every-th step, after the last, and before a signal ends the run."""
         is_interrupted = self.is_interrupted()
         if is_interrupted or is_last or is_due(self.args.save_every, step, self.steps):
             self.checkpoint(step)
@@ -1289,12 +1237,10 @@ class Run:
 
     # ------------------------------------------------ signals
     def interrupt(self, number, frame):
-        """The first Ctrl-C or SIGTERM: finish the step, save, exit. The second one stops at
-        once."""
+        """At the first Ctrl-C or SIGTERM finish the step, save, exit; the second stops at once."""
         self.signal = number
-        for (
-            each
-        ) in self.handlers:  # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
+        # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
+        for each in self.handlers:
             signal.signal(each, signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN)
 
     def is_interrupted(self):
@@ -1303,8 +1249,7 @@ class Run:
         return self.signal > 0
 
     def exit(self, done):
-        """End the process with the status that shells expect after a signal; `done` says how far it
-        came."""
+        """End with the status that shells expect after a signal; `done` says how far it came."""
         self.close()
         print(f"stopped after {done}; go on with --resume --output-dir {self.dir}", flush=True)
         raise SystemExit(128 + self.signal)
@@ -1326,8 +1271,7 @@ class Run:
         replace_file(self.dir / name, lambda file: file.write(json_lines(rows).encode()))
 
     def log(self, step, metrics, show=()):
-        """A line of metrics.jsonl; those named in `show` also go to the progress bar or, in a log,
-        a line."""
+        """A line of metrics.jsonl; those in `show` also go to the bar or, in a log file, a line."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -1335,11 +1279,9 @@ class Run:
         self.tracker(metrics, step=step)
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
+        seconds = time.time() - self.started
         if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
-            print(
-                f"step {step}/{self.steps}: {self.bar.postfix}, {time.time() - self.started:.0f} s",
-                flush=True,
-            )
+            print(f"step {step}/{self.steps}: {self.bar.postfix}, {seconds:.0f} s", flush=True)
         held_out = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
         if held_out:
             tqdm.write(f"step {step}/{self.steps}: {', '.join(held_out)}", file=sys.stdout)
@@ -1351,27 +1293,22 @@ class Run:
             tqdm.write(f"  {row['prompt']!r:.60} -> {row['completion']!r:.60}", file=sys.stdout)
 
     def finish(self, model, tokenizer, eos_ids, then):
-        """Save model and tokenizer for from_pretrained, with all EOS ids, and say what to run
-        next."""
-        if model.can_generate():
-            # nothing else of the checkpoint: its top-k and top-p were not trained with, and may not
-            # even save
+        """Save model and tokenizer for from_pretrained, and say what to run next."""
+        if model.can_generate():  # all EOS ids, and no top-k and top-p, which were not trained with
             model.generation_config = transformers.GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=eos_ids,
             )
-        weights = (
-            get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else None
-        )
+        weights = None
+        if isinstance(model, FSDPModule):
+            weights = get_model_state_dict(model, options=WHOLE)
         if rank() == 0:
             model.save_pretrained(self.dir, state_dict=weights)
             tokenizer.save_pretrained(self.dir)
         barrier()
-        if world_size() > 1:
-            atexit.register(
-                distributed.destroy_process_group
-            )  # (after a failure it could wait for others)
+        if world_size() > 1:  # (not after a failure: it could wait for others)
+            atexit.register(distributed.destroy_process_group)
         self.close()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
 
@@ -1386,8 +1323,7 @@ def json_lines(rows):
 
 
 def read_rows(path):
-    """Rows of a .jsonl log of ours; a last line that was cut off when the run was killed is left
-    out."""
+    """Rows of a log of ours, without a last line that was cut off when the run was killed."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

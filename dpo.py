@@ -126,12 +126,8 @@ class Args:
 # have it
 LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
-BETA = {
-    "sigmoid": 0.1,
-    "ipo": 0.1,
-    "simpo": 2.0,
-    "orpo": 0.1,
-}  # ipo's is TRL's, the others their papers'
+# ipo's is TRL's, the others their papers'
+BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 SIMPO_MARGIN = 1.0
 
 

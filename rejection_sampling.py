@@ -203,9 +203,8 @@ def best_of_n(scores, values):
     Unbiased, the mean over all subsets of N: with scores in ascending order, the i-th (from 0) is
     the best of comb(i, N-1) of the comb(n, N) subsets. In a tie the lower index wins."""
     n = len(scores)
-    ascending = (
-        scores.flip(0).sort(stable=True).indices
-    )  # of equal scores the lower index comes last
+    # flipped, so that of equal scores the lower index comes last
+    ascending = scores.flip(0).sort(stable=True).indices
     ranked_values = values.flip(0)[ascending].tolist()
     curve = {}
     for N in [2**i for i in range(n.bit_length())]:
@@ -261,17 +260,19 @@ def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_id
             row_ids = completions[i * N : (i + 1) * N]
             row_scores = scores[i * N : (i + 1) * N]
             row_golds = golds[i * N : (i + 1) * N]
-            records.append({
-                "iteration": iteration,
-                "row": example["row"],
-                "completions": [
-                    completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids
-                ],
-                "scores": [None if math.isnan(x) else x for x in row_scores],
-                "gold": [None if math.isnan(x) else x for x in row_golds],
-                "solve_rate": sum(row_golds) / N,
-                "ids": row_ids,
-            })
+            records.append(
+                {
+                    "iteration": iteration,
+                    "row": example["row"],
+                    "completions": [
+                        completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids
+                    ],
+                    "scores": [None if math.isnan(x) else x for x in row_scores],
+                    "gold": [None if math.isnan(x) else x for x in row_golds],
+                    "solve_rate": sum(row_golds) / N,
+                    "ids": row_ids,
+                }
+            )
         run.append("rollouts.jsonl", records[first:])
         done = f"{len(records)} of {len(examples)} prompts of iteration {iteration + 1}"
         run.bar.set_postfix_str(f"sampled {done}")
@@ -471,9 +472,8 @@ def main(args):
     if (args.select_k or 0) > M * N:
         fail(f"--select-k is {args.select_k}, more than the {M * N} completions of an iteration")
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
-    run = Run(
-        args, models, optimizer, min(steps, args.steps or steps)
-    )  # fewer if some prompts have no score
+    steps = min(steps, args.steps or steps)  # fewer if some prompts have no score
+    run = Run(args, models, optimizer, steps)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_policy(
@@ -514,12 +514,12 @@ def main(args):
         )
         sampling_seconds = time.time() - began
         ids = [record["ids"] for record in records]
-        rewards = torch.tensor([
-            [math.nan if x is None else x for x in record["scores"]] for record in records
-        ])
-        golds = torch.tensor([
-            [math.nan if x is None else x for x in record["gold"]] for record in records
-        ])
+        rewards = torch.tensor(
+            [[math.nan if x is None else x for x in record["scores"]] for record in records]
+        )
+        golds = torch.tensor(
+            [[math.nan if x is None else x for x in record["gold"]] for record in records]
+        )
 
         # select some of them
         pairs = select(rewards, ids, iteration, args)

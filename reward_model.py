@@ -202,12 +202,14 @@ def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
     for i, example in enumerate(examples[:500]):
         for kind, score in [("chosen", chosen[i]), ("rejected", rejected[i])]:
             text = completion_text(tokenizer, example["prompt_ids"], example[f"{kind}_ids"])
-            rows.append({
-                "prompt": example["prompt"],
-                "completion": text,
-                "kind": kind,
-                "score": score.item(),
-            })
+            rows.append(
+                {
+                    "prompt": example["prompt"],
+                    "completion": text,
+                    "kind": kind,
+                    "score": score.item(),
+                }
+            )
     return metrics, rows
 
 

@@ -268,9 +268,8 @@ def rloo_update(policy, optimizer, batch, *, step, args, autocast):
         )
         for minibatch_rows in order.tensor_split(args.num_minibatches):
             minibatch = take(batch, minibatch_rows)
-            minibatch["weights"] = minibatch["mask"] / len(
-                minibatch_rows
-            )  # a mean over completions
+            # a mean over completions
+            minibatch["weights"] = minibatch["mask"] / len(minibatch_rows)
             for mb in micro_batches(minibatch, args.micro_batch_tokens):
                 with autocast():
                     mb_logprobs, mb_entropy = token_logprobs_and_entropy(

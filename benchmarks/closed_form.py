@@ -1,12 +1,13 @@
-"""How near each script comes to the closed form of its own objective, step by step, on the language that
-tests/language.py lists: the runs of tests/theorems.py, in their long form.
+"""How near each script comes to the closed form of its own objective, step by step, on the language
+that tests/language.py lists: the runs of tests/theorems.py, in their long form.
 
     python benchmarks/closed_form.py --seeds 1 2 3    about six minutes a seed and core; writes
                                                       benchmarks/closed_form.jsonl, draws closed_form.png
     python benchmarks/closed_form.py --seeds          draws and prints again what was measured
 
-The scripts run as they are. To see the distance at a step, and not at the end only, the loading of the model
-that is trained and the setting of the learning rate, once before each update, are watched."""
+The scripts run as they are. To see the distance at a step, and not at the end only, the loading of
+the model that is trained and the setting of the learning rate, once before each update, are
+watched."""
 
 import argparse
 import json

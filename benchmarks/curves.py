@@ -1,14 +1,15 @@
-"""All methods from one start, at as many sampled completions each, over seeds: what they reach, in what time,
-how far from where they began.
+"""All methods from one start, at as many sampled completions each, over seeds: what they reach, in
+what time, how far from where they began.
 
     python benchmarks/curves.py --seeds 1 2 3                  the built-in task, about 12 minutes a seed
     python benchmarks/curves.py --seeds 1 2 3 --study proxy    PPO against a learned reward, about 9
     python benchmarks/curves.py --seeds 1 2 3 --study stories  real text with the mood checker, about 10
     python benchmarks/curves.py --draw                         tables and figures of what is there
 
-Times are of two CPU cores. Each evaluation of a run is a line of benchmarks/curves.jsonl, written when the
-run ends; runs that are there are not run again, so that a benchmark that was killed goes on when it is
-started again. Figures need matplotlib; the stories need ../shared (see stories.sh)."""
+Times are of two CPU cores. Each evaluation of a run is a line of benchmarks/curves.jsonl, written
+when the run ends; runs that are there are not run again, so that a benchmark that was killed goes
+on when it is started again. Figures need matplotlib; the stories need ../shared (see
+stories.sh)."""
 
 import argparse
 import json
@@ -22,8 +23,9 @@ ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 POINTS = HERE / "curves.jsonl"
 
-# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs; DAPO throws
-# two thirds away and so samples as many in 13 steps, of four updates each, since with one nothing is clipped
+# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs; DAPO
+# throws two thirds away and so samples as many in 13 steps, of four updates each, since with one
+# nothing is clipped
 EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
@@ -131,7 +133,9 @@ def run(study, method, seed, folder):
                 totals["completions"] += 2 * args["batch_size"]
             elif script == "rejection_sampling":
                 totals["completions"] += (
-                    args["prompts_per_iteration"] * args["num_generations"] * ("seconds/sample" in row)
+                    args["prompts_per_iteration"]
+                    * args["num_generations"]
+                    * ("seconds/sample" in row)
                 )
                 totals["seconds"] += row.get("seconds/sample", 0.0)
             else:

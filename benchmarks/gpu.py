@@ -1,5 +1,5 @@
-"""One step of each script on a model of a real architecture's shape with random weights: seconds and peak
-memory.
+"""One step of each script on a model of a real architecture's shape with random weights: seconds
+and peak memory.
 
 python benchmarks/gpu.py             Qwen2.5-0.5B's shape, bfloat16 autocast, float32 weights; needs a GPU
 python benchmarks/gpu.py --tiny      the same path on a CPU with a model of 2 layers: only to see that it runs
@@ -59,7 +59,13 @@ def main():
             ],
             "rloo": ["--model", f"{folder}/model", *group],
             "grpo": ["--model", f"{folder}/model", *group],
-            "rejection_sampling": ["--model", f"{folder}/model", *scored, "--prompts-per-iteration", "128"],
+            "rejection_sampling": [
+                "--model",
+                f"{folder}/model",
+                *scored,
+                "--prompts-per-iteration",
+                "128",
+            ],
         }
         for script, flags in jobs.items():
             command = [

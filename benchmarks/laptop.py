@@ -1,5 +1,5 @@
-"""The laptop run, sft -> reward_model -> ppo, for several seeds: seconds (whole processes) and held-out
-results.
+"""The laptop run, sft -> reward_model -> ppo, for several seeds: seconds (whole processes) and
+held-out results.
 
 python benchmarks/laptop.py --seeds 1 2 3     about three minutes a seed on two cores; writes
 benchmarks/laptop.jsonl"""

@@ -4,8 +4,9 @@
     python benchmarks/mood.py runs/stories/ppo   the first against the last evaluation in that samples.jsonl
     python benchmarks/mood.py runs/stories/*     several runs, a line each
 
-Words are those of the opinion lexicon of Hu and Liu (2004), read from ../shared/data/opinion_lexicon.json,
-which is not part of this repository; the environment variable MOOD_LEXICON names another place."""
+Words are those of the opinion lexicon of Hu and Liu (2004), read from
+../shared/data/opinion_lexicon.json, which is not part of this repository; the environment variable
+MOOD_LEXICON names another place."""
 
 import json
 import math
@@ -40,7 +41,8 @@ def paired(before, after):
 
 
 def evaluations(folder):
-    """samples.jsonl -> first and last step, prompts, the rows of both, and what is measured, as pairs."""
+    """samples.jsonl -> first and last step, prompts, the rows of both, and what is measured, as
+    pairs."""
     rows = [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
     by_step = {}
     for row in rows:  # one per distinct prompt and step

@@ -1,5 +1,5 @@
-"""DPO and rejection sampling in the laptop run, with the matched random control, for several seeds: seconds
-(whole processes) and held-out results.
+"""DPO and rejection sampling in the laptop run, with the matched random control, for several seeds:
+seconds (whole processes) and held-out results.
 
     python benchmarks/offline.py --seeds 1 2 3     about four minutes a seed on two cores; writes
     benchmarks/offline.jsonl"""

@@ -3,9 +3,9 @@
     python benchmarks/processes.py           two CPU cores, each process on one of them (two minutes)
     python benchmarks/processes.py --repeats 1 --steps 4      to see that it runs
 
-The model and rows of speed.py's smallest case: a Llama of 4 layers, 1M parameters; 8 prompts x 8 completions
-of at most 32 tokens, no EOS. gloo on one machine says what the messages cost there, not how a network of GPUs
-would do."""
+The model and rows of speed.py's smallest case: a Llama of 4 layers, 1M parameters; 8 prompts x 8
+completions of at most 32 tokens, no EOS. gloo on one machine says what the messages cost there, not
+how a network of GPUs would do."""
 
 import argparse
 import json
@@ -76,7 +76,8 @@ def make_start(folder):
 
 
 def run(folder, processes, steps):
-    """One run -> mean seconds of sampling, and of the rest of a step; the first two steps warm up."""
+    """One run -> mean seconds of sampling, and of the rest of a step; the first two steps warm
+    up."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]

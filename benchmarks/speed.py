@@ -1,4 +1,5 @@
-"""Speed and memory of sampling, of the head, of training and of a whole GRPO step, and how they grow.
+"""Speed and memory of sampling, of the head, of training and of a whole GRPO step, and how they
+grow.
 
     python benchmarks/speed.py                      two CPU cores, about a quarter of an hour
     python benchmarks/speed.py --only sampling head
@@ -6,12 +7,12 @@
     python benchmarks/speed.py --growth             step time and memory against sizes: speed_growth.png
     python benchmarks/speed.py --table              prints speed.jsonl again; with --growth redraws it
 
-Models have random weights; nothing ends with EOS. Runs alternate within one process; seconds are the median,
-and the range stands beside it. Bandwidth and matrix products are measured on this machine, by a sum over 1
-GiB and a product of square matrices. The bound of sampling: a step reads all weights once, and the keys and
-values of all rows. Model FLOPs: 6 for each weight and token (the head's at trained tokens only), and those of
-causal attention. Peak memory is above what was there before: on a CPU resident (it holds what the allocator
-keeps), on a GPU that of tensors."""
+Models have random weights; nothing ends with EOS. Runs alternate within one process; seconds are
+the median, and the range stands beside it. Bandwidth and matrix products are measured on this
+machine, by a sum over 1 GiB and a product of square matrices. The bound of sampling: a step reads
+all weights once, and the keys and values of all rows. Model FLOPs: 6 for each weight and token (the
+head's at trained tokens only), and those of causal attention. Peak memory is above what was there
+before: on a CPU resident (it holds what the allocator keeps), on a GPU that of tensors."""
 
 import argparse
 import contextlib
@@ -33,10 +34,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import common  # noqa: E402
 import grpo  # noqa: E402
+import sft  # noqa: E402
 
 RESULTS = HERE / "speed.jsonl"
 GIB = 2**30
@@ -77,7 +78,8 @@ def wait(device):
 
 
 def alternate(cases, repeats, device):
-    """Each of the functions `repeats` times, in turn, after one that does not count -> seconds of each."""
+    """Each of the functions `repeats` times, in turn, after one that does not count -> seconds of
+    each."""
     seconds = {name: [] for name in cases}
     for repeat in range(repeats + 1):
         for name, function in cases.items():
@@ -132,35 +134,47 @@ def write(case, **values):
 
 # ---------------------------------------------------------------- the cases
 def sampling(label, sizes, device, repeats):
-    """Ours beside our plain path, model.generate and transformers' continuous batching."""
-    model, shape = build(sizes["model"], device).eval(), sizes["model"]
-    draw = torch.Generator().manual_seed(1)
-    prompts = torch.randint(
-        2, shape["vocab"], (sizes["prompts"], sizes["prompt"]), generator=draw
-    ).tolist()
-    group, new, rows = sizes["group"], sizes["new"], sizes["prompts"] * sizes["group"]
+    """Ours beside model.generate and transformers' continuous batching."""
+    shape = sizes["model"]
+    model = build(shape, device).eval()
+    rng = torch.Generator().manual_seed(1)
+    shape_of_prompts = (sizes["prompts"], sizes["prompt"])
+    prompts = torch.randint(2, shape["vocab"], shape_of_prompts, generator=rng).tolist()
+    new = sizes["new"]
+    rows = sizes["prompts"] * sizes["group"]
 
-    def ours(plain=False):
+    def ours():
         with autocast(device):
-            seed = torch.Generator().manual_seed(1)
-            return common.sample(model, prompts, group, new, 1.0, [], seed, plain=plain)
+            return common.sample(
+                model,
+                prompts,
+                num_generations=sizes["group"],
+                max_new_tokens=new,
+                temperature=1.0,
+                eos_ids=[],
+                rng=torch.Generator().manual_seed(1),
+            )
 
-    settings = dict(
-        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0, eos_token_id=-1
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new,
+        min_new_tokens=0,
+        pad_token_id=0,
+        eos_token_id=-1,
     )
-    settings = transformers.GenerationConfig(**settings, min_new_tokens=0)
-    ids = torch.tensor(prompts, device=device).repeat_interleave(group, 0)
+    ids = torch.tensor(prompts, device=device).repeat_interleave(sizes["group"], 0)
 
     @torch.no_grad()
     def generate():
         with autocast(device):
-            found = model.generate(
+            sequences = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
             )
-        assert found.shape == (rows, sizes["prompt"] + new)
+        assert sequences.shape == (rows, sizes["prompt"] + new)
 
-    cases = {"ours": ours, "plain": lambda: ours(plain=True), "generate": generate}
-    assert ours()[0] == ours(plain=True)[0]
+    cases = {"ours": ours, "generate": generate}
     seconds = alternate(cases, repeats, device)
     if label != "0.5B":  # it takes minutes there
         batching = transformers.ContinuousBatchingConfig(
@@ -169,17 +183,18 @@ def sampling(label, sizes, device, repeats):
 
         def generate_batch():
             with autocast(device), contextlib.redirect_stderr(io.StringIO()):
-                inputs = ids.tolist()
                 model.generate_batch(
-                    inputs, settings, continuous_batching_config=batching, progress_bar=False
+                    ids.tolist(),
+                    settings,
+                    continuous_batching_config=batching,
+                    progress_bar=False,
                 )
 
-        seconds |= alternate({"generate_batch": generate_batch}, 2, device)
+        seconds |= alternate({"generate_batch": generate_batch}, min(2, repeats), device)
     bytes_each = 2 if device == "cuda" else 4
     weights = sum(p.numel() for p in model.parameters()) * bytes_each
-    width = (
-        2 * shape["layers"] * shape["kv_heads"] * (shape["hidden"] // shape["heads"]) * bytes_each
-    )
+    head_width = shape["hidden"] // shape["heads"]
+    width = 2 * shape["layers"] * shape["kv_heads"] * head_width * bytes_each
     cache = rows * width * (sizes["prompt"] + new / 2)
     bound = rows / ((weights + cache) / bandwidth(device))
     for name, times in seconds.items():
@@ -187,103 +202,127 @@ def sampling(label, sizes, device, repeats):
         peak = peak_memory(cases[name], device) if name in cases else None
         ratios = [a / b for a, b in zip(times, seconds["generate"])]
         write(
-            "sampling", label=label, variant=name, seconds=times, tokens_per_second=rate, bound=bound,
-            share=rate / bound, of_generate=statistics.median(ratios), peak_gib=peak,
-        )  # fmt: skip
+            "sampling",
+            label=label,
+            variant=name,
+            seconds=times,
+            tokens_per_second=rate,
+            bound=bound,
+            share=rate / bound,
+            of_generate=statistics.median(ratios),
+            peak_gib=peak,
+        )
 
 
-class LinearCrossEntropy:
-    """token_logprobs by torch's own fused head, which has no entropy, temperature or cap."""
-
-    def __init__(self):
-        self.options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-
-    def __call__(self, model, ids, seen, mask):
-        hidden = model.base_model(ids, attention_mask=seen).last_hidden_state[:, :-1][mask]
-        weight, targets = model.get_output_embeddings().weight, ids[:, 1:][mask]
-        options = dict(reduction="none", options=self.options)
-        return -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, **options), None
+def random_batch(vocab, rows, prompt, completion, device):
+    """Sequences of one length, trained on their completions."""
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, vocab, (rows, prompt + completion), generator=rng).tolist()
+    return common.completion_batch([x[:prompt] for x in ids], [x[prompt:] for x in ids], device)
 
 
-def dense(model, ids, seen, mask, size=None):
-    """All logits at once, or chunks under torch's checkpoint."""
-    hidden = model.base_model(ids, attention_mask=seen).last_hidden_state[:, :-1][mask]
+def hidden_and_targets(model, batch):
+    """The body's last hidden states (N, H) and the targets (N,) at mask positions."""
+    mask = batch["mask"].bool()
+    outputs = model.base_model(
+        input_ids=batch["inputs"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    return outputs.last_hidden_state[mask], batch["targets"][mask]
 
-    def head(hidden, targets):
-        logps = model.get_output_embeddings()(hidden).float().log_softmax(-1)
-        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    targets = ids[:, 1:][mask]
-    if size is None:
-        return head(hidden, targets)
-    chunks = zip(hidden.split(size), targets.split(size))
-    chunks = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
-    return tuple(torch.cat(parts) for parts in zip(*chunks))
+def linear_cross_entropy(model, batch):
+    """Log-probs by torch's own fused head, which has no entropy, temperature or cap."""
+    hidden, targets = hidden_and_targets(model, batch)
+    return -torch.nn.functional.linear_cross_entropy(
+        hidden,
+        model.get_output_embeddings().weight,
+        targets,
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256),
+    )
+
+
+def unchunked(model, batch):
+    """Log-probs and entropy from all logits at once."""
+    hidden, targets = hidden_and_targets(model, batch)
+    logps = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+    return logps.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def head(label, device, repeats):
-    """token_logprobs, forward and backward, with a head of 151,936 tokens and no layers below it."""
+    """Log-probs, forward and backward, with a head of 151,936 tokens and no layers below it."""
     model = build(QWEN | dict(layers=0), device)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.get_input_embeddings().requires_grad_(False)
 
     def run(function, length):
-        ids = torch.randint(2, 1000, (8, length), device=device)
-        seen = torch.ones_like(ids)
+        batch = random_batch(1000, 8, 1, length, device)
         with autocast(device):
-            logprobs, _ = function(model, ids, seen, seen[:, 1:].bool())
+            logprobs = function(model, batch)
         logprobs.sum().backward()
         model.zero_grad(set_to_none=True)
 
-    cases = {"ours": grpo.token_logprobs, "unchunked": dense}
-    cases["checkpointed chunks"] = lambda *x: dense(*x, size=256)
+    cases = {
+        "ours": lambda *x: grpo.token_logprobs_and_entropy(*x)[0],
+        "unchunked": lambda *x: unchunked(*x)[0],
+    }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
-        cases["linear_cross_entropy"] = LinearCrossEntropy()
-    short = 2048 if device == "cuda" else 129
-    seconds = alternate({k: lambda f=f: run(f, short) for k, f in cases.items()}, repeats, device)
-    own = model.lm_head.weight.numel() * 4 / GIB  # the head's gradient
+        cases["linear_cross_entropy"] = linear_cross_entropy
+    short = 2048 if device == "cuda" else 128
+    timed = {name: lambda f=f: run(f, short) for name, f in cases.items()}
+    seconds = alternate(timed, repeats, device)
+    gradient = model.lm_head.weight.numel() * 4 / GIB
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["unchunked"])]
-        large = name in (
-            "ours",
-            "linear_cross_entropy",
-        )  # (the others take minutes there, or do not fit)
-        peak = peak_memory(lambda: run(cases[name], 2048), device) if large else None
+        peak = None
+        if name != "unchunked":  # (it takes minutes there, or does not fit)
+            peak = peak_memory(lambda name=name: run(cases[name], 2048), device) - gradient
         write(
-            "head", label=label, variant=name, tokens=8 * (short - 1), seconds=times,
-            of_unchunked=ratios, peak_gib_at_16k=peak and peak - own,
-        )  # fmt: skip
+            "head",
+            label=label,
+            variant=name,
+            tokens=8 * short,
+            seconds=times,
+            of_unchunked=[a / b for a, b in zip(times, seconds["unchunked"])],
+            peak_gib_at_16k=peak,
+        )
 
 
 def training(label, sizes, device, repeats):
     """Forward, backward and AdamW on sequences of one length, trained on their completions."""
-    shape, length = sizes["model"], sizes["prompt"] + sizes["new"]
-    model = build(shape, device).train()
+    shape = sizes["model"]
+    length = sizes["prompt"] + sizes["new"]
+    model = build(shape, device).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rows = max(1, (16_384 if device == "cuda" else 4096) // length)
-    ids = torch.randint(2, shape["vocab"], (rows, length), device=device)
-    seen, mask = torch.ones_like(ids), torch.ones_like(ids)[:, 1:]
-    mask[:, : sizes["prompt"] - 1] = 0
+    batch = random_batch(shape["vocab"], rows, sizes["prompt"], sizes["new"], device)
 
     def step():
         with autocast(device):
-            logprobs, _ = grpo.token_logprobs(model, ids, seen, mask)
+            logprobs, _ = grpo.token_logprobs_and_entropy(model, batch)
         (-logprobs.mean()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times, peak = alternate({"step": step}, repeats, device)["step"], peak_memory(step, device)
+    times = alternate({"step": step}, repeats, device)["step"]
+    peak = peak_memory(step, device)
+    tokens = batch["inputs"].numel()
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head  # (tied)
-    flops = 6 * (body * ids.numel() + head * mask.sum().item())
-    flops += 6 * shape["layers"] * shape["hidden"] * length * ids.numel()
-    rate = flops / statistics.median(times)
+    flops = 6 * (body * tokens + head * batch["mask"].sum().item())
+    flops += 6 * shape["layers"] * shape["hidden"] * length * tokens
+    seconds = statistics.median(times)
     write(
-        "training", label=label, seconds=times, tokens_per_second=ids.numel() / statistics.median(times),
-        share=rate / matmul_flops(device), peak_gib=peak,
-    )  # fmt: skip
+        "training",
+        label=label,
+        seconds=times,
+        tokens_per_second=tokens / seconds,
+        share=flops / seconds / matmul_flops(device),
+        peak_gib=peak,
+    )
 
 
 def reward(prompts, completions, rows):
@@ -291,40 +330,45 @@ def reward(prompts, completions, rows):
     return [text.count("a") / max(1, len(text)) for text in completions]
 
 
-def run_grpo(sizes, device, steps, **flags):
-    """grpo.main on a model of this shape -> metrics of its steps, seconds of sampling alone among them."""
-    spent, sample = [], grpo.sample
+def run_grpo(sizes, device, steps):
+    """grpo.main on a model of this shape -> metrics of its steps, seconds of sampling alone among
+    them."""
+    sample = grpo.sample
+    spent = []
 
-    def timed(*args):
+    def timed(*args, **kwargs):
         wait(device)
         began = time.perf_counter()
-        result = sample(*args)
+        result = sample(*args, **kwargs)
         wait(device)
         spent.append(time.perf_counter() - began)
         return result
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         build(sizes["model"], "cpu").save_pretrained(f"{folder}/model")
-        common.tiny_tokenizer().save_pretrained(f"{folder}/model")
-        prompts = [{"prompt": "abcdefgh" * (sizes["prompt"] // 8)}] * sizes["prompts"]
-        Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-        flags |= dict(
-            model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", reward=f"{__file__}:reward"
+        sft.tiny_tokenizer().save_pretrained(f"{folder}/model")
+        row = json.dumps({"prompt": "abcdefgh" * (sizes["prompt"] // 8)}) + "\n"
+        Path(folder, "rows.jsonl").write_text(row * sizes["prompts"])
+        args = grpo.Args(
+            model=f"{folder}/model",
+            dataset=f"{folder}/rows.jsonl",
+            reward=f"{__file__}:reward",
+            output_dir=f"{folder}/run",
+            steps=steps,
+            save_every=0,
+            prompts_per_step=sizes["prompts"],
+            num_generations=sizes["group"],
+            max_prompt_length=2048,
+            max_completion_length=sizes["new"],
         )
-        flags |= dict(
-            output_dir=f"{folder}/run", steps=steps, save_every=0, prompts_per_step=sizes["prompts"]
-        )
-        flags |= dict(num_generations=sizes["group"], max_completion_length=sizes["new"])
-        flags |= dict(max_prompt_length=2048)
         grpo.sample = timed
         try:
-            grpo.main(grpo.Args(**flags))
+            grpo.main(args)
         finally:
             grpo.sample = sample
-        rows = [
-            json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()
-        ]
-    return [row | {"sampling": seconds} for row, seconds in zip(rows, spent, strict=True)]
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    return [row | {"sampling": seconds} for row, seconds in zip(metrics, spent, strict=True)]
 
 
 def step(label, sizes, device, repeats):
@@ -350,7 +394,8 @@ AXES = {
 
 
 def point(axis, value, device):
-    """One size changed -> seconds of a step and its parts, and peak memory, by a process of its own."""
+    """One size changed -> seconds of a step and its parts, and peak memory, by a process of its
+    own."""
     sizes = SIZES["cpu"] | dict(model=dict(LLAMA))
     if axis == "vocab":
         sizes["model"]["vocab"] = value
@@ -388,9 +433,10 @@ def plot(lines):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    newest = {(line["axis"], line["value"]): line for line in lines if line["case"] == "growth"}
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), sharey="row", facecolor="white")
-    for column, (label, (axis, _)) in enumerate(AXES.items()):
-        rows = sorted((r for r in lines if r.get("axis") == axis), key=lambda r: r["value"])
+    for column, (axis, _) in enumerate(AXES.values()):
+        rows = [newest[key] for key in sorted(newest) if key[0] == axis]
         x = [
             r["value"] * r["value"] * 13 * 4 / 1e6 if axis == "hidden" else r["value"] for r in rows
         ]

@@ -1,5 +1,5 @@
-"""Seconds of a training step and peak memory, these scripts beside TRL's trainers: same model, rows, batch,
-lengths, learning rate and precision.
+"""Seconds of a training step and peak memory, these scripts beside TRL's trainers: same model,
+rows, batch, lengths, learning rate and precision.
 
     pip install trl==1.16.0
     python benchmarks/versus_trl.py                    two CPU cores (OMP_NUM_THREADS)
@@ -7,22 +7,23 @@ lengths, learning rate and precision.
     python benchmarks/versus_trl.py --gpu              Qwen2.5-0.5B's shape, bfloat16 autocast
     python benchmarks/versus_trl.py --table            prints again what is in benchmarks/versus_trl.jsonl
 
-Sizes, fixed before anything was measured: a Llama of 4 layers, hidden 128, intermediate 384, 4 heads, 1,024
-tokens, tied embeddings, 1M random float32 weights. rloo, grpo: 8 prompts of 32 tokens x 8 completions of at
-most 32 (3% end before), one update per rollout, temperature 1, KL 0.04 with a reference, a reward that counts
-words ("prompts of 8" came after a first look). sft, reward_model, dpo: 32 rows or pairs, prompts of 32
-tokens; completions of 96 tokens ("equal"), or of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4, constant;
-gradients clipped at 1; no dropout and no gradient checkpointing; DPO's reference log-probs are computed
-before the steps that are timed.
+Sizes, fixed before anything was measured: a Llama of 4 layers, hidden 128, intermediate 384, 4
+heads, 1,024 tokens, tied embeddings, 1M random float32 weights. rloo, grpo: 8 prompts of 32 tokens
+x 8 completions of at most 32 (3% end before), one update per rollout, temperature 1, KL 0.04 with a
+reference, a reward that counts words ("prompts of 8" came after a first look). sft, reward_model,
+dpo: 32 rows or pairs, prompts of 32 tokens; completions of 96 tokens ("equal"), or of 8 to 256,
+log-uniformly ("ragged"). AdamW at 1e-4, constant; gradients clipped at 1; no dropout and no
+gradient checkpointing; DPO's reference log-probs are computed before the steps that are timed.
 
-Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by default and
-changes the rows that share a batch; ours cuts the same batch into micro-batches of about one length. Not
-measured: what needs another package or a kernel for GPUs (vLLM, padding_free with FlashAttention, Liger).
+Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by
+default and changes the rows that share a batch; ours cuts the same batch into micro-batches of
+about one length. Not measured: what needs another package or a kernel for GPUs (vLLM, padding_free
+with FlashAttention, Liger).
 
-Runs alternate, ours, TRL, ours, TRL, each a process of its own: 25 steps, the first 5 of which do not count.
-A step lasts from the end of one to the end of the next, with data and sampling; its seconds are the mean over
-the steps, as batches of about one length are not alike. Memory is that of the process, resident, or of the
-GPU's tensors. Ratios are ours / TRL: below 1, ours needs less."""
+Runs alternate, ours, TRL, ours, TRL, each a process of its own: 25 steps, the first 5 of which do
+not count. A step lasts from the end of one to the end of the next, with data and sampling; its
+seconds are the mean over the steps, as batches of about one length are not alike. Memory is that of
+the process, resident, or of the GPU's tensors. Ratios are ours / TRL: below 1, ours needs less."""
 
 import argparse
 import datetime
@@ -136,7 +137,8 @@ def memory(gpu):
 
 
 def load(folder, gpu):
-    """Peak with imports and the model, which is then dropped: its classes are imported when it is loaded."""
+    """Peak with imports and the model, which is then dropped: its classes are imported when it is
+    loaded."""
     import transformers
 
     if not gpu:
@@ -180,7 +182,8 @@ def run_trl(method, flags, sizes, folder, steps, gpu, step_ended):
         def on_step_end(self, *args, **kwargs):
             step_ended()
 
-    # TRL's defaults would be gradient checkpointing and a log every 10 steps; its AdamW is fused by default
+    # TRL's defaults would be gradient checkpointing and a log every 10 steps; its AdamW is fused by
+    # default
     flags = (
         dict(max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0)
         | flags
@@ -220,7 +223,8 @@ def run_trl(method, flags, sizes, folder, steps, gpu, step_ended):
 
 
 def child(args):
-    """Run `steps` steps, print one line of JSON: seconds of each after the warm-up, and memory in MiB."""
+    """Run `steps` steps, print one line of JSON: seconds of each after the warm-up, and memory in
+    MiB."""
     sizes, (method, variant), ended = GPU_SIZES if args.gpu else SIZES, args.case, []
     if args.child == "model":
         return make_model(args.folder, sizes, args.gpu)
@@ -239,7 +243,8 @@ def child(args):
 
 # ---------------------------------------------------------------- pairs of runs, and the table
 def start(side, folder, args, case=("sft", "equal"), steps=0):
-    """This file as another process -> what it reports; where it fails, its last words, and an end."""
+    """This file as another process -> what it reports; where it fails, its last words, and an
+    end."""
     command = [sys.executable, __file__, "--child", side, "--folder", folder, "--case", *case]
     command += ["--steps", str(steps), *(["--gpu"] if args.gpu else [])]
     offline = dict(HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/hub", TRANSFORMERS_VERBOSITY="error")

@@ -14,6 +14,13 @@ import tokenizers
 import transformers
 
 import common
+import dpo
+import grpo
+import ppo
+import rejection_sampling
+import reward_model
+import rloo
+import sft
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 CHATML = (
@@ -24,6 +31,11 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["[PAD]", "[EOS]", "[UNK]", "<s>", "<|im_start|>", "<|im_end|>"]
+MAKE_EXAMPLE = {
+    "sft": sft.sft_example,
+    "preference": common.preference_example,
+    "prompt": common.prompt_example,
+}
 
 
 def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
@@ -34,12 +46,17 @@ def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
     inner.decoder = tokenizers.decoders.Fuse()
     if bos:
         inner.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
+            single="<s> $A",
+            pair="<s> $A $B",
+            special_tokens=[("<s>", vocab["<s>"])],
         )
-    special = dict(
-        eos_token="[EOS]", unk_token="[UNK]", pad_token=pad, bos_token="<s>" if bos else None
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        pad_token=pad,
+        bos_token="<s>" if bos else None,
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[4:]})
     tokenizer.chat_template = template if chat else None
     return tokenizer
@@ -49,26 +66,26 @@ def merging():
     """Byte pairs of which a and b merge, so that a prompt ending in a may not be a prefix in tokens."""
     model = tokenizers.models.BPE({"[EOS]": 0, "a": 1, "b": 2, "c": 3, "ab": 4}, [("a", "b")])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), eos_token="[EOS]", pad_token="[EOS]"
+        tokenizer_object=tokenizers.Tokenizer(model),
+        eos_token="[EOS]",
+        pad_token="[EOS]",
     )
 
 
 def stories():
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES} is not there: a Llama tokenizer is tested where it is")
-    return common.load_tokenizer(STORIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def context_of_600(tmp_path_factory):
-    """What load_examples reads of --model: its context."""
-    flags.model = str(tmp_path_factory.mktemp("model"))
-    transformers.LlamaConfig(max_position_embeddings=600).save_pretrained(flags.model)
+    return common.load_tokenizer(str(STORIES))
 
 
 def flags(**given):
-    defaults = dict(prompt_template="{prompt}", train_on="last", seed=1, model=flags.model)
-    defaults |= dict(max_length=500, max_prompt_length=500, max_completion_length=100)
+    defaults = {
+        "prompt_template": "{prompt}",
+        "train_on": "last",
+        "seed": 1,
+        "max_length": 500,
+        "max_prompt_length": 500,
+    }
     return types.SimpleNamespace(**defaults | given)
 
 
@@ -87,6 +104,13 @@ def turns(*contents, tail=""):
 ASKED = "<|im_start|>assistant\n"
 
 
+def load_file(path, kind="sft", tokenizer=None, **given):
+    """load_examples of a file, or of a Hub id."""
+    return common.load_examples(
+        str(path), MAKE_EXAMPLE[kind], tokenizer or letters(), flags(**given)
+    )
+
+
 @pytest.fixture
 def load(tmp_path):
     """rows (or the text, or bytes, of a file) -> load_examples of a file that holds them."""
@@ -95,9 +119,7 @@ def load(tmp_path):
         if isinstance(rows, list):
             rows = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-        return common.load_examples(
-            tokenizer or letters(), str(tmp_path / name), kind, flags(**given)
-        )
+        return load_file(tmp_path / name, kind, tokenizer, **given)
 
     return function
 
@@ -121,9 +143,8 @@ def refused(capsys):
 def parts(tokenizer, example):
     """Prompt, and the rest without the EOS that must end it, as text."""
     n = len(example["prompt_ids"])
-    assert (
-        example["ids"][:n] == example["prompt_ids"] and example["ids"][-1] == tokenizer.eos_token_id
-    )
+    assert example["ids"][:n] == example["prompt_ids"]
+    assert example["ids"][-1] == tokenizer.eos_token_id
     assert example["mask"] == [0] * n + [1] * (len(example["ids"]) - n)
     return tokenizer.decode(example["prompt_ids"]), tokenizer.decode(example["ids"][n:-1])
 
@@ -137,9 +158,11 @@ def trained(tokenizer, example):
 @pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_bom_crlf_and_blank_lines_are_read(load, name, bom, end):
-    rows = ['{"prompt": "a>",', '"completion": "b"}'] if name == "rows.json" else []
-    text = end.join(["[", *rows, "]"] if rows else ['{"prompt": "a>", "completion": "b"}', "", ""])
-    (example,) = load(bom + text.encode(), name=name)
+    if name == "rows.json":
+        lines = ["[", '{"prompt": "a>",', '"completion": "b"}', "]"]
+    else:
+        lines = ['{"prompt": "a>", "completion": "b"}', "", ""]
+    (example,) = load(bom + end.join(lines).encode(), name=name)
     assert parts(letters(), example) == ("a>", "b")
 
 
@@ -154,26 +177,15 @@ def test_rows_are_separated_by_newlines_only(load):
 def test_where_names_file_and_line(load, tmp_path):
     examples = load('{"prompt": "a>", "completion": "b"}\n\n{"prompt": "c>", "completion": "d"}\n')
     assert [e["where"] for e in examples] == [f"{tmp_path / 'rows.jsonl'} line {n}" for n in (1, 3)]
-    examples = load('[{"prompt": "a>", "completion": "b"}]', name="rows.json")
-    assert examples[0]["where"] == f"{tmp_path / 'rows.json'} row 1"
+    rows = '[{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}]'
+    examples = load(rows, name="rows.json")
+    assert [e["where"] for e in examples] == [f"{tmp_path / 'rows.json'} row {n}" for n in (1, 2)]
 
 
 def test_two_rows_are_a_data_set(load, capsys):
-    assert (
-        len(load([{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}])) == 2
-    )
-    assert capsys.readouterr().out.endswith("rows.jsonl: 2 of 2 rows\n")
-
-
-def test_missing_file(refused):
-    refused(
-        ["none/rows.jsonl", "no such file"],
-        common.load_examples,
-        letters(),
-        "none/rows.jsonl",
-        "sft",
-        flags(),
-    )
+    rows = [{"prompt": "a>", "completion": "b"}, {"prompt": "c>", "completion": "d"}]
+    assert len(load(rows)) == 2
+    assert capsys.readouterr().out.endswith("rows.jsonl: 2 rows\n")
 
 
 GOOD = '{"prompt": "a>", "completion": "b"}\n'
@@ -182,24 +194,22 @@ GOOD = '{"prompt": "a>", "completion": "b"}\n'
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("rows.jsonl", "", ["rows.jsonl", "empty", "`completion`"]),
-        ("rows.jsonl", "\n \n", ["rows.jsonl", "empty"]),
-        ("rows.json", "", ["rows.json", "empty"]),
-        ("rows.json", "[]", ["rows.json", "empty"]),
-        ("rows.jsonl", GOOD * 6 + '{"prompt": \n' + GOOD, ["rows.jsonl line 7", "broken JSON"]),
-        ("rows.jsonl", GOOD * 6 + "prompt,completion\n", ["rows.jsonl line 7", "broken JSON"]),
-        ("rows.jsonl", "[" * 100_000, ["rows.jsonl line 1", "broken JSON"]),
-        ("rows.json", "[\n" + "\n" * 5 + "{,}]", ["rows.json line 7", "broken JSON"]),
+        ("rows.jsonl", "", ["rows.jsonl", "0 rows", "nothing is left"]),
+        ("rows.jsonl", "\n \n", ["rows.jsonl", "0 rows"]),
+        ("rows.json", "", ["rows.json", "cannot be read"]),
+        ("rows.json", "[]", ["rows.json", "0 rows"]),
+        ("rows.jsonl", GOOD * 6 + '{"prompt": \n' + GOOD, ["rows.jsonl line 7", "JSON"]),
+        ("rows.jsonl", GOOD * 6 + "prompt,completion\n", ["rows.jsonl line 7", "JSON"]),
+        ("rows.jsonl", "[" * 100_000, ["rows.jsonl line 1", "JSON"]),
+        ("rows.json", "[\n" + "\n" * 5 + "{,}]", ["rows.json", "line 7", "JSON"]),
         ("rows.json", GOOD, ["rows.json", "one dict", "not a list"]),
-        (
-            "rows.jsonl",
-            GOOD + "[1]\n",
-            ["rows.jsonl line 2", "list", "not an object", "`completion`"],
-        ),
+        ("rows.jsonl", GOOD + "[1]\n", ["rows.jsonl line 2", "list", "not an object"]),
+        ("rows.jsonl", GOOD + "null\n", ["rows.jsonl line 2", "NoneType", "not an object"]),
         ("rows.json", f'[{GOOD}, "a"]', ["rows.json row 2", "str", "not an object"]),
-        ("rows.jsonl", GOOD.encode("utf-16"), ["rows.jsonl", "not UTF-8", "byte 0"]),
-        ("rows.jsonl", GOOD.encode() + b'"\xe9"', ["rows.jsonl", "not UTF-8"]),
-        ("rows.jsonl", GOOD.encode("utf-16-le"), ["rows.jsonl line 1", "broken JSON"]),
+        ("rows.json", f"[{GOOD}, null]", ["rows.json row 2", "NoneType", "not an object"]),
+        ("rows.jsonl", GOOD.encode("utf-16"), ["rows.jsonl", "utf-8", "position 0"]),
+        ("rows.jsonl", GOOD.encode() + b'"\xe9"', ["rows.jsonl", "utf-8"]),
+        ("rows.jsonl", GOOD.encode("utf-16-le"), ["rows.jsonl line 1", "JSON"]),
     ],
 )
 def test_bad_files(load, refused, name, content, words):
@@ -208,143 +218,134 @@ def test_bad_files(load, refused, name, content, words):
 
 def test_hub_name_without_the_datasets_package(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    words = ["someone/some-data", "pip install datasets", ".jsonl"]
-    refused(words, common.load_examples, letters(), "someone/some-data", "sft", flags())
+    refused(["someone/data", "pip install datasets", ".jsonl"], load_file, "someone/data")
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the datasets package, which holds one data set with two splits."""
-    fake, splits = types.ModuleType("datasets"), {"train": ["a>", "b>"], "test": ["c>"]}
+@pytest.mark.parametrize("split, prompts", [("", ["a>", "b>"]), (":test", ["c>"])])
+def test_hub_splits(monkeypatch, split, prompts):
+    """The datasets package has a stand-in, which holds one data set with two splits."""
+    splits = {"train": ["a>", "b>"], "test": ["c>"]}
 
     def load_dataset(name, split):
-        if name != "someone/some-data" or split not in splits:
-            raise ValueError(f"no {name} {split}\nand more")
+        assert name == "someone/data"
         return [{"prompt": prompt, "completion": "d"} for prompt in splits[split]]
 
-    fake.load_dataset, fake.__spec__ = (
-        load_dataset,
-        importlib.machinery.ModuleSpec("datasets", None),
-    )
-    fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset
+    fake.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-
-
-@pytest.mark.parametrize(
-    "dataset, prompts", [("someone/some-data", ["a>", "b>"]), ("someone/some-data:test", ["c>"])]
-)
-def test_hub_splits(hub, dataset, prompts):
-    examples = common.load_examples(letters(), dataset, "sft", flags())
+    examples = load_file(f"someone/data{split}")
     assert [e["prompt"] for e in examples] == prompts
-    assert examples[0]["where"] == f"{dataset} row 1"
-
-
-@pytest.mark.parametrize("dataset", ["someone/else", "someone/some-data:dev"])
-def test_hub_name_that_does_not_load(hub, refused, dataset):
-    refused([dataset, "Hub"], common.load_examples, letters(), dataset, "sft", flags())
+    assert examples[0]["where"] == f"someone/data{split} row 1"
 
 
 # ---------------------------------------------------------------- refusals of rows
-NO_ROLE, TEXTS = [{"content": "a"}], dict(prompt="a>", completion="b")
+NO_ROLE = [{"content": "a"}]
 
 
 @pytest.mark.parametrize(
     "kind, row, words",
     [
-        (
-            "sft",
-            {"text": "a"},
-            ["`prompt`", "keys text", "`completion`", "`messages`", "`instruction`"],
-        ),
-        ("sft", {}, ["`prompt`", "(none)"]),
-        ("sft", {"prompt": "a>", "answer": "b"}, ["no `completion`", "keys prompt, answer"]),
-        ("sft", {"instruction": "a", "input": ""}, ["no `output`", "keys instruction, input"]),
-        ("sft", {"question": "a", "solution": "b"}, ["no `answer`", "keys question, solution"]),
-        ("preference", {"prompt": "a>", "chosen": "b"}, ["no `rejected`", "keys prompt, chosen"]),
-        ("preference", {"chosen": "a b"}, ["no `rejected`", "keys chosen"]),
-        ("preference", {"accepted": "a b"}, ["no `chosen`", "keys accepted", "`rejected`"]),
-        ("prompt", {"query": "a"}, ["no `prompt`", "keys query", "`question`"]),
-        ("sft", {"prompt": 5, "completion": "b"}, ["`prompt`", "text", "found 5"]),
-        ("sft", {"prompt": "a>", "completion": None}, ["`completion`", "text", "found None"]),
-        ("sft", {"prompt": "a>", "completion": ["b"]}, ["`completion`", "`role`"]),
+        ("sft", {"text": "a"}, ["no column", "prompt", "instruction", "question", "among text"]),
+        ("sft", {}, ["no column", "prompt"]),
+        ("sft", {"prompt": "a>", "solution": "b"}, ["completion", "among prompt, solution"]),
+        ("sft", {"instruction": "a", "input": ""}, ["output", "among instruction, input"]),
+        ("sft", {"question": "a", "solution": "b"}, ["answer", "among question, solution"]),
+        ("preference", {"prompt": "a>", "chosen": "b"}, ["rejected", "among prompt, chosen"]),
+        ("preference", {"chosen": "a b"}, ["rejected", "among chosen"]),
+        ("preference", {"accepted": "a b"}, ["chosen", "among accepted"]),
+        ("prompt", {"query": "a"}, ["prompt", "question", "among query"]),
+        ("sft", {"prompt": 5, "completion": "b"}, ["`prompt`", "no text", "5"]),
+        ("sft", {"prompt": "a>", "completion": None}, ["`completion`", "no text", "None"]),
+        ("sft", {"prompt": "a>", "completion": ["b"]}, ["`completion`", "role", "['b']"]),
         (
             "sft",
             {"prompt": "a>", "completion": talk("b")},
-            ["prompt is a text", "completion", "messages"],
+            ["prompt is a text", "answer", "messages"],
+        ),
+        (
+            "preference",
+            {"prompt": "a>", "chosen": "b", "rejected": talk("c")},
+            ["prompt is a text", "answer", "messages"],
         ),
         ("sft", {"messages": []}, ["`messages`", "list of messages"]),
         ("sft", {"messages": {"role": "user"}}, ["`messages`", "list of messages"]),
-        ("sft", {"messages": NO_ROLE}, ["`messages`", "{'content': 'a'}", "`role` and `content`"]),
-        ("sft", {"messages": [{"role": "user", "content": None}]}, ["`messages`", "`content`"]),
+        ("sft", {"messages": NO_ROLE}, ["`messages`", "{'content': 'a'}", "role", "content"]),
+        ("sft", {"messages": [{"role": "user", "content": None}]}, ["`messages`", "content"]),
+        ("sft", {"messages": "a"}, ["`messages`", "no assistant turn"]),
         ("sft", {"messages": talk("a")}, ["`messages`", "no assistant turn"]),
         ("sft", {"messages": talk("a", first="assistant")}, ["`messages`", "no assistant turn"]),
         ("sft", {"messages": talk("a", "b")}, ["chat template", "none"]),
         ("sft", {"prompt": talk("a"), "completion": "b"}, ["chat template", "none"]),
         ("prompt", {"prompt": talk("a")}, ["chat template", "none"]),
-        (
-            "preference",
-            {"chosen": "yes", "rejected": "no"},
-            ["`chosen`", "`rejected`", "begin alike"],
-        ),
-        ("preference", {"chosen": "a b", "rejected": talk("a", "b")}, ["must both be"]),
+        ("preference", {"chosen": "yes", "rejected": "no"}, ["`rejected`", "begin alike"]),
+        ("preference", {"chosen": "a b", "rejected": talk("a", "b")}, ["begin alike"]),
+        ("preference", {"chosen": talk("a"), "rejected": talk("a")}, ["begin alike"]),
     ],
 )
 def test_bad_rows(load, refused, tmp_path, kind, row, words):
-    """The sentence names the file, its line, the key that is wanted and what was found."""
+    """The sentence names the file, its line, the column that is wanted and what was found."""
     good = {"prompt": "a>", "completion": "b", "chosen": "b", "rejected": "c"}
-    refused([f"{tmp_path / 'rows.jsonl'} line 3", *words], load, [good, good, row], kind)
+    refused([f"{tmp_path / 'rows.jsonl'} line 3: ", *words], load, [good, good, row], kind)
 
 
-@pytest.mark.parametrize("margin", ["high", "0.5", float("nan"), float("inf"), True, [1]])
+@pytest.mark.parametrize("margin", ["high", "0.5", float("nan"), float("inf"), 10**400, [1]])
 def test_margin_that_is_no_number(load, refused, margin):
-    row = dict(prompt="a>", chosen="b", rejected="c", margin=margin)
+    row = {"prompt": "a>", "chosen": "b", "rejected": "c", "margin": margin}
     refused(["rows.jsonl line 1", "`margin`", "number"], load, [row], "preference")
-
-
-def test_margin_too_large_for_a_float(load, refused):
-    row = dict(prompt="a>", chosen="b", rejected="c", margin=10**400)
-    refused(["rows.jsonl line 1", "`margin`"], load, [row], "preference")
 
 
 @pytest.mark.parametrize("template", ["{wanted}", "{prompt", "{}", "{prompt.text}", "{prompt:d}"])
 def test_template_that_does_not_fit(load, refused, template):
-    words = ["rows.jsonl line 1", "--prompt-template", repr(template), "keys prompt, completion"]
-    refused(words, load, [TEXTS], prompt_template=template)
+    words = ["rows.jsonl line 1", "--prompt-template", repr(template), "columns prompt, completion"]
+    refused(words, load, [{"prompt": "a>", "completion": "b"}], prompt_template=template)
 
 
 def test_template_is_for_texts(load, refused):
-    row = dict(prompt=talk("a"), completion="b")
+    row = {"prompt": talk("a"), "completion": "b"}
     words = ["rows.jsonl line 1", "--prompt-template", "`prompt`"]
     refused(words, load, [row], tokenizer=letters(chat=True), prompt_template="{prompt} ")
 
 
 @pytest.mark.parametrize(
-    "row", [{"messages": talk("a") + talk("b", "c")}, {"prompt": talk("a") + talk("b")}]
+    "row",
+    [
+        {"messages": talk("a") + talk("b", "c")},
+        {"prompt": talk("a") + talk("b"), "completion": "c"},
+    ],
 )
 def test_template_refuses_messages(load, refused, row):
-    row |= {"completion": "c"}
     words = ["rows.jsonl line 1", "chat template", "roles must alternate"]
     refused(words, load, [row], tokenizer=letters(chat=True))
 
 
-def test_text_that_is_no_unicode(load, refused):
-    refused(
-        ["rows.jsonl line 1", "`completion`"], load, '{"prompt": "a>", "completion": "\\ud800"}'
-    )
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_that_is_no_unicode(load, refused, chat):
+    prompt = json.dumps(talk("a") if chat else "a>")
+    row = f'{{"prompt": {prompt}, "completion": "\\ud800"}}'
+    refused(["rows.jsonl line 1", "surrogate"], load, row, tokenizer=letters(chat=chat))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [sft, reward_model, rejection_sampling, ppo, grpo, rloo, dpo],
+    ids=lambda s: s.__name__,
+)
+def test_bad_rows_stop_each_script_before_a_model_loads(tmp_path, refused, script):
+    """The directory of --model holds no weights, so that loading it first would be another error."""
+    model = str(tmp_path / "model")
+    letters().save_pretrained(model)
+    transformers.LlamaConfig().save_pretrained(model)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    args = script.Args(model=model, dataset=str(path), output_dir=str(tmp_path / "run"))
+    if hasattr(args, "reward"):
+        args.reward = model
+    refused([f"{path} line 1: "], script.main, args)
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- forms of rows
-PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
-)
-ALONE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n"
-)
-
-
 @pytest.mark.parametrize(
     "row, prompt, completion",
     [
@@ -352,59 +353,55 @@ ALONE = (
         ({"prompt": "a>", "completion": " b\n"}, "a>", " b\n"),
         ({"prompt": "a {x}>", "completion": "b"}, "a {x}>", "b"),
         ({"prompt": "a>", "completion": "b", "question": "c", "answer": "d"}, "a>", "b"),
-        ({"instruction": "Add.", "input": "1 2", "output": "3"}, PAIRED, "3"),
-        ({"instruction": "Add.", "input": "", "output": "3"}, ALONE, "3"),
-        ({"instruction": "Add.", "input": None, "output": "3"}, ALONE, "3"),
-        ({"instruction": "Add.", "output": "3"}, ALONE, "3"),
+        ({"prompt": "a>", "answer": "b"}, "a>", "b"),
+        ({"instruction": "Add 1 2.", "output": "3"}, "Add 1 2.", "3"),
+        ({"question": "How many?", "answer": "1 and 1.\n#### 2"}, "How many?", "1 and 1.\n#### 2"),
     ],
 )
-def test_texts(load, row, prompt, completion):
-    (example,) = load([row])
-    assert parts(letters(), example) == (prompt, completion)
-    assert example["prompt"] == prompt and example["row"] == row
-
-
-@pytest.mark.parametrize(
-    "row, template, prompt",
-    [
-        ({"prompt": "a", "completion": "b", "hint": "h"}, "{hint}: {prompt} ", "h: a "),
-        (
-            {"instruction": "Add.", "input": "1 2", "output": "b"},
-            "{instruction} {input}=",
-            "Add. 1 2=",
-        ),
-        ({"question": "How?", "answer": "b"}, "Q: {question} A:", "Q: How? A:"),
-    ],
-)
-def test_prompt_template(load, row, template, prompt):
-    (example,) = load([row], prompt_template=template)
-    assert parts(letters(), example) == (prompt, "b")
-
-
-@pytest.mark.parametrize("key, answer", [("instruction", "output"), ("question", "answer")])
-def test_instruction_must_be_a_text(load, refused, key, answer):
-    refused(["rows.jsonl line 1", f"`{key}`"], load, [{key: talk("a"), answer: "b"}])
-
-
-@pytest.mark.parametrize("kind", ["sft", "prompt"])
 @pytest.mark.parametrize("chat", [False, True])
-def test_gsm8k(load, kind, chat):
-    row = {"question": "How many?", "answer": "One and one.\n#### 2"}
+def test_texts(load, row, prompt, completion, chat):
+    """Texts are used as they are, whether or not the tokenizer has a chat template."""
     tokenizer = letters(chat=chat)
-    (example,) = load([row], kind, tokenizer)
-    prompt = tokenizer.decode(example["prompt_ids"])
-    if chat:
-        (message,) = example["prompt"]
-        assert message["role"] == "user"
-        assert prompt == turns(message["content"]) + ASKED
-        text = message["content"]
-    else:
-        assert prompt == example["prompt"]
-        text = prompt
-    assert "How many?" in text and "####" in text and "One and one" not in text
-    assert example["row"] == row
+    (example,) = load([row], tokenizer=tokenizer)
+    assert example["prompt"] == prompt and example["row"] == row
+    assert tokenizer.decode(example["prompt_ids"]) == prompt
+    end = "<|im_end|>" if chat else "[EOS]"
+    assert trained(tokenizer, example) == completion + end
+    assert tokenizer.decode(example["ids"]) == prompt + completion + end
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+@pytest.mark.parametrize(
+    "columns, template, prompt",
+    [
+        ({"prompt": "a", "hint": "h"}, "{hint}: {prompt} ", "h: a "),
+        ({"instruction": "Add.", "input": "1 2"}, "{instruction}\n{input}", "Add.\n1 2"),
+        ({"question": "How?"}, "Q: {question} A:", "Q: How? A:"),
+        ({"query": "How?", "level": 3}, "{query} ({level})>", "How? (3)>"),
+    ],
+)
+def test_prompt_template(load, capsys, kind, columns, template, prompt):
+    """It is the prompt even where chosen and rejected begin alike, and its columns are used."""
+    row = columns | {"output": "b", "chosen": "b c", "rejected": "b d"}
+    (example,) = load([row], kind, prompt_template=template)
+    assert example["prompt"] == letters().decode(example["prompt_ids"]) == prompt
     if kind == "sft":
-        assert trained(tokenizer, example) == row["answer"] + ("<|im_end|>" if chat else "[EOS]")
+        assert parts(letters(), example) == (prompt, "b")
+    if kind == "preference":
+        assert letters().decode(example["chosen_ids"]) == "b c[EOS]"
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_columns_that_are_not_used_are_named(load, capsys):
+    """Alpaca's `input` is one where no --prompt-template has it."""
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "id": 7}
+    load([row, row])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert line.endswith("rows.jsonl: columns that are not used: id, input")
+    load([row], prompt_template="{instruction}\n{input}")
+    assert "not used: id\n" in capsys.readouterr().out
+    load([row], "prompt")  # they go to the checker
+    assert "not used" not in capsys.readouterr().out
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -447,7 +444,7 @@ def test_train_on_all_drops_rows_that_a_template_renders_anew(load, capsys):
     rows = [{"messages": talk("hi", "yo", "so", "no")}, {"messages": talk("a", "yo")}]
     examples = load(rows, tokenizer=letters(chat=True, template=forgetful), train_on="all")
     assert [e["row"] for e in examples] == rows[1:]
-    assert "1 of 2 rows; 1 dropped" in capsys.readouterr().out
+    assert "1 rows; 1 dropped" in capsys.readouterr().out
 
 
 HELPFUL = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
@@ -457,7 +454,9 @@ HELPFUL = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
     "row, prompt, chosen, rejected",
     [
         (dict(prompt="a>", chosen="b", rejected="c"), "a>", "b", "c"),
-        (dict(instruction="Add.", input="1 2", chosen="3", rejected="4"), PAIRED, "3", "4"),
+        (dict(instruction="Add 1.", chosen="3", rejected="4"), "Add 1.", "3", "4"),
+        (dict(question="a b?", chosen="c d", rejected="c e"), "a b?", "c d", "c e"),
+        (dict(prompt="a>", chosen="b c", rejected="b d"), "a>", "b c", "b d"),
         (dict(chosen=HELPFUL + " yes", rejected=HELPFUL + " no"), HELPFUL, " yes", " no"),
         (dict(chosen=HELPFUL + " I am", rejected=HELPFUL + " I do"), HELPFUL, " I am", " I do"),
         (dict(chosen=HELPFUL + " I", rejected=HELPFUL + " I do"), HELPFUL, " I", " I do"),
@@ -486,14 +485,19 @@ def test_preferences(load, row, prompt, chosen, rejected):
             ),
             talk("hi"),
         ),
-        pytest.param(dict(chosen=talk("hi", "yes"), rejected=talk("hi", "no")), talk("hi")),
-        pytest.param(
+        (dict(chosen=talk("hi", "yes"), rejected=talk("hi", "no")), talk("hi")),
+        (
             dict(chosen=talk("hi", "a", "so?", "yes"), rejected=talk("hi", "a", "so?", "no")),
             talk("hi", "a", "so?"),
+        ),
+        (
+            dict(prompt="hi", chosen=talk("hi", "yes"), rejected=talk("hi", "no"), margin=None),
+            talk("hi"),
         ),
     ],
 )
 def test_preferences_in_messages(load, row, prompt):
+    """The last is UltraFeedback's form: the prompt as a text, and again in both conversations."""
     tokenizer = letters(chat=True)
     (example,) = load([row], "preference", tokenizer)
     assert example["prompt"] == prompt
@@ -509,7 +513,10 @@ def test_messages_that_begin_differently(load, refused):
     refused(["line 1", "begin alike"], load, [row], "preference", letters(chat=True))
 
 
-@pytest.mark.parametrize("margin, expected", [({"margin": 0.5}, 0.5), ({"margin": 2}, 2), ({}, 0)])
+@pytest.mark.parametrize(
+    "margin, expected",
+    [({"margin": 0.5}, 0.5), ({"margin": -2}, -2), ({"margin": None}, 0), ({}, 0)],
+)
 def test_margin(load, margin, expected):
     (example,) = load([dict(prompt="a>", chosen="b", rejected="c") | margin], "preference")
     assert example["margin"] == expected
@@ -533,10 +540,10 @@ def test_one_eos_at_the_end_and_trained(load, pad, completion):
     for example in examples:
         assert example["ids"].count(end) == 1
         assert example["ids"][-1] == end and example["mask"][-1] == 1
-    ids, masks = ([e[key] for e in examples] for key in ("ids", "mask"))
-    batch = common.pad_batch(ids, masks, "cpu")
-    assert ((batch.input_ids == end) & (batch.completion_mask == 1)).sum(1).tolist() == [1, 1]
-    assert batch.attention_mask.sum(1).tolist() == [len(x) for x in ids]
+    batch = common.make_batch([e["ids"] for e in examples], [e["mask"] for e in examples], "cpu")
+    is_trained_end = (batch["targets"] == end) & (batch["mask"] == 1)
+    assert is_trained_end.sum(1).tolist() == [1, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [len(e["ids"]) - 1 for e in examples]
     (pair,) = load([dict(prompt="a>", chosen=completion, rejected="c")], "preference", tokenizer)
     assert pair["chosen_ids"].count(end) == pair["rejected_ids"].count(end) == 1
 
@@ -549,7 +556,7 @@ def test_one_eos_at_the_end_and_trained(load, pad, completion):
         (lambda: letters(bos=True), 1),
         (lambda: letters(bos=True, chat=True), 1),
         (letters, 0),
-        (common.tiny_tokenizer, 0),
+        (sft.tiny_tokenizer, 0),
     ],
 )
 def test_bos_once_or_never(load, kind, make, count):
@@ -601,52 +608,49 @@ def test_empty_turn_trains_end_of_turn_alone(load):
     assert trained(tokenizer, example) == "<|im_end|>"
 
 
-@pytest.mark.parametrize("completion", ["yo", "yo<|im_end|>", pytest.param("yo[EOS]")])
-def test_text_rows_end_once_where_the_tokenizer_has_a_chat_template(load, completion):
+@pytest.mark.parametrize("completion", ["yo", "yo<|im_end|>", "yo[EOS]"])
+def test_text_rows_end_once_where_the_tokenizer_has_a_chat_template(load, tmp_path, completion):
     """People bring rendered prompts, and completions that end in EOS."""
     tokenizer = letters(chat=True)
     (example,) = load(
         [dict(prompt=turns("hi") + ASKED, completion=completion)], tokenizer=tokenizer
     )
     answer = example["ids"][len(example["prompt_ids"]) :]
-    stops = common.eos_ids(tokenizer, None)
-    assert tokenizer.decode(answer[:-1]) == "yo" and answer[-1] in stops
+    assert tokenizer.decode(answer[:-1]) == "yo"
+    assert answer[-1] in common.find_eos_ids(tokenizer, str(tmp_path))
 
 
-def test_end_of_turn_joins_eos():
+def test_end_of_turn_joins_eos(tmp_path):
     tokenizer = letters(chat=True)
     eos, im_end = tokenizer.convert_tokens_to_ids(["[EOS]", "<|im_end|>"])
     assert common.end_of_turn_id(tokenizer) == im_end
-    assert common.eos_ids(tokenizer, None) == [eos, im_end]
-    assert common.end_of_turn_id(letters()) == eos and common.eos_ids(letters(), None) == [eos]
+    assert common.find_eos_ids(tokenizer, str(tmp_path)) == [eos, im_end]
+    assert common.end_of_turn_id(letters()) == eos
+    assert common.find_eos_ids(letters(), str(tmp_path)) == [eos]
 
 
 @pytest.mark.parametrize(
-    "chat, generation, config, more",
+    "chat, generation, more",
     [
-        (False, 9, None, [9]),
-        (False, [9, 1, 8], None, [8, 9]),
-        (True, [9, 8], None, [5, 8, 9]),
-        (False, [9], 7, [9]),
-        (False, None, [7, 6], [6, 7]),
-        (True, None, 7, [5, 7]),
+        (False, 9, [9]),
+        (False, [9, 1, 8], [8, 9]),
+        (True, [9, 8], [5, 8, 9]),
+        (True, None, [5]),
     ],
 )
-def test_eos_ids_of_tokenizer_and_generation_config(tmp_path, chat, generation, config, more):
-    """The model's configuration speaks where there is no generation_config.json."""
-    if generation is not None:
-        transformers.GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
-    transformers.LlamaConfig(eos_token_id=config).save_pretrained(tmp_path)
+def test_eos_ids_of_tokenizer_and_generation_config(tmp_path, chat, generation, more):
+    transformers.LlamaConfig().save_pretrained(tmp_path)
+    transformers.GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
     tokenizer = letters(chat=chat)
     assert tokenizer.eos_token_id == 1
-    assert common.eos_ids(tokenizer, str(tmp_path)) == [1, *more]
+    assert common.find_eos_ids(tokenizer, str(tmp_path)) == [1, *more]
 
 
-def test_eos_of_a_template_that_writes_eos(load):
+def test_eos_of_a_template_that_writes_eos(load, tmp_path):
     """As Llama 2's and Mistral's do."""
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
     tokenizer = letters(chat=True, template=template + "{% endfor %}")
-    assert common.eos_ids(tokenizer, None) == [tokenizer.eos_token_id]
+    assert common.find_eos_ids(tokenizer, str(tmp_path)) == [tokenizer.eos_token_id]
     (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
     assert tokenizer.decode(example["ids"]) == "hi:yo[EOS]"
     assert trained(tokenizer, example) == "yo[EOS]"
@@ -663,8 +667,7 @@ def test_overlong_rows_are_dropped_and_counted(load, capsys):
     rows = [dict(prompt="a>", completion="b" * n) for n in (1, 2, 3, 4)]
     examples = load(rows, max_length=5)  # prompt, completion and EOS
     assert [e["row"] for e in examples] == rows[:2]
-    out = capsys.readouterr().out
-    assert "2 of 4 rows" in out and "2 dropped" in out and "--max-length 5" in out
+    assert "2 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
 
 
 def test_overlong_pairs_and_prompts_are_dropped_and_counted(load, capsys):
@@ -672,12 +675,11 @@ def test_overlong_pairs_and_prompts_are_dropped_and_counted(load, capsys):
         dict(prompt="a>", chosen="b" * n, rejected="c" * m) for n, m in ((2, 2), (3, 1), (1, 3))
     ]
     assert [e["row"] for e in load(pairs, "preference", max_length=5)] == pairs[:1]
-    assert "1 of 3 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
+    assert "1 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
     prompts = [dict(prompt="a" * n) for n in (4, 5, 6)]
-    assert [
-        e["row"] for e in load(prompts, "prompt", max_prompt_length=5, max_length=1)
-    ] == prompts[:2]
-    assert "2 of 3 rows; 1 dropped longer than --max-prompt-length 5" in capsys.readouterr().out
+    examples = load(prompts, "prompt", max_prompt_length=5, max_length=1)
+    assert [e["row"] for e in examples] == prompts[:2]
+    assert "2 rows; 1 dropped longer than --max-prompt-length 5" in capsys.readouterr().out
 
 
 def test_identical_pairs_are_dropped_and_counted(load, capsys):
@@ -688,7 +690,7 @@ def test_identical_pairs_are_dropped_and_counted(load, capsys):
     ]
     assert [e["row"] for e in load(pairs, "preference")] == pairs[2:]
     out = capsys.readouterr().out
-    assert "1 of 3 rows; 2 dropped" in out and "same" in out
+    assert "1 rows; 2 dropped" in out and "same" in out
 
 
 @pytest.mark.parametrize(
@@ -707,7 +709,7 @@ def test_identical_pairs_are_dropped_and_counted(load, capsys):
 def test_prompts_that_are_no_token_prefix_are_dropped_and_counted(load, capsys, kind, rows):
     assert [e["row"] for e in load(rows, kind, merging())] == rows[1:]
     out = capsys.readouterr().out
-    assert "1 of 2 rows; 1 dropped" in out and "prefix" in out
+    assert "1 rows; 1 dropped" in out and "prefix" in out
 
 
 @pytest.mark.parametrize(
@@ -721,7 +723,7 @@ def test_prompts_that_are_no_token_prefix_are_dropped_and_counted(load, capsys, 
     ],
 )
 def test_no_row_left(load, refused, kind, row, tokenizer, reason):
-    words = ["rows.jsonl", "no row is left", "1 dropped", reason]
+    words = ["rows.jsonl", "0 rows", "1 dropped", "nothing is left", reason]
     refused(words, load, [row], kind, tokenizer(), max_length=5, max_prompt_length=5)
 
 
@@ -754,29 +756,37 @@ def test_held_out_only_where_asked(load, tmp_path, capsys):
     load([dict(prompt="a>", completion="b")])
     path = str(tmp_path / "rows.jsonl")
     capsys.readouterr()
-    assert common.load_held_out(letters(), "sft", flags(dataset=path, eval_dataset=None)) == []
+    args = flags(dataset=path, eval_dataset=None)
+    assert common.load_held_out(sft.sft_example, letters(), args) == []
     assert "nothing is held out" in capsys.readouterr().out
-    (example,) = common.load_held_out(letters(), "sft", flags(dataset="x.jsonl", eval_dataset=path))
+    args = flags(dataset="x.jsonl", eval_dataset=path)
+    (example,) = common.load_held_out(sft.sft_example, letters(), args)
     assert example["prompt"] == "a>" and "held out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_shuffled_visits_each_row_once_an_epoch(n):
+def test_stream_visits_each_row_once_an_epoch(n):
     for epoch in range(3):
-        assert sorted(common.shuffled(range(n), 1, epoch * n, epoch * n + n)) == list(range(n))
+        order = common.stream(range(n), seed=1, start=epoch * n, stop=epoch * n + n)
+        assert sorted(order) == list(range(n))
 
 
-def test_shuffled_is_another_order_in_each_epoch_and_for_each_seed():
+def test_stream_is_another_order_in_each_epoch_and_for_each_seed():
     orders = [
-        common.shuffled(range(50), seed, e * 50, e * 50 + 50) for seed in (1, 2) for e in (0, 1)
+        common.stream(range(50), seed=seed, start=start, stop=start + 50)
+        for seed in (1, 2)
+        for start in (0, 50)
     ]
     assert len({tuple(order) for order in orders}) == 4
-    assert orders[0] == common.shuffled(range(50), 1, 0, 50)
+    assert orders[0] == common.stream(range(50), seed=1, start=0, stop=50)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 25])
-def test_shuffled_is_one_stream_however_it_is_cut(size):
+@pytest.mark.parametrize("size", [1, 3, 7, 10, 25])
+def test_stream_is_one_however_it_is_cut(size):
     """A batch may be larger than the data set, and may reach over the end of an epoch."""
-    stream = common.shuffled(range(7), 5, 0, 50)
-    cut = [common.shuffled(range(7), 5, i, min(i + size, 50)) for i in range(0, 50, size)]
-    assert sum(cut, []) == stream and all(cut)
+    batches = [
+        common.stream(range(7), seed=5, start=start, stop=min(start + size, 50))
+        for start in range(0, 50, size)
+    ]
+    assert all(batches)
+    assert sum(batches, []) == common.stream(range(7), seed=5, start=0, stop=50)

@@ -1,8 +1,10 @@
-"""Exact identities, no training: on a tree of completions small enough to sum over, the estimators of the
-scripts have the expectation, the variance and the zero that the theory gives them, to rounding.
+"""Exact identities, no training: on a tree of completions small enough to sum over, the estimators
+of the scripts have the expectation, the variance and the zero that the theory gives them, to
+rounding.
 
-A policy here is a table of logits, one row for each prefix, over two letters and EOS; completions have at
-most three tokens. Expectations over groups of two are sums over all pairs of completions."""
+A policy here is a table of logits, one row for each prefix, over two letters and EOS; completions
+have at most three tokens. Expectations over groups of two are sums over all pairs of
+completions."""
 
 import itertools
 import math
@@ -80,8 +82,9 @@ def in_pairs(advantages, penalty=BETA):
 
 
 def expected_gradient(advantages, aggregation="constant"):
-    """The mean over all pairs of the gradient that grpo.py takes from a group of two, by its policy_loss and
-    loss_weights. `constant` is made a plain mean over completions of sums over tokens."""
+    """The mean over all pairs of the gradient that grpo.py takes from a group of two, by its
+    policy_loss and loss_weights. `constant` is made a plain mean over completions of sums over
+    tokens."""
     total = 0.0
     for (first, second), pair_advantages in zip(PAIRS.tolist(), advantages):
         rows = [first, second]
@@ -100,8 +103,9 @@ def test_completions_are_all_of_them():
 
 # ---------------------------------------------------------------- the optimum
 def test_at_the_optimum_every_advantage_is_zero():
-    """Score - beta log-ratio is beta log Z for every completion, so no sample of any group moves p*, whatever
-    divides the advantage. A wrong sign of the KL, or 1 / beta for beta, fails this at once."""
+    """Score - beta log-ratio is beta log Z for every completion, so no sample of any group moves
+    p*, whatever divides the advantage. A wrong sign of the KL, or 1 / beta for beta, fails this at
+    once."""
     log_ratio = P_STAR.log() - REF_LOGPS.sum(1)
     rewards = REWARDS - BETA * grpo.kl_penalty(P_STAR.log(), REF_LOGPS.sum(1), "k1")
     assert (rewards - BETA * LOG_Z).abs().max() < 1e-13
@@ -115,7 +119,8 @@ def test_at_the_optimum_every_advantage_is_zero():
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_at_the_optimum_with_the_soft_values_ppo_has_no_advantage(lam):
-    """V(prefix) = beta log sum p_ref(rest) exp(r / beta): then every delta of GAE is 0 (gamma 1)."""
+    """V(prefix) = beta log sum p_ref(rest) exp(r / beta): then every delta of GAE is 0 (gamma
+    1)."""
     soft = {}  # beta log sum over completions with the prefix
     for prefix in PREFIXES:
         with_prefix = torch.tensor([c[: len(prefix)] == prefix for c in COMPLETIONS])
@@ -141,7 +146,8 @@ def test_at_the_optimum_with_the_soft_values_ppo_has_no_advantage(lam):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_what_is_missing_to_the_optimum_is_the_kl_from_it(seed):
-    """beta log Z - J(policy) = beta KL(policy || p*), with J summed from PPO's own token rewards."""
+    """beta log Z - J(policy) = beta KL(policy || p*), with J summed from PPO's own token
+    rewards."""
     logps = token_logps(table(seed))
     p = logps.sum(1).exp()
     j = (p * ppo.token_rewards(REWARDS, logps, REF_LOGPS, MASK, BETA).sum(1)).sum()
@@ -184,8 +190,8 @@ def test_unscaled_grpo_is_unbiased_but_for_its_factor():
 
 
 def test_variance_under_a_shift_of_the_rewards():
-    """A constant added to r leaves RLOO's gradients as they are; one of the sign of the mean raises the
-    variance of REINFORCE (here; in general of the mean weighted by the squared score)."""
+    """A constant added to r leaves RLOO's gradients as they are; one of the sign of the mean raises
+    the variance of REINFORCE (here; in general of the mean weighted by the squared score)."""
     shifted = {}
     for shift in (0.0, 1.0, 10.0):
         rewards = (REWARDS + shift - BETA * (LOGPS.detach() - REF_LOGPS).sum(1))[PAIRS.flatten()]
@@ -250,7 +256,8 @@ def test_dividing_by_the_deviation_of_the_group():
 
 
 def test_dividing_by_the_deviation_of_the_batch():
-    """Of one pair as a batch it is that of the group; of all pairs it is a constant and does no harm."""
+    """Of one pair as a batch it is that of the group; of all pairs it is a constant and does no
+    harm."""
     pair = torch.tensor([0.3, 1.0]).double()
     assert torch.allclose(
         grpo.group_advantages(pair, 2, "batch"), grpo.group_advantages(pair, 2, "group")
@@ -283,8 +290,8 @@ def test_the_mean_over_the_tokens_of_a_batch():
 
 
 def test_whitened_advantages():
-    """PPO on batches of two, V = 0: advantages less their mean over all tokens of the batch, divided by
-    their deviation, then averaged over tokens."""
+    """PPO on batches of two, V = 0: advantages less their mean over all tokens of the batch,
+    divided by their deviation, then averaged over tokens."""
     values, total, formula = torch.zeros(K, LENGTH).double(), 0.0, 0.0
     step_scores = [[gradient(x) for x in row] for row in LOGPS]
     per_token = (REWARDS[:, None] * (LENGTHS[:, None] == torch.arange(1, LENGTH + 1))).double()
@@ -311,8 +318,8 @@ def test_whitened_advantages():
 # ---------------------------------------------------------------- the KL as a loss
 @pytest.mark.parametrize("estimator, rest", [("k3", "k3"), ("k2", "gibbs")])
 def test_where_a_kl_loss_rests(estimator, rest):
-    """One-token completions, all pairs of them: the expected gradient of GRPO's loss, unscaled, is 0 at the
-    law in the docstring of kl_penalty, and not at the other."""
+    """One-token completions, all pairs of them: the expected gradient of GRPO's loss, unscaled, is
+    0 at the law in the docstring of kl_penalty, and not at the other."""
     ref, rewards = table(6, 1, 5).log_softmax(1), table(7, 1, 5) + 2
     laws = {"k3": k3_law(ref, rewards, BETA, 2), "gibbs": gibbs(ref, rewards, 2 * BETA)}
     pairs = torch.tensor(list(itertools.product(range(5), repeat=2)))
@@ -332,8 +339,8 @@ def test_where_a_kl_loss_rests(estimator, rest):
 
 
 def test_kl_estimates_in_expectation():
-    """Exactly: k1 and k3, summed over tokens, are the KL of the completions; k2 is half the mean squared
-    log-ratio of each token."""
+    """Exactly: k1 and k3, summed over tokens, are the KL of the completions; k2 is half the mean
+    squared log-ratio of each token."""
     p, x = P, LOGPS.detach()
     kl = (p * (x - REF_LOGPS).sum(1)).sum()
     half_square = (p * ((x - REF_LOGPS) ** 2 * MASK).sum(1)).sum() / 2
@@ -349,9 +356,10 @@ def test_kl_estimates_in_expectation():
 
 
 def test_where_the_gradients_of_kl_losses_point():
-    """The mean over completions of the gradient of each estimate. k1: nowhere, it does not regularise. k2:
-    KL(policy || reference) of each next token. k3: KL(reference || policy) of each next token, which is why
-    it leads elsewhere. Both leave out that tokens decide which prefixes come later."""
+    """The mean over completions of the gradient of each estimate. k1: nowhere, it does not
+    regularise. k2: KL(policy || reference) of each next token. k3: KL(reference || policy) of each
+    next token, which is why it leads elsewhere. Both leave out that tokens decide which prefixes
+    come later."""
     reach = torch.tensor([sum(P[[c[: len(x)] == x for c in COMPLETIONS]]) for x in PREFIXES])[
         :, None
     ]

@@ -1,4 +1,5 @@
-"""The tensor math of the scripts, each function against a slow loop in float64 that follows the formula."""
+"""The tensor math of the scripts, each function against a slow loop in float64 that follows the
+formula."""
 
 import copy
 import math
@@ -220,8 +221,8 @@ def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monk
 
 @pytest.mark.parametrize("tokens", [4, 1000])
 def test_a_token_of_probability_zero_has_no_entropy(tokens, tiny_llama, monkeypatch):
-    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is - infinity,
-    which stops a run, not some number."""
+    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is -
+    infinity, which stops a run, not some number."""
     batch = ragged_batch(4)
     mask = batch["mask"].bool()
     is_banned = torch.arange(VOCAB) >= VOCAB // 2
@@ -285,7 +286,8 @@ def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scor
 
 
 def test_masked_mean():
-    """One denominator for all rows: not a mean of the rows' means. What lies outside plays no part."""
+    """One denominator for all rows: not a mean of the rows' means. What lies outside plays no
+    part."""
     x = normal(1, ROWS, WIDTH, shift=2.0) + 1e3 * (1 - MASK)
     total = count = 0
     for i in range(ROWS):
@@ -299,7 +301,8 @@ def test_masked_mean():
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 5.0])
 def test_masked_whiten(shift_mean, scale):
-    """Population variance plus 1e-8 (which shows at scale 1e-4); shift_mean=False keeps the mean."""
+    """Population variance plus 1e-8 (which shows at scale 1e-4); shift_mean=False keeps the
+    mean."""
     x = normal(1, ROWS, WIDTH, scale=scale, shift=3 * scale) + 1e3 * (1 - MASK)
     inside = [x[i, t].item() for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
     mean = sum(inside) / len(inside)
@@ -320,7 +323,8 @@ def test_masked_whiten_of_equal_numbers_is_finite():
 
 
 def test_token_rewards():
-    """Every action pays kl_coef for a log-ratio above 0; the score comes once, at the last action."""
+    """Every action pays kl_coef for a log-ratio above 0; the score comes once, at the last
+    action."""
     scores, logprobs, ref_logprobs = normal(1, ROWS), normal(2, ROWS, WIDTH), normal(3, ROWS, WIDTH)
 
     def slow(i, t):
@@ -353,7 +357,8 @@ def test_token_rewards_of_a_row_that_takes_no_part():
 
 @pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
 def test_gae(gamma, gae_lambda):
-    """A_t is the sum of (gamma lambda)^k delta_{t+k} over the row's own actions, V past the last being 0."""
+    """A_t is the sum of (gamma lambda)^k delta_{t+k} over the row's own actions, V past the last
+    being 0."""
     rewards, values = normal(1, ROWS, WIDTH), normal(2, ROWS, WIDTH)  # rubbish outside the mask
 
     def slow(i, t):
@@ -371,7 +376,8 @@ def test_gae(gamma, gae_lambda):
 
 
 def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
-    """No value but that of the state itself enters: A = sum of gamma^k r - V, and returns hold no value."""
+    """No value but that of the state itself enters: A = sum of gamma^k r - V, and returns hold no
+    value."""
     rewards, values, gamma = normal(3, ROWS, WIDTH), normal(4, ROWS, WIDTH), 0.9
 
     def discounted(i, t):
@@ -423,7 +429,8 @@ def test_policy_loss(epsilon, epsilon_high):
 
 
 def test_policy_loss_before_the_first_update():
-    """At ratio 1 nothing is clipped, the loss is - sum of weights * advantages, and so is the gradient."""
+    """At ratio 1 nothing is clipped, the loss is - sum of weights * advantages, and so is the
+    gradient."""
     logprobs = (normal(1, ROWS, WIDTH) * MASK).requires_grad_()
     advantages, weights = normal(2, ROWS, WIDTH), MASK / MASK.sum()
     loss, clipped = ppo.policy_loss(logprobs, logprobs.detach(), advantages, weights, 0.2)
@@ -433,30 +440,49 @@ def test_policy_loss_before_the_first_update():
     assert not clipped.any()
 
 
-def test_policy_loss_of_a_ratio_beyond_float32():
-    """A token that the clip or an advantage of 0 removes adds nothing, and never inf * 0; where the
-    ratio counts it is cut at exp(20), so that the loss stays finite. Ratios near 0 are left alone."""
-    log_ratio = torch.tensor([[1000.0, 1000.0, 1000.0, 1000.0, -1000.0, -1000.0]])
-    advantages = torch.tensor([[2.0, 0.0, -2.0, 3.0, 2.0, -2.0]])
-    weights = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
-    logprobs = log_ratio.requires_grad_()
+@pytest.mark.parametrize(
+    "log_ratio, advantage, weight, expected, is_clipped",
+    [
+        (1000.0, 2.0, 1.0, -2 * 1.3, True),
+        (1000.0, 0.0, 1.0, 0.0, False),
+        (1000.0, -2.0, 1.0, 2 * math.exp(20), False),
+        (1000.0, -2.0, 0.0, 0.0, False),
+        (-1000.0, 2.0, 1.0, 0.0, False),
+        (-1000.0, -2.0, 1.0, 2 * 0.8, True),
+    ],
+)
+def test_policy_loss_of_a_ratio_beyond_float32(log_ratio, advantage, weight, expected, is_clipped):
+    """What the clip, an advantage of 0 or the mask removes is never inf * 0; a ratio that counts is
+    cut at exp(20), so that loss and gradient stay finite."""
+    logprobs = torch.tensor([[log_ratio]], requires_grad=True)
     loss, clipped = ppo.policy_loss(
-        logprobs, torch.zeros(1, 6), advantages, weights, 0.2, epsilon_high=0.3
+        logprobs,
+        torch.zeros(1, 1),
+        torch.tensor([[advantage]]),
+        torch.tensor([[weight]]),
+        0.2,
+        epsilon_high=0.3,
     )
     loss.backward()
-    # good and risen: 1.3; no advantage: 0; bad and risen: exp(20); not trained: 0; fallen: 0 and 0.8
-    assert_near(loss, -2 * 1.3 + 2 * math.exp(20) + 2 * 0.8)
-    assert not logprobs.grad.any()
-    assert clipped.tolist() == [[True, False, False, False, False, True]]
-    below = torch.tensor([[19.9]], requires_grad=True)  # below the cut nothing is lost
-    loss, _ = ppo.policy_loss(below, torch.zeros(1, 1), -torch.ones(1, 1), torch.ones(1, 1), 0.2)
+    assert_near(loss, expected)
+    assert logprobs.grad == 0
+    assert clipped == is_clipped
+
+
+def test_policy_loss_cuts_no_ratio_below_exp_20():
+    """The gradient of a token that became much likelier, and should not have, is - A ratio."""
+    logprobs = torch.tensor([[19.9]], requires_grad=True)
+    ones = torch.ones(1, 1)
+    loss, clipped = ppo.policy_loss(logprobs, torch.zeros(1, 1), -ones, ones, 0.2)
     loss.backward()
-    assert_near(below.grad, [[math.exp(19.9)]])
+    assert_near(logprobs.grad, [[math.exp(19.9)]])
+    assert not clipped
 
 
 @pytest.mark.parametrize("value_clip", [0.2, 1.0])
 def test_value_loss(value_clip):
-    """Half of the larger square, of the value itself or of the value at most value_clip from the old one."""
+    """Half of the larger square, of the value itself or of the value at most value_clip from the
+    old one."""
     old_values, returns = normal(1, ROWS, WIDTH), normal(3, ROWS, WIDTH)
     values = (old_values + normal(2, ROWS, WIDTH, scale=0.7)).requires_grad_()
     weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50
@@ -535,7 +561,8 @@ def test_sft_loss():
 
 @pytest.mark.parametrize("margin", [None, 0.7])
 def test_bradley_terry_loss(margin):
-    """log(1 + exp(-(chosen - rejected - margin))) for each pair, and its slope; far pairs stay finite."""
+    """log(1 + exp(-(chosen - rejected - margin))) for each pair, and its slope; far pairs stay
+    finite."""
     chosen = torch.tensor([1.5, -0.3, 0.2, 300.0, -300.0, 2.0], requires_grad=True)
     rejected = torch.tensor([0.5, 0.4, 0.2, -300.0, 300.0, -1.0], requires_grad=True)
     margins = None if margin is None else margin * torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 4.0])

@@ -195,9 +195,9 @@ def theorem(name, folder, seed=1, short=True):
         flags |= dict(epochs=8 if short else 5)
         target = best_of_n_law(ref, world.rewards, BEST_OF)
         return Theorem(rejection_sampling, flags, world, target, of_policy, forward=True)
-    if name == "ppo":  # lam 1: an advantage is then right whatever the values are
+    if name == "ppo":  # lambda 1: an advantage is then right whatever the values are
         return Theorem(
-            ppo, flags | online | dict(lam=1.0, update_epochs=1), world, optimum, of_policy
+            ppo, flags | online | dict(gae_lambda=1.0, update_epochs=1), world, optimum, of_policy
         )
     if (
         name == "rloo"
@@ -210,14 +210,14 @@ def theorem(name, folder, seed=1, short=True):
         return Theorem(rloo, flags | online | dict(temperature=0.7), world, optimum, of_warm_policy)
     online |= dict(scale_rewards="none")
     if name == "grpo k1":
-        flags |= online | dict(kl="k1-reward")
+        flags |= online | dict(kl_estimator="k1", kl_in="reward")
         return Theorem(grpo, flags, world, optimum, of_policy)
     if name == "grpo k3":
         completions = list_completions(words, length=1)
         texts = texts_of(words, completions)
         rewards = torch.tensor([[world.table[p][x] for x in texts] for p in PROMPTS]).double()
         # groups of 4, so that b, which knows their size, is a third larger than beta
-        flags |= online | dict(kl="k3-loss", kl_coef=0.1, max_completion_length=1, steps=240)
+        flags |= online | dict(kl_estimator="k3", kl_in="loss", kl_coef=0.1, max_completion_length=1, steps=240)
         flags |= dict(prompts_per_step=60, num_generations=4)
         ref, beta = of_policy(world.ref), flags["kl_coef"]
         target = k3_law(ref, rewards, beta, flags["num_generations"])
