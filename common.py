@@ -41,6 +41,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -350,11 +351,10 @@ def prepare(model, device, trainable, gradient_checkpointing=False):
     # dropout and jitter stay off: else two forwards differ, and the first update's ratio is not 1
     model.eval()
     model.requires_grad_(trainable)
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # what turns it on; a model's own would drop the cache
+    # by torch's own: transformers' asks for train mode, dropout and all
+    for module in model.modules() if gradient_checkpointing else []:
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return shard(model, device)
 
 
@@ -489,7 +489,7 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     columns = set()
     for number, row in enumerate(rows, 1):
         where = f"{dataset} {'line' if dataset.endswith('.jsonl') else 'row'} {number}"
-        if row is None:  # an empty line
+        if row is ...:  # an empty line
             continue
         try:
             if not isinstance(row, dict):
@@ -525,7 +525,7 @@ def load_held_out(make_example, tokenizer, args):
 
 
 def read_file(path):
-    """Rows of a .jsonl file, None for an empty line, or of a .json file that holds one list."""
+    """Rows of a .jsonl file, `...` for an empty line, or of a .json file that holds one list."""
     where = path
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -534,9 +534,9 @@ def read_file(path):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path} line {number}"
-            rows.append(json.loads(line) if line.strip() else None)
+            rows.append(json.loads(line) if line.strip() else ...)
         return rows
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         fail(f"{where}: cannot be read ({error}); wanted a JSON object a line, in .json a list")
 
 
@@ -556,15 +556,16 @@ def preference_example(row, tokenizer, end_id, args):
     rejected = text_or_messages(row, ["rejected"])
     # UltraFeedback's form: a text, which stands in both conversations, too
     is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
-    if row.keys() & set(PROMPT_COLUMNS) and not is_whole:
+    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
         prompt = prompt_of(row, args)
     else:
         prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
     margin = row.get("margin") or 0.0
-    if not isinstance(margin, (int, float)):
+    if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
         raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
-    prompt_ids, completions = encode_completions(tokenizer, prompt, [chosen, rejected], end_id)
-    chosen_ids, rejected_ids = completions
+    prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
+        tokenizer, prompt, [chosen, rejected], end_id
+    )
     check_length(
         prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
     )
@@ -946,7 +947,7 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 
 
 # ---------------------------------------------------------------- 8. rewards
-NUMBER = r"[-−]?\$?[-−]?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?:[-−]\$?|\$[-−]?)?\d[\d,]*(?:\.\d+)?"
 
 
 def gsm8k_number(text):

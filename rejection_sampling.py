@@ -469,8 +469,8 @@ def main(args):
     optimizer = make_optimizer(models, args)
     M = args.prompts_per_iteration or len(examples)
     N = args.num_generations
-    if (args.select_k or 0) > M * N:
-        fail(f"--select-k is {args.select_k}, more than the {M * N} completions of an iteration")
+    if args.select_k is not None and not 1 <= args.select_k <= M * N:
+        fail(f"--select-k is {args.select_k}, and an iteration has {M * N} completions")
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
     steps = min(steps, args.steps or steps)  # fewer if some prompts have no score
     run = Run(args, models, optimizer, steps)

@@ -1,9 +1,10 @@
 """How near each script comes to the closed form of its own objective, step by step, on the language
 that tests/language.py lists: the runs of tests/theorems.py, in their long form.
 
-    python benchmarks/closed_form.py --seeds 1 2 3    about six minutes a seed and core; writes
-                                                      benchmarks/closed_form.jsonl, draws closed_form.png
-    python benchmarks/closed_form.py --seeds          draws and prints again what was measured
+    python benchmarks/closed_form.py --seeds 1 2 3    about six minutes a seed and core
+    python benchmarks/closed_form.py --seeds          draws and prints what is there
+
+It writes benchmarks/closed_form.jsonl and draws closed_form.png.
 
 The scripts run as they are. To see the distance at a step, and not at the end only, the loading of
 the model that is trained and the setting of the learning rate, once before each update, are
@@ -105,9 +106,8 @@ def draw(rows, file):
 
 def table(rows):
     """README's table: distances at the start and at the end, mean over seeds and range."""
-    print(
-        "| file | must converge to | KL before | KL after, mean (range) | steps |\n|---|---|---|---|---|"
-    )
+    print("| file | must converge to | KL before | KL after, mean (range) | steps |")
+    print("|---|---|---|---|---|")
     for name, (label, target) in NAMES.items():
         runs = {}
         for row in rows:
@@ -121,9 +121,8 @@ def table(rows):
         steps = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         print(f"| `{label}` | {target} | {statistics.mean(first):.2f} | {spread} | {steps} |")
         if away := [run[-1][OTHER] for run in runs.values() if OTHER in run[-1]]:
-            print(
-                f"| the same runs | to p_ref exp(r / beta) / Z | | {min(away):.2f} to {max(away):.2f} | |"
-            )
+            spread = f"{min(away):.2f} to {max(away):.2f}"
+            print(f"| the same runs | to p_ref exp(r / beta) / Z | | {spread} | |")
         if mass := [
             [run[i]["mass elsewhere"] for run in runs.values()] for i in (0, -1) if name == "dpo"
         ]:

@@ -1,10 +1,10 @@
 """All methods from one start, at as many sampled completions each, over seeds: what they reach, in
 what time, how far from where they began.
 
-    python benchmarks/curves.py --seeds 1 2 3                  the built-in task, about 12 minutes a seed
-    python benchmarks/curves.py --seeds 1 2 3 --study proxy    PPO against a learned reward, about 9
-    python benchmarks/curves.py --seeds 1 2 3 --study stories  real text with the mood checker, about 10
-    python benchmarks/curves.py --draw                         tables and figures of what is there
+    python benchmarks/curves.py --seeds 1 2 3          the built-in task, about 12 minutes a seed
+    python benchmarks/curves.py --study proxy          PPO against a learned reward, about 9
+    python benchmarks/curves.py --study stories        real text with the mood checker, about 10
+    python benchmarks/curves.py --draw                 tables and figures of what is there
 
 Times are of two CPU cores. Each evaluation of a run is a line of benchmarks/curves.jsonl, written
 when the run ends; runs that are there are not run again, so that a benchmark that was killed goes
@@ -30,17 +30,22 @@ EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
 # 1,920 completions each; DPO sees 960 pairs
-STORY = "--model {runs}/sft --dataset {data}/stories_sft_train.jsonl --eval-dataset {data}/stories_sft_test.jsonl"
+STORIES = "--dataset {data}/stories_sft_train.jsonl --eval-dataset {data}/stories_sft_test.jsonl"
+STORY = f"--model {{runs}}/sft {STORIES}"
 MOOD = f"{STORY} --reward {HERE}/mood.py:mood --max-completion-length 160 --learning-rate 2e-4"
 MOODS = f"{MOOD} --num-generations 8 --prompts-per-step 8 --steps 30 --eval-every 10"
 DR_GRPO = "--scale-rewards none --loss-aggregation constant --kl-coef 0"
-DAPO = "--loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling --num-generations 8"
+DAPO = (
+    "--loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling "
+    "--num-generations 8"
+)
 STUDIES = {  # study -> method -> script, flags
     "sort": {
         "PPO, learned reward": ("ppo", "--eval-every 10"),
         "PPO": (
             "ppo",
-            f"{EXACT} --kl-coef 0.02 --value-model runs/sft --missing-eos-penalty 0 --eval-every 10",
+            f"{EXACT} --kl-coef 0.02 --value-model runs/sft --missing-eos-penalty 0 "
+            "--eval-every 10",
         ),
         "RLOO": ("rloo", GROUPS),
         "REINFORCE, no baseline": ("rloo", f"{GROUPS} --baseline none"),
@@ -53,7 +58,8 @@ STUDIES = {  # study -> method -> script, flags
         ),
         "rejection sampling": (
             "rejection_sampling",
-            "--reward sort --min-score 1 --temperature 1 --prompts-per-iteration 640 --iterations 4 --epochs 4",
+            "--reward sort --min-score 1 --temperature 1 --prompts-per-iteration 640 "
+            "--iterations 4 --epochs 4",
         ),
         "DPO": ("dpo", "--steps 640 --eval-every 80"),
     },
@@ -63,14 +69,15 @@ STUDIES = {  # study -> method -> script, flags
         "PPO, KL coefficient 0.3": ("ppo", f"{PROXY} --kl-coef 0.3"),
         "best of N": (
             "rejection_sampling",
-            "--temperature 1 --prompts-per-iteration 500 --num-generations 128 --steps 1 --iterations 1",
+            "--temperature 1 --prompts-per-iteration 500 --num-generations 128 --steps 1 "
+            "--iterations 1",
         ),
     },
     "stories": {
         "PPO": (
             "ppo",
-            f"{MOOD} --kl-coef 0.2 --prompts-per-step 64 --update-epochs 2 --num-minibatches 2 --value-clip 2 "
-            "--steps 30 --eval-every 10",
+            f"{MOOD} --kl-coef 0.2 --prompts-per-step 64 --update-epochs 2 --num-minibatches 2 "
+            "--value-clip 2 --steps 30 --eval-every 10",
         ),
         "RLOO": ("rloo", f"{MOODS} --kl-coef 0.2"),
         "REINFORCE, no baseline": ("rloo", f"{MOODS} --kl-coef 0.2 --baseline none"),
@@ -78,18 +85,19 @@ STUDIES = {  # study -> method -> script, flags
         "Dr. GRPO": ("grpo", f"{MOODS} {DR_GRPO}"),
         "DAPO": (
             "grpo",
-            f"{MOOD} {DAPO} --prompts-per-step 24 --num-minibatches 3 --steps 10 --warmup-steps 3 --eval-every 2",
+            f"{MOOD} {DAPO} --prompts-per-step 24 --num-minibatches 3 --steps 10 "
+            "--warmup-steps 3 --eval-every 2",
         ),
         "rejection sampling": (
             "rejection_sampling",
-            f"{MOOD} --temperature 1 --num-generations 8 --prompts-per-iteration 60 --iterations 4 --epochs 3 "
-            "--batch-size 15",
+            f"{MOOD} --temperature 1 --num-generations 8 --prompts-per-iteration 60 "
+            "--iterations 4 --epochs 3 --batch-size 15",
         ),
         "DPO": (
             "dpo",
             "--model {runs}/sft --dataset {data}/stories_mood_pairs_train.jsonl "
-            "--eval-dataset {data}/stories_mood_pairs_test.jsonl --batch-size 32 --learning-rate 1e-4 "
-            "--max-length 500 --steps 30 --eval-every 10",
+            "--eval-dataset {data}/stories_mood_pairs_test.jsonl --batch-size 32 "
+            "--learning-rate 1e-4 --max-length 500 --steps 30 --eval-every 10",
         ),
     },
 }
@@ -99,9 +107,8 @@ STARTS = {  # study -> stages before, once a seed
     "stories": [
         (
             "sft",
-            f"{STORY} --learning-rate 1e-3 --epochs 4 --batch-size 32".replace(
-                "{runs}/sft", f"{SHARED}/models/stories260K"
-            ),
+            f"--model {SHARED}/models/stories260K {STORIES} --learning-rate 1e-3 --epochs 4 "
+            "--batch-size 32",
         )
     ],
 }
@@ -244,10 +251,9 @@ def tables(studies):
             cells += [f"{statistics.mean(end['trained_tokens'] for end in ends) / 1000:.0f}"]
             print(f"| {method} | " + " | ".join(cells) + " |")
     if "proxy" in studies:
-        print(
-            "\n| proxy and truth | completions or N | KL, nats | proxy, deviations | gold | largest gold |"
-        )
-        print("|" + "---|" * 6)
+        names = ["proxy and truth", "completions or N", "KL, nats", "proxy, deviations"]
+        names += ["gold", "largest gold"]
+        print(f"\n| {' | '.join(names)} |\n|" + "---|" * 6)
         for method, runs in studies["proxy"].items():
             where = [r[-1].get("completions", r[-1].get("N")) for r in runs]
             proxies = [(r[-1]["score"] - r[0]["score"]) / r[0]["score_deviation"] for r in runs]

@@ -1,8 +1,8 @@
 """One step of each script on a model of a real architecture's shape with random weights: seconds
 and peak memory.
 
-python benchmarks/gpu.py             Qwen2.5-0.5B's shape, bfloat16 autocast, float32 weights; needs a GPU
-python benchmarks/gpu.py --tiny      the same path on a CPU with a model of 2 layers: only to see that it runs
+    python benchmarks/gpu.py           Qwen2.5-0.5B's shape, bfloat16 autocast; needs a GPU
+    python benchmarks/gpu.py --tiny    the same on a CPU, 2 layers: only to see that it runs
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The laptop run, sft -> reward_model -> ppo, for several seeds: seconds (whole processes) and
 held-out results.
 
-python benchmarks/laptop.py --seeds 1 2 3     about three minutes a seed on two cores; writes
-benchmarks/laptop.jsonl"""
+    python benchmarks/laptop.py --seeds 1 2 3     about three minutes a seed on two cores; writes
+                                                  benchmarks/laptop.jsonl"""
 
 import argparse
 import json

@@ -1,7 +1,7 @@
 """GPU memory of ppo.py with a learned reward, by part, for models and numbers of cards, and its
 check.
 
-    python benchmarks/memory.py            the table of docs/scale.md (half a minute, nothing is run)
+    python benchmarks/memory.py            the table of docs/scale.md (half a minute)
     python benchmarks/memory.py --check    the same sums for small models, beside what ppo.py really
                                            allocates: 1 process, and 2 (five minutes)
     python benchmarks/memory.py --check --models 12M --processes 1
@@ -112,6 +112,7 @@ CASES = [
     ("1.5B", 64, 80, True),
     ("8B", 1, 80, True),
     ("8B", 8, 80, True),
+    ("8B", 16, 80, True),
     ("8B", 64, 80, True),
 ]
 CHUNK = 40_000_000  # logits of a chunk of the head, as in token_logprobs_and_entropy
@@ -190,7 +191,8 @@ def memory(shape, *, cards, rows, length, new, batch, checkpointing):
     # float32 keys (the rotary embedding makes them so), bfloat16 values; what draws a token
     sampling["cache"] = (6 * layers * width * length + 32 * vocab) * together
 
-    # training: a head's gradient is there, whole, before it is added to that of earlier micro-batches
+    # training: a head's gradient is there, whole, before it is added to that of earlier
+    # micro-batches
     training["gradients"] = 4 * (policy + scorer) / cards + 4 * head
     # FSDP: what lies outside the layers, two layers (one comes while the other computes), a layer's
     # gradient whole and as it is sent

@@ -1,7 +1,7 @@
 """Mood of a story, an exact checker, and what PPO did to it.
 
-    --reward benchmarks/mood.py:mood             positive minus negative words, as a reward for any script
-    python benchmarks/mood.py runs/stories/ppo   the first against the last evaluation in that samples.jsonl
+    --reward benchmarks/mood.py:mood             positive minus negative words, as a reward
+    python benchmarks/mood.py runs/stories/ppo   the first against the last evaluation of that run
     python benchmarks/mood.py runs/stories/*     several runs, a line each
 
 Words are those of the opinion lexicon of Hu and Liu (2004), read from
@@ -67,9 +67,8 @@ def evaluations(folder):
 
 def main(folder, *more):
     if not LEXICON.is_file():
-        sys.exit(
-            f"{LEXICON} is not there: set MOOD_LEXICON to a file with lists `positive` and `negative`"
-        )
+        wanted = "set MOOD_LEXICON to a file with lists `positive` and `negative`"
+        sys.exit(f"{LEXICON} is not there: {wanted}")
     if more:
         names = ["mood per story", "mood per hundred words", "length, words"]
         print("| run | " + " | ".join(names) + " | KL, nats per sequence |\n|" + "---|" * 5)

@@ -76,9 +76,8 @@ def report(rows):
             print(f"| {name} {what.replace('_', ' ')} | " + " | ".join(cells) + " |")
     gains = [row["rejection sampling gold"] - row["random control gold"] for row in rows]
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    print(
-        f"\nselection less its control: {statistics.mean(gains):.3f}, standard error over seeds {error:.3f}\n"
-    )
+    gain = statistics.mean(gains)
+    print(f"\nselection less its control: {gain:.3f}, standard error over seeds {error:.3f}\n")
     print("| best of N, no training | N = 1 | 2 | 4 | 8 | 16 |\n|" + "---|" * 6)
     for what in ("score", "gold", "kl_bound"):
         cells = [

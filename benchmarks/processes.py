@@ -1,6 +1,6 @@
 """Seconds of a GRPO step on one process, and on two that split the models between them (FSDP2).
 
-    python benchmarks/processes.py           two CPU cores, each process on one of them (two minutes)
+    python benchmarks/processes.py           two CPU cores, a process on each (two minutes)
     python benchmarks/processes.py --repeats 1 --steps 4      to see that it runs
 
 The model and rows of speed.py's smallest case: a Llama of 4 layers, 1M parameters; 8 prompts x 8

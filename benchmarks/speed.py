@@ -1,11 +1,11 @@
 """Speed and memory of sampling, of the head, of training and of a whole GRPO step, and how they
 grow.
 
-    python benchmarks/speed.py                      two CPU cores, about a quarter of an hour
+    python benchmarks/speed.py                  two CPU cores, about a quarter of an hour
     python benchmarks/speed.py --only sampling head
-    python benchmarks/speed.py --gpu                Qwen2.5-0.5B's shape, bfloat16 autocast; needs a GPU
-    python benchmarks/speed.py --growth             step time and memory against sizes: speed_growth.png
-    python benchmarks/speed.py --table              prints speed.jsonl again; with --growth redraws it
+    python benchmarks/speed.py --gpu            Qwen2.5-0.5B's shape, bfloat16; needs a GPU
+    python benchmarks/speed.py --growth         time and memory against sizes: speed_growth.png
+    python benchmarks/speed.py --table          prints what is there; with --growth redraws it
 
 Models have random weights; nothing ends with EOS. Runs alternate within one process; seconds are
 the median, and the range stands beside it. Bandwidth and matrix products are measured on this
@@ -467,42 +467,34 @@ def spread(values, digits=3):
 
 def table(lines):
     """Markdown, of the newest line of each case."""
-    newest = {(x["device"], x["case"], x.get("label"), x.get("variant")): x for x in lines}
-    heads = {
-        "sampling": "| sampling | | seconds | tokens/s | of the bound | of generate's time | peak, GiB |",
-        "head": "| head | | seconds | of unchunked | peak at 16,384 tokens, GiB | | |",
-        "training": "| training | | seconds | tokens/s | of measured FLOP/s | | peak, GiB |",
-        "step": "| GRPO step | seconds | sampling | scoring | log-probs and update | padding | peak, GiB |",
+    newest = {(x["case"], x["device"], x.get("label"), x.get("variant")): x for x in lines}
+    titles = {
+        "sampling": ["sampling", "", "seconds", "tokens/s", "of the bound", "of generate's time"],
+        "head": ["head", "", "seconds", "of unchunked", "peak at 16,384 tokens, GiB"],
+        "training": ["training", "seconds", "tokens/s", "of measured FLOP/s"],
+        "step": ["GRPO step", "seconds", "sampling", "scoring", "log-probs and update", "padding"],
     }
-    for case, title in heads.items():
-        print(f"\n{title}\n{'|---' * 7}|")
-        for (device, kind, label, variant), x in newest.items():
+    for case, names in titles.items():
+        names = names if case == "head" else [*names, "peak, GiB"]
+        print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+        for (kind, device, label, variant), x in newest.items():
             if kind != case:
                 continue
-            name, gib = f"{label}, {device}", lambda key, x=x: f"{x[key]:.2f}" if x.get(key) else ""
-            cells = [name, variant or "", spread(x["seconds"])]
+            cells = [f"{label}, {device}"]
+            cells += [variant] if variant else []
+            cells.append(spread(x["seconds"]))
+            if case in ("sampling", "training"):
+                cells += [f"{x['tokens_per_second']:,.0f}", f"{x['share']:.2f}"]
             if case == "sampling":
-                cells += [
-                    f"{x['tokens_per_second']:,.0f}",
-                    f"{x['share']:.2f}",
-                    f"{x['of_generate']:.2f}",
-                ]
-                cells += [gib("peak_gib")]
-            elif case == "head":
-                cells += [spread(x["of_unchunked"], 2), gib("peak_gib_at_16k"), "", ""]
-            elif case == "training":
-                cells += [
-                    f"{x['tokens_per_second']:,.0f}",
-                    f"{x['share']:.2f}",
-                    "",
-                    gib("peak_gib"),
-                ]
-            else:
-                parts = [
-                    f"{statistics.median(x[key]):.3f}"
-                    for key in ("sampling", "scoring", "training")
-                ]
-                cells = [name, spread(x["seconds"]), *parts, f"{x['padding']:.3f}", gib("peak_gib")]
+                cells.append(f"{x['of_generate']:.2f}")
+            if case == "head":
+                cells.append(spread(x["of_unchunked"], 2))
+            if case == "step":
+                for part in ("sampling", "scoring", "training"):
+                    cells.append(f"{statistics.median(x[part]):.3f}")
+                cells.append(f"{x['padding']:.3f}")
+            peak = x["peak_gib_at_16k" if case == "head" else "peak_gib"]
+            cells.append("" if peak is None else f"{peak:.2f}")
             print(f"| {' | '.join(cells)} |")
 
 
@@ -535,7 +527,8 @@ def main():
             training(label, sizes, device, args.repeats)
         if "step" in args.only:
             step(label, sizes, device, args.repeats)
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     if args.growth:
         plot(lines)
     table(lines)

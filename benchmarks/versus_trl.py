@@ -3,17 +3,18 @@ rows, batch, lengths, learning rate and precision.
 
     pip install trl==1.16.0
     python benchmarks/versus_trl.py                    two CPU cores (OMP_NUM_THREADS)
-    python benchmarks/versus_trl.py --only grpo sft    these only; --repeats 1 --steps 8: to see that it runs
+    python benchmarks/versus_trl.py --only grpo sft    these only
+    python benchmarks/versus_trl.py --repeats 1 --steps 8      to see that it runs
     python benchmarks/versus_trl.py --gpu              Qwen2.5-0.5B's shape, bfloat16 autocast
-    python benchmarks/versus_trl.py --table            prints again what is in benchmarks/versus_trl.jsonl
+    python benchmarks/versus_trl.py --table            prints what is in benchmarks/versus_trl.jsonl
 
 Sizes, fixed before anything was measured: a Llama of 4 layers, hidden 128, intermediate 384, 4
 heads, 1,024 tokens, tied embeddings, 1M random float32 weights. rloo, grpo: 8 prompts of 32 tokens
 x 8 completions of at most 32 (3% end before), one update per rollout, temperature 1, KL 0.04 with a
-reference, a reward that counts words ("prompts of 8" came after a first look). sft, reward_model,
-dpo: 32 rows or pairs, prompts of 32 tokens; completions of 96 tokens ("equal"), or of 8 to 256,
-log-uniformly ("ragged"). AdamW at 1e-4, constant; gradients clipped at 1; no dropout and no
-gradient checkpointing; DPO's reference log-probs are computed before the steps that are timed.
+reference, a reward that counts words. sft, reward_model, dpo: 32 rows or pairs, prompts of 32
+tokens; completions of 96 tokens ("equal"), or of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4,
+constant; gradients clipped at 1; no dropout and no gradient checkpointing; DPO's reference
+log-probs are computed before the steps that are timed.
 
 Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by
 default and changes the rows that share a batch; ours cuts the same batch into micro-batches of
@@ -45,9 +46,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "versus_trl.jsonl"
 WARM_UP, STEPS = 5, 25
-BATCHES = (
-    40  # group_by_length sorts 10 at a time, longest first: steps 6 to 25 see all lengths alike
-)
+# group_by_length sorts 10 batches at a time, longest first: steps 6 to 25 see all lengths alike
+BATCHES = 40
 SIZES = dict(
     vocab=1024, prompt=32, completion=96, ragged=(8, 256), batch=32, prompts=8, group=8, new=32
 )
@@ -56,17 +56,20 @@ LLAMA = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_at
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
 QWEN |= dict(num_key_value_heads=2, rope_theta=1e6)
 
-SORTED = {}, dict(train_sampling_strategy="group_by_length")
 SIDES = "ours", "trl"
-# TRL's ways to sample, of those that need no other package
-BACKENDS = {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)}
-CACHE = dict(page_size=64, num_blocks=96, max_batch_tokens=2048)  # of continuous batching
-OFFLINE = {"equal": ({}, {}), "ragged": ({}, {}), "ragged, TRL by length": SORTED}
-CASES = {
-    (m, rows): flags for m in ("sft", "reward_model", "dpo") for rows, flags in OFFLINE.items()
+TRL_FLAGS = {  # what differs between the cases
+    "equal": {},
+    "ragged": {},
+    "ragged, TRL by length": dict(train_sampling_strategy="group_by_length"),
+    # TRL's ways to sample, of those that need no other package
+    "generate": {},
+    "continuous batching": dict(use_transformers_continuous_batching=True),
 }
-GROUP = BACKENDS | {"generate, prompts of 8": {}}
-CASES |= {(m, name): ({}, flags) for m in ("rloo", "grpo") for name, flags in GROUP.items()}
+OFFLINE = ["equal", "ragged", "ragged, TRL by length"]
+BACKENDS = ["generate", "continuous batching"]
+CACHE = dict(page_size=64, num_blocks=96, max_batch_tokens=2048)  # of continuous batching
+CASES = [(method, variant) for method in ("sft", "reward_model", "dpo") for variant in OFFLINE]
+CASES += [(method, variant) for method in ("rloo", "grpo") for variant in BACKENDS]
 TRAINERS = dict(sft="SFT", reward_model="Reward", dpo="DPO", rloo="RLOO", grpo="GRPO")
 
 
@@ -94,7 +97,7 @@ def make_rows(method, variant, sizes):
     )
     rows = []
     for _ in range(BATCHES * sizes["batch"]):
-        row = {"prompt": text(8 if "prompts of 8" in variant else sizes["prompt"])} | {
+        row = {"prompt": text(sizes["prompt"])} | {
             name: completion() for name in columns.get(method, [])
         }
         longest = max(
@@ -146,97 +149,127 @@ def load(folder, gpu):
     return memory(gpu)
 
 
-def run_ours(method, flags, sizes, folder, steps, gpu, step_ended):
+def run_ours(method, sizes, *, folder, steps, gpu, step_ended):
+    """One of our scripts, through its main -> peak with imports and the model, MiB."""
     sys.path.insert(0, str(HERE.parent))
     script = importlib.import_module(method)
-    loaded, log = load(folder, gpu), script.Run.log
+    loaded = load(folder, gpu)
+    log = script.Run.log
 
     def timed_log(*args, **kwargs):  # the end of every step
         log(*args, **kwargs)
         step_ended()
 
     script.Run.log = timed_log
-    flags = dict(model=f"{folder}/model", dataset=f"{folder}/rows.jsonl", steps=steps) | flags
-    flags |= dict(output_dir=f"{folder}/ours", overwrite=True, learning_rate=1e-4, warmup_steps=0)
-    flags |= dict(lr_schedule="constant", save_every=0, log_every=10**6)
+    flags = dict(
+        model=f"{folder}/model",
+        dataset=f"{folder}/rows.jsonl",
+        output_dir=f"{folder}/ours",
+        overwrite=True,
+        steps=steps,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        lr_schedule="constant",
+        save_every=0,
+        log_every=10**6,
+    )
     if method in ("rloo", "grpo"):
         flags |= dict(
-            prompts_per_step=sizes["prompts"], num_generations=sizes["group"], kl_coef=0.04
+            reward=f"{__file__}:count_words",
+            prompts_per_step=sizes["prompts"],
+            num_generations=sizes["group"],
+            max_completion_length=sizes["new"],
+            kl_coef=0.04,
         )
-        flags |= dict(max_completion_length=sizes["new"], reward=f"{__file__}:count_words")
     else:
         flags |= dict(batch_size=sizes["batch"])
     script.main(script.Args(**flags))
     return loaded
 
 
-def run_trl(method, flags, sizes, folder, steps, gpu, step_ended):
+def run_trl(method, sizes, *, variant, folder, steps, gpu, step_ended):
+    """TRL's trainer of that method -> peak with imports and the model, MiB."""
     import transformers
     import trl
     from datasets import Dataset
 
-    trainer, config = (getattr(trl, f"{TRAINERS[method]}{part}") for part in ("Trainer", "Config"))
+    Trainer = getattr(trl, f"{TRAINERS[method]}Trainer")
+    Config = getattr(trl, f"{TRAINERS[method]}Config")
     loaded = load(folder, gpu)
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             step_ended()
 
-    # TRL's defaults would be gradient checkpointing and a log every 10 steps; its AdamW is fused by
-    # default
-    flags = (
-        dict(max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0)
-        | flags
+    # its defaults would be gradient checkpointing and a log every 10 steps; its AdamW is fused
+    flags = dict(
+        output_dir=f"{folder}/trl",
+        max_steps=steps,
+        per_device_train_batch_size=sizes["batch"],
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
+        bf16=gpu,
+        use_cpu=not gpu,
+        seed=1,
+        logging_steps=10**6,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
-    flags |= dict(
-        gradient_checkpointing=False, logging_steps=10**6, report_to="none", save_strategy="no"
-    )
-    flags |= dict(output_dir=f"{folder}/trl", disable_tqdm=True, use_cpu=not gpu, bf16=gpu, seed=1)
-    flags |= dict(
-        per_device_train_batch_size=sizes["batch"], model_init_kwargs={"dtype": "float32"}
-    )
-    more = {}
-    if method in (
-        "rloo",
-        "grpo",
-    ):  # one optimiser step a rollout; by default all tokens may be drawn
-        flags |= dict(per_device_train_batch_size=sizes["prompts"] * sizes["group"], beta=0.04)
-        flags |= dict(
-            num_generations=sizes["group"], max_completion_length=sizes["new"], temperature=1.0
+    rewards = {}
+    if method in ("rloo", "grpo"):
+        rewards = dict(reward_funcs=count_words)
+        flags |= dict(  # one optimiser step a rollout; by default all tokens may be drawn
+            per_device_train_batch_size=sizes["prompts"] * sizes["group"],
+            num_generations=sizes["group"],
+            max_completion_length=sizes["new"],
+            temperature=1.0,
+            beta=0.04,
         )
-        flags |= dict(loss_type="grpo") if method == "grpo" else {}  # (its default is DAPO's)
-        more = dict(reward_funcs=count_words)
-        if (
-            not gpu
-        ):  # else half of the free memory becomes the cache, and a step takes 3 to 4 times longer
+        if method == "grpo":
+            flags |= dict(loss_type="grpo")  # (its default is DAPO's)
+        if not gpu:
+            # else half of the free memory becomes the cache, and a step takes 3 to 4 times longer
             flags |= dict(transformers_continuous_batching_config=CACHE)
-    elif method == "dpo":
+    if method == "dpo":
         flags |= dict(precompute_ref_log_probs=True)
-    if (
-        "train_sampling_strategy" in flags and method != "sft"
-    ):  # else the column of lengths is gone too early
-        flags |= dict(remove_unused_columns=False)
-    rows = [json.loads(line) for line in Path(folder, "rows.jsonl").read_text().splitlines()]
-    more |= dict(args=config(**flags), train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
-    trainer(model=f"{folder}/model", **more).train()
+    if "by length" in variant and method != "sft":
+        flags |= dict(remove_unused_columns=False)  # else the column of lengths is gone too early
+    lines = Path(folder, "rows.jsonl").read_text().splitlines()
+    trainer = Trainer(
+        model=f"{folder}/model",
+        args=Config(**flags | TRL_FLAGS[variant]),
+        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        callbacks=[Clock()],
+        **rewards,
+    )
+    trainer.train()
     return loaded
 
 
 def child(args):
-    """Run `steps` steps, print one line of JSON: seconds of each after the warm-up, and memory in
+    """Run `steps` steps, print one line of JSON: seconds of each after the warm-up, memory in
     MiB."""
-    sizes, (method, variant), ended = GPU_SIZES if args.gpu else SIZES, args.case, []
+    sizes = GPU_SIZES if args.gpu else SIZES
+    method, variant = args.case
+    ended = []
     if args.child == "model":
         return make_model(args.folder, sizes, args.gpu)
 
     def step_ended():
         ended.append((time.perf_counter(), memory(args.gpu)))
 
-    run = {"ours": run_ours, "trl": run_trl}[args.child]
-    flags = CASES[method, variant][SIDES.index(args.child)]
-    loaded = run(method, flags, sizes, args.folder, args.steps, args.gpu, step_ended)
+    common = dict(folder=args.folder, steps=args.steps, gpu=args.gpu, step_ended=step_ended)
+    if args.child == "ours":
+        loaded = run_ours(method, sizes, **common)
+    else:
+        loaded = run_trl(method, sizes, variant=variant, **common)
     assert len(ended) == args.steps, f"{len(ended)} steps of {args.steps}"
-    times, peak = [moment for moment, _ in ended][WARM_UP - 1 :], ended[-1][1]
+    times = [moment for moment, _ in ended][WARM_UP - 1 :]
+    peak = ended[-1][1]
     seconds = [round(after - before, 5) for before, after in zip(times, times[1:])]
     print("\n" + json.dumps(dict(seconds=seconds, peak=round(peak), loaded=round(loaded))))
 
@@ -305,7 +338,7 @@ def table(lines):
             if not pairs:
                 continue
 
-            def middle(name):
+            def middle(name, pairs=pairs):
                 return statistics.median(pair[name] for pair in pairs)
 
             ratios = [pair["ratio"] for pair in pairs]
@@ -323,7 +356,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
-    parser.add_argument("--backends", nargs="+", choices=list(GROUP), default=list(GROUP))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--gpu", action="store_true")

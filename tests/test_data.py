@@ -1,4 +1,4 @@
-"""Data: every form of row, every refusal, and where prompts end, turns end and masks begin in tokens."""
+"""Data: every form of row, every refusal, and where prompts, turns and masks end in tokens."""
 
 import codecs
 import importlib.machinery
@@ -39,7 +39,7 @@ MAKE_EXAMPLE = {
 
 
 def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
-    """One token a character; with `bos` it adds <s> as Llama's does, with `chat` a template as Qwen's."""
+    """One token a character; `bos`: it adds <s> as Llama's does, `chat`: a template as Qwen's."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *string.printable])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
@@ -63,7 +63,7 @@ def letters(bos=False, chat=False, pad="[PAD]", template=CHATML):
 
 
 def merging():
-    """Byte pairs of which a and b merge, so that a prompt ending in a may not be a prefix in tokens."""
+    """a and b merge into one token, so that a prompt ending in a may be no prefix in tokens."""
     model = tokenizers.models.BPE({"[EOS]": 0, "a": 1, "b": 2, "c": 3, "ab": 4}, [("a", "b")])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(model),
@@ -126,7 +126,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Calls, expects exit status 2 and one line on stderr that holds all the words; returns the line."""
+    """Calls, expects exit status 2 and one line on stderr with all the words; returns the line."""
 
     def function(words, call, *args, **kwargs):
         with pytest.raises(SystemExit) as stopped:
@@ -202,7 +202,8 @@ GOOD = '{"prompt": "a>", "completion": "b"}\n'
         ("rows.jsonl", GOOD * 6 + "prompt,completion\n", ["rows.jsonl line 7", "JSON"]),
         ("rows.jsonl", "[" * 100_000, ["rows.jsonl line 1", "JSON"]),
         ("rows.json", "[\n" + "\n" * 5 + "{,}]", ["rows.json", "line 7", "JSON"]),
-        ("rows.json", GOOD, ["rows.json", "one dict", "not a list"]),
+        ("rows.json", GOOD, ["rows.json row 1", "str", "not an object"]),
+        ("rows.json", "5", ["rows.json", "cannot be read", "a list"]),
         ("rows.jsonl", GOOD + "[1]\n", ["rows.jsonl line 2", "list", "not an object"]),
         ("rows.jsonl", GOOD + "null\n", ["rows.jsonl line 2", "NoneType", "not an object"]),
         ("rows.json", f'[{GOOD}, "a"]', ["rows.json row 2", "str", "not an object"]),
@@ -283,10 +284,10 @@ NO_ROLE = [{"content": "a"}]
         ("preference", {"chosen": talk("a"), "rejected": talk("a")}, ["begin alike"]),
     ],
 )
-def test_bad_rows(load, refused, tmp_path, kind, row, words):
+def test_bad_rows(load, refused, kind, row, words):
     """The sentence names the file, its line, the column that is wanted and what was found."""
     good = {"prompt": "a>", "completion": "b", "chosen": "b", "rejected": "c"}
-    refused([f"{tmp_path / 'rows.jsonl'} line 3: ", *words], load, [good, good, row], kind)
+    refused(["rows.jsonl line 3: ", *words], load, [good, good, row], kind)
 
 
 @pytest.mark.parametrize("margin", ["high", "0.5", float("nan"), float("inf"), 10**400, [1]])
@@ -332,7 +333,7 @@ def test_text_that_is_no_unicode(load, refused, chat):
     ids=lambda s: s.__name__,
 )
 def test_bad_rows_stop_each_script_before_a_model_loads(tmp_path, refused, script):
-    """The directory of --model holds no weights, so that loading it first would be another error."""
+    """The directory of --model holds no weights: loading it first would be another error."""
     model = str(tmp_path / "model")
     letters().save_pretrained(model)
     transformers.LlamaConfig().save_pretrained(model)
@@ -380,8 +381,8 @@ def test_texts(load, row, prompt, completion, chat):
         ({"query": "How?", "level": 3}, "{query} ({level})>", "How? (3)>"),
     ],
 )
-def test_prompt_template(load, capsys, kind, columns, template, prompt):
-    """It is the prompt even where chosen and rejected begin alike, and its columns are used."""
+def test_prompt_template(load, kind, columns, template, prompt):
+    """It is the prompt even where chosen and rejected begin alike."""
     row = columns | {"output": "b", "chosen": "b c", "rejected": "b d"}
     (example,) = load([row], kind, prompt_template=template)
     assert example["prompt"] == letters().decode(example["prompt_ids"]) == prompt
@@ -389,7 +390,6 @@ def test_prompt_template(load, capsys, kind, columns, template, prompt):
         assert parts(letters(), example) == (prompt, "b")
     if kind == "preference":
         assert letters().decode(example["chosen_ids"]) == "b c[EOS]"
-    assert "not used" not in capsys.readouterr().out
 
 
 def test_columns_that_are_not_used_are_named(load, capsys):
@@ -423,7 +423,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 def test_messages(load, row, train_on, shown):
-    """Trained: the turns asked for and the token that ends each, not the newline that the template adds."""
+    """Trained: the turns asked for and the token that ends each, not the newline after it."""
     tokenizer = letters(chat=True)
     (example,) = load([row], tokenizer=tokenizer, train_on=train_on)
     assert trained(tokenizer, example) == "".join(f"{text}<|im_end|>" for text in shown)
@@ -440,11 +440,13 @@ def test_messages(load, row, train_on, shown):
 
 def test_train_on_all_drops_rows_that_a_template_renders_anew(load, capsys):
     """As Qwen 3's does, which leaves the thoughts of earlier turns out."""
-    forgetful = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:1] }}")
+    content = "{{ m.content[:1] if m.role == 'assistant' and not loop.last else m.content }}"
+    tokenizer = letters(chat=True, template=CHATML.replace("{{ m.content }}", content))
     rows = [{"messages": talk("hi", "yo", "so", "no")}, {"messages": talk("a", "yo")}]
-    examples = load(rows, tokenizer=letters(chat=True, template=forgetful), train_on="all")
+    examples = load(rows, tokenizer=tokenizer, train_on="all")
     assert [e["row"] for e in examples] == rows[1:]
-    assert "1 rows; 1 dropped" in capsys.readouterr().out
+    assert "1 rows; 1 dropped whose turns" in capsys.readouterr().out
+    assert len(load(rows, tokenizer=tokenizer, train_on="last")) == 2
 
 
 HELPFUL = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
@@ -506,6 +508,14 @@ def test_preferences_in_messages(load, row, prompt):
     )
     assert tokenizer.decode(example["chosen_ids"]) == "yes<|im_end|>"
     assert tokenizer.decode(example["rejected_ids"]) == "no<|im_end|>"
+
+
+def test_a_conversation_that_goes_on_where_the_other_ends():
+    """Both keep an answer, though all of the shorter is the beginning of the longer."""
+    long = talk("hi", "yes", "so?", "no")
+    short = talk("hi", "yes")
+    assert common.split_shared_prefix(long, short) == (long[:1], long[1:], short[1:])
+    assert common.split_shared_prefix(short, long) == (long[:1], short[1:], long[1:])
 
 
 def test_messages_that_begin_differently(load, refused):
@@ -581,7 +591,7 @@ def test_a_chat_template_writes_bos_itself(load):
     "completion", [" It was happy.", " It", ", he said.", "\nThe end.", "  Two."]
 )
 def test_leading_space_of_a_llama_tokenizer(load, completion):
-    """Prompt and completion in tokens are those of the one text; the space that joins them is not lost."""
+    """Tokens are those of the one text; the space that joins prompt and completion is not lost."""
     tokenizer, prompt = stories(), "Once upon a time there was a peanut."
     (example,) = load([dict(prompt=prompt, completion=completion)], tokenizer=tokenizer)
     assert example["ids"] == [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
@@ -648,8 +658,12 @@ def test_eos_ids_of_tokenizer_and_generation_config(tmp_path, chat, generation, 
 
 def test_eos_of_a_template_that_writes_eos(load, tmp_path):
     """As Llama 2's and Mistral's do."""
-    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
-    tokenizer = letters(chat=True, template=template + "{% endfor %}")
+    template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}[EOS]{% else %}:{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer = letters(chat=True, template=template)
     assert common.find_eos_ids(tokenizer, str(tmp_path)) == [tokenizer.eos_token_id]
     (example,) = load([{"messages": talk("hi", "yo")}], tokenizer=tokenizer)
     assert tokenizer.decode(example["ids"]) == "hi:yo[EOS]"
@@ -713,22 +727,23 @@ def test_prompts_that_are_no_token_prefix_are_dropped_and_counted(load, capsys, 
 
 
 @pytest.mark.parametrize(
-    "kind, row, tokenizer, reason",
+    "kind, row, reason",
     [
-        ("sft", dict(prompt="a>", completion="bcdef"), letters, "--max-length 5"),
-        ("prompt", dict(prompt="abcdef"), letters, "--max-prompt-length 5"),
-        ("preference", dict(prompt="a>", chosen="b", rejected="b"), letters, "same"),
-        ("sft", dict(prompt="a", completion="b"), merging, "prefix"),
-        ("sft", dict(prompt="", completion="b"), letters, "empty"),
+        ("sft", dict(prompt="ca", completion="cacaca"), "--max-length 5"),
+        ("prompt", dict(prompt="cacaca"), "--max-prompt-length 5"),
+        ("preference", dict(prompt="ca", chosen="c", rejected="c"), "same"),
+        ("sft", dict(prompt="ca", completion="b"), "prefix"),
+        ("sft", dict(prompt="", completion="b"), "empty"),
     ],
 )
-def test_no_row_left(load, refused, kind, row, tokenizer, reason):
+def test_no_row_left(load, refused, kind, row, reason):
     words = ["rows.jsonl", "0 rows", "1 dropped", "nothing is left", reason]
-    refused(words, load, [row], kind, tokenizer(), max_length=5, max_prompt_length=5)
+    refused(words, load, [row], kind, merging(), max_length=5, max_prompt_length=5)
 
 
 @pytest.mark.parametrize(
-    "kind, row", [("sft", dict(prompt="", completion="")), ("prompt", dict(prompt="", answer="b"))]
+    "kind, row",
+    [("sft", dict(prompt="", completion="")), ("prompt", dict(prompt="", answer="b"))],
 )
 def test_empty_text_is_dropped_and_counted(load, kind, row):
     good = dict(prompt="a>", completion="b", answer="b")

@@ -1,4 +1,5 @@
-"""What a result may not depend on: padding, row order, micro-batches, gradient checkpointing, dropout."""
+"""What a result may not depend on: padding, row order, micro-batches, gradient checkpointing,
+dropout."""
 
 import contextlib
 import random
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import CPU, VOCAB, distance, gradients, precise, ragged_batch, ragged_ids
+from conftest import CPU, distance, gradients, precise, ragged_batch, ragged_ids
 
 import common
+import dpo
 import ppo
 import reward_model
 import sft
@@ -40,7 +42,8 @@ def heads_of(model, batch):
 
 @torch.no_grad()
 def variants(function, model):
-    """function on a batch, and on the same rows each alone, with more padding, and in another order."""
+    """function on a batch, and on the same rows each alone, with more padding, and in another
+    order."""
     batch = ragged_batch(1)
     rows, width = batch["inputs"].shape
 
@@ -78,7 +81,8 @@ def test_scores_and_values_depend_on_neither_padding_nor_order(scorer):
 
 
 def test_logprobs_without_entropy_are_the_same_numbers(policy):
-    """token_logprobs, of the methods that do not look at the entropy, is token_logprobs_and_entropy's half."""
+    """token_logprobs, of the methods that do not look at the entropy, is
+    token_logprobs_and_entropy's half."""
     batch = ragged_batch(1)
     with torch.no_grad():
         logprobs, entropy = logprobs_of(policy, batch)
@@ -128,7 +132,8 @@ def micro_batch_list(batch, budget, together=1):
 
 
 def assert_gradients_alike(results, most_cuts):
-    """results: of every budget, largest first, the number of micro-batches, the losses and gradients."""
+    """results: of every budget, largest first, the number of micro-batches, the losses and
+    gradients."""
     number, losses, first = results[0]
     assert number == 1 and results[-1][0] == most_cuts
     assert all(gradient.norm() > 0.1 for gradient in first)
@@ -139,7 +144,8 @@ def assert_gradients_alike(results, most_cuts):
 
 
 def test_sft_gradient_does_not_depend_on_the_budget(policy):
-    """The gradient summed over micro-batches is that of the whole batch, with rows of uneven lengths."""
+    """The gradient summed over micro-batches is that of the whole batch, with rows of uneven
+    lengths."""
     policy = precise(policy)
     batch = ragged_batch(4)
     batch["weights"] = batch["mask"] / batch["mask"].sum()
@@ -184,8 +190,32 @@ def test_reward_model_gradient_does_not_depend_on_the_budget(scorer):
     assert_gradients_alike(results, most_cuts=6)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo_gradient_does_not_depend_on_the_budget(loss_type, policy):
+    """Pairs of uneven lengths, log-probs summed or averaged, with a loss on the chosen ones too."""
+    policy = precise(policy)
+    args = dpo.Args(loss_type=loss_type, sft_coef=0.3, micro_batch_tokens=40)
+    examples = pairs_of_uneven_lengths()
+    reference = common.load_policy(policy.name_or_path, CPU)
+    examples = dpo.add_reference(reference, examples, args, contextlib.nullcontext)
+    batch = dpo.pair_batch(examples, CPU)
+    results = []
+    for budget in BUDGETS[::-1]:
+        mbs = micro_batch_list(batch, budget, together=2)
+        total = 0.0
+        for mb in mbs:
+            losses, _ = dpo.pair_losses(dpo.token_logprobs(policy, mb), mb, args)
+            weights, _ = dpo.of_pairs(mb["weights"])
+            loss = (weights * losses).sum()
+            loss.backward()
+            total += loss.item()
+        results.append((len(mbs), [total], [gradients(policy)]))
+    assert_gradients_alike(results, most_cuts=6)
+
+
 def rollout(policy, scorer, seed, temperature):
-    """A batch with old log-probs off the policy's, so that ratios are not 1, and advantages from GAE."""
+    """A batch with old log-probs off the policy's, so that ratios are not 1, and advantages from
+    GAE."""
     batch = ragged_batch(seed)
     mask = batch["mask"]
     draw = torch.Generator().manual_seed(seed)
@@ -205,7 +235,8 @@ def rollout(policy, scorer, seed, temperature):
 
 
 def test_ppo_gradient_does_not_depend_on_the_budget(policy, scorers):
-    """Policy and value loss of a minibatch, its weights carrying one denominator, cut as ppo.main cuts it."""
+    """Policy and value loss of a minibatch, its weights carrying one denominator, cut as ppo.main
+    cuts it."""
     policy = precise(policy)
     scorer = precise(scorers["llama"])
     minibatch = common.take(rollout(policy, scorer, 7, 0.7), [5, 2, 0, 4, 1])
@@ -238,7 +269,8 @@ def test_ppo_gradient_does_not_depend_on_the_budget(policy, scorers):
             clipped_tokens[-1] += clipped.sum().item()
         results.append((len(mbs), losses.tolist(), [gradients(policy), gradients(scorer)]))
     assert_gradients_alike(results, most_cuts=5)
-    assert 0 < clipped_tokens[0] < tokens and len(set(clipped_tokens)) == 1
+    assert 0 < clipped_tokens[0] < tokens
+    assert clipped_tokens == pytest.approx([clipped_tokens[0]] * len(BUDGETS), abs=1)
 
 
 # ---------------------------------------------------------------- how a batch is cut
@@ -286,7 +318,8 @@ def test_micro_batches_are_rows_of_the_batch():
 
 
 def test_pairs_stay_together():
-    """together=2: rows 2i and 2i + 1 share a micro-batch, side by side, and count as the longer of the two."""
+    """together=2: rows 2i and 2i + 1 share a micro-batch, side by side, and count as the longer of
+    the two."""
     draw = random.Random(3)
     for _ in range(100):
         lengths = [draw.randint(1, 30) for _ in range(2 * draw.randint(1, 20))]
@@ -299,7 +332,8 @@ def test_pairs_stay_together():
 
 
 def test_micro_batches_hold_rows_of_about_one_length(monkeypatch):
-    """No row is shorter than nine tenths of the longest; a micro-batch still small is filled in any case."""
+    """No row is shorter than nine tenths of the longest; a micro-batch still small is filled in any
+    case."""
     monkeypatch.setattr(common, "SMALL_BATCH", 0)
     lengths = [100, 90, 89, 81, 80, 10, 9, 1]
     assert cuts_of(lengths, 10**6) == [[0, 1], [2, 3], [4], [5, 6], [7]]
@@ -328,8 +362,9 @@ def test_micro_batches_do_not_depend_on_the_order_of_rows():
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("budget", [40, 10**6])
 def test_ratio_is_one_and_kl_zero_before_the_first_update(temperature, budget, policy, tiny_dirs):
-    """Old log-probs by a forward without gradient, new ones by the forward that trains, the reference a model
-    loaded again: the same bits where the same rows share a forward, 1e-5 after a shuffle."""
+    """Old log-probs by a forward without gradient, new ones by the forward that trains, the
+    reference a model loaded again: the same bits where the same rows share a forward, 1e-5 after a
+    shuffle."""
     batch = ragged_batch(8)
     reference = common.load_policy(policy.name_or_path, CPU)
     assert not any(p.requires_grad for p in reference.parameters())
@@ -350,8 +385,8 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(temperature, budget, p
 
 @pytest.mark.parametrize("module", [sft, ppo])
 def test_chunks_of_the_head_change_nothing(module, tiny_llama, monkeypatch):
-    """Chunks recomputed in the backward pass give the bits that the forward without gradient gave, and the
-    gradient of the head in one piece."""
+    """Chunks recomputed in the backward pass give the bits that the forward without gradient gave,
+    and the gradient of the head in one piece."""
     batch = ragged_batch(9)
 
     def logprobs_and_entropy():
@@ -384,7 +419,8 @@ def test_chunks_of_the_head_change_nothing(module, tiny_llama, monkeypatch):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_ratio_is_one_in_bfloat16_autocast(gradient_checkpointing, tiny_dirs):
-    """The forward without gradient and the one that trains round alike; the head's results are float32."""
+    """The forward without gradient and the one that trains round alike; the head's results are
+    float32."""
     policy = common.load_policy(
         tiny_dirs["llama"],
         CPU,
@@ -434,39 +470,51 @@ def test_gradient_checkpointing_changes_nothing(policy):
 
 
 # ---------------------------------------------------------------- dropout, precision
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_dropout_is_off(gradient_checkpointing, tiny_dirs, tmp_path):
-    """GPT-2's dropout is modules, Llama's attention dropout is read at every forward: a policy in training
-    gives the same numbers twice, those of the frozen model."""
+@pytest.fixture(scope="module")
+def dropouts(tiny_dirs, tmp_path_factory):
+    """Directories of models with dropout: as modules (GPT-2), read from the configuration in the
+    attention (Llama), or a function in the layer that is checkpointed (OPT)."""
     llama = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_dirs["llama"],
         attention_dropout=0.3,
     )
-    llama.save_pretrained(tmp_path)
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=64,
+        dropout=0.1,
+    )
+    dirs = {"gpt2": tiny_dirs["gpt2"]}
+    for name, model in [("llama", llama), ("opt", transformers.OPTForCausalLM(config))]:
+        dirs[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(dirs[name])
+    return dirs
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_dropout_is_off(name, gradient_checkpointing, dropouts):
+    """Policy and scorer in training give the same numbers twice, those of the frozen models."""
+    path = dropouts[name]
     batch = ragged_batch(11)
-    for path in (tiny_dirs["gpt2"], str(tmp_path)):
-        as_it_comes = transformers.AutoModelForCausalLM.from_pretrained(path).train()
-        inputs = dict(input_ids=batch["inputs"], attention_mask=batch["attention_mask"])
-        assert not torch.equal(as_it_comes(**inputs).logits, as_it_comes(**inputs).logits)
-        options = dict(trainable=True, gradient_checkpointing=gradient_checkpointing)
-        scorer = common.load_scorer(
-            path,
-            CPU,
-            "--model",
-            init_head=torch.nn.init.ones_,
-            **options,
-        )
-        frozen = common.load_scorer(path, CPU, "--model", init_head=torch.nn.init.ones_)
-        policy = common.load_policy(path, CPU, **options)
-        reference = common.load_policy(path, CPU)
-        for model, still, function in [
-            (policy, reference, logprobs_of),
-            (scorer, frozen, heads_of),
-        ]:
-            first = function(model, batch)
-            second = function(model, batch)
-            for ours, again, without in zip(first, second, function(still, batch)):
-                assert torch.equal(ours, again) and torch.equal(ours, without)
+    as_it_comes = transformers.AutoModelForCausalLM.from_pretrained(path).train()
+    inputs = dict(input_ids=batch["inputs"], attention_mask=batch["attention_mask"])
+    assert not torch.equal(as_it_comes(**inputs).logits, as_it_comes(**inputs).logits)
+    options = dict(trainable=True, gradient_checkpointing=gradient_checkpointing)
+    head = torch.nn.init.ones_
+    scorer = common.load_scorer(path, CPU, "--model", init_head=head, **options)
+    frozen = common.load_scorer(path, CPU, "--model", init_head=head)
+    policy = common.load_policy(path, CPU, **options)
+    reference = common.load_policy(path, CPU)
+    for model, still, function in [(policy, reference, logprobs_of), (scorer, frozen, heads_of)]:
+        first = function(model, batch)
+        second = function(model, batch)
+        for ours, again, without in zip(first, second, function(still, batch)):
+            assert torch.equal(ours, again) and torch.equal(ours, without)
 
 
 def test_training_weights_are_float32_and_take_gradients(policy, scorer):

@@ -1,194 +1,179 @@
-"""Several processes compute what one does: torchrun on the CPU with gloo, two and three of them.
+"""Several processes compute what one does: torchrun on the CPU with gloo, FSDP2 over two or three.
 
-One launch for each way runs all seven mains; a minute and a half in all."""
+One start runs all seven mains, and what else is compared."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
+import processes
 import pytest
 import torch
-from processes import NAMES
-from test_resume import assert_same_run, states
+from processes import NAMES, launch, start
+from test_resume import assert_same_run, states, step_of
 from test_scripts import chain, metrics  # noqa: F401 (a fixture)
 
 import common
 
-WAYS = [(2, "full"), (3, "none"), (3, "layers")]
-CLOCK = (
-    "tokens_per_second",
-    "seconds/sample",
-    "seconds/train",
-    "padding",
-)  # and what micro-batches decide
-
-
-def command(processes, *args):
-    worker = [str(Path(__file__).with_name("processes.py")), *map(str, args)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(torchrun if processes > 1 else []), *worker]
-
-
-def launch(processes, *args, timeout=300):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    options = dict(capture_output=True, text=True, env=environment, timeout=timeout)
-    return subprocess.run(command(processes, *args), **options)
+# and what depends on how rows are cut into micro-batches
+CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train", "padding")
 
 
 def assert_close(run, other):
     """Final weights and Adam's state, to rounding."""
-    for a, b in states(run, other):
-        assert all(
-            a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5) for key in a
-        )
+    a = states(run)
+    b = states(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5), key
+
+
+def everything(number, folder, chain, tiny_dirs):  # noqa: F811
+    for name, path in tiny_dirs.items():
+        shutil.copytree(path, folder / "models" / name)
+    done = launch(number, "everything", folder, chain)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
 
 
 @pytest.fixture(scope="module")
-def one(chain, tmp_path_factory):  # noqa: F811
+def one(chain, tiny_dirs, tmp_path_factory):  # noqa: F811
     """What one process computes."""
     folder = tmp_path_factory.mktemp("one")
-    done = launch(1, "every_script", folder, chain)
-    assert done.returncode == 0, done.stderr[-2000:]
+    everything(1, folder, chain, tiny_dirs)
     return folder
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
-def several(request, chain, tmp_path_factory):  # noqa: F811
-    """What several compute."""
-    folder, (processes, way) = tmp_path_factory.mktemp("several"), request.param
-    done = launch(processes, "every_script", folder, chain, way)
-    assert done.returncode == 0, done.stderr[-2000:]
-    # the first process alone speaks
-    assert done.stdout.count("device: ") == len(NAMES) and f"{processes} processes" in done.stdout
+@pytest.fixture(scope="module")
+def two(chain, tiny_dirs, tmp_path_factory):  # noqa: F811
+    """What two compute."""
+    folder = tmp_path_factory.mktemp("two")
+    done = everything(2, folder, chain, tiny_dirs)
+    # the first process alone speaks: in seven runs, and twice in sft's and ppo's two halves
+    assert done.stdout.count("device: 2 x cpu") == len(NAMES) + 4
     return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_several_processes_compute_what_one_does(name, one, several):
+def test_two_processes_compute_what_one_does(name, one, two):
     """Gradients, samples, log-probs of fixed rows after three steps, metrics and checkpoints."""
-    expected, found = (torch.load(folder / f"{name}.pt") for folder in (one, several))
+    expected = torch.load(one / f"{name}.pt")
+    found = torch.load(two / f"{name}.pt")
     assert len(found["gradients"]) == len(expected["gradients"]) >= 3
-    for mine, theirs in zip(found["gradients"], expected["gradients"]):
-        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
-    assert len(found["sampled"]) == len(expected["sampled"])
-    for (completions, logprobs), theirs in zip(found["sampled"], expected["sampled"]):
-        assert completions == theirs[0]
-        for row, other in zip(logprobs, theirs[1]):
-            assert row == pytest.approx(other, abs=1e-4)
+    for gradient, other in zip(found["gradients"], expected["gradients"]):
+        assert (gradient - other).norm() < 1e-5 * other.norm()
+    assert found["sampled"] == expected["sampled"]
+    assert bool(found["sampled"]) == (name != "reward_model")
     if name != "reward_model":
         assert (found["logprobs"] - expected["logprobs"]).abs().max() < 1e-5
-    rows, others = metrics(several / name), metrics(one / name)
+    rows = metrics(two / name)
+    others = metrics(one / name)
     assert len(rows) == len(others)
     for row, other in zip(rows, others):
         assert row.keys() == other.keys()
         for key in row.keys() - set(CLOCK):
-            assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
-    assert_close(several / name, one / name)
-    texts = [
-        (folder / name / "samples.jsonl").read_text().splitlines() for folder in (several, one)
-    ]
+            # a count is off by one token or pair where rounding decides it
+            tolerance = 0.1 if "accuracy" in key or key == "clip_fraction" else 1e-4
+            assert row[key] == pytest.approx(other[key], rel=1e-4, abs=tolerance), key
+    assert_close(two / name, one / name)
     keep = ("step", "prompt", "completion")
+    texts = [(folder / name / "samples.jsonl").read_text().splitlines() for folder in (two, one)]
     rows, others = ([{k: json.loads(line)[k] for k in keep} for line in lines] for lines in texts)
     assert rows == others
 
 
-def test_resume_is_exact_and_goes_on_elsewhere(one, chain, tmp_path):  # noqa: F811
-    """Bit for bit with as many processes; to rounding with one or three, sharded or not."""
-    done = launch(2, "two_and_one", tmp_path, chain, "full")
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_resume_is_exact(name, two):
+    """Bit for bit with as many processes."""
+    assert_same_run(two / name, two / "halves" / name)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_resume_goes_on_with_more_processes_or_fewer(  # noqa: PLR0917
+    number,
+    one,
+    two,
+    chain,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    folder = tmp_path / "run"
+    shutil.copytree(two / "after two", folder)
+    if number == 1:  # which needs no start
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(common, "TASK_ROWS", processes.TASK_ROWS)
+        processes.go_on(folder, chain)
+    else:
+        done = launch(number, "go_on", folder, chain)
+        assert done.returncode == 0, done.stderr[-2000:]
     for name in ("sft", "ppo"):
-        assert_same_run(tmp_path / "whole" / name, tmp_path / "halves" / name)
-    for processes in (1, 3):
-        folder = tmp_path / f"{processes}"
-        shutil.copytree(tmp_path / "after two", folder)
-        done = launch(processes, "go_on", folder, chain)
-        assert done.returncode == 0, done.stderr[-2000:]
-        for name in ("sft", "ppo"):
-            assert_close(folder / name, one / name)
+        assert_close(folder / name, one / name)
 
 
-def test_architectures(tiny_dirs, tmp_path):
-    """Layers are found in any model, tied heads, caps and biases included: GPT-2, GPT-NeoX, Gemma, Qwen."""
-    models, found = tmp_path / "models", []
-    for name, path in tiny_dirs.items():
-        shutil.copytree(path, models / name)
-    for processes, way in ((1, "none"), (2, "full"), (2, "none")):
-        folder = tmp_path / f"{processes} {way}"
-        folder.mkdir()
-        done = launch(processes, "architectures", folder, models, way)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(folder / "found.pt"))
-    expected = found.pop(0)
-    for each in found:
-        assert each.keys() == expected.keys() and len(each) == 2 * len(tiny_dirs)
-        for name, (gradient, tokens) in expected.items():
-            assert (each[name][0] - gradient).norm() < 1e-5 * gradient.norm(), name
-            assert each[name][1] == tokens, name
+def test_architectures(one, two):
+    """Layers are found in any model, tied heads, caps and biases included, and split."""
+    expected = torch.load(one / "architectures.pt")
+    found = torch.load(two / "architectures.pt")
+    assert found.keys() == expected.keys() and len(found) >= 5
+    for name, (gradient, completions) in expected.items():
+        assert (found[name][0] - gradient).norm() < 1e-5 * gradient.norm(), name
+        assert found[name][1] == completions, name
 
 
-@pytest.mark.parametrize("way", ["killed", "raises"])
-def test_one_that_dies_ends_all(way, one, chain, tmp_path):  # noqa: F811
-    """Soon, with its message first; and --resume goes on."""
-    began = time.time()
-    done = launch(2, "dies", tmp_path, chain, way)
-    assert done.returncode != 0 and time.time() - began < 60
-    if way == "raises":
-        words = "ValueError: the last process has failed", "process 0 lost the others"
-        found = [done.stderr.find(text) for text in words]
-        assert found[0] >= 0 and (found[1] < 0 or found[1] > found[0])
-    assert json.loads((tmp_path / "ppo/checkpoint/state.json").read_text())["step"] == 2
-    if way == "killed":
-        done = launch(2, "go_on", tmp_path, chain, "full")
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert_close(tmp_path / "ppo", one / "ppo")
+def test_one_that_dies_ends_all(chain, tmp_path):  # noqa: F811
+    """Soon, and the last checkpoint is whole: the run goes on as any other would."""
+    done = launch(2, "dies", tmp_path, chain)
+    assert done.returncode != 0
+    assert step_of(tmp_path / "ppo") == 2
+    assert [row["step"] for row in metrics(tmp_path / "ppo")] == [0, 1, 2, 3]
 
 
 def test_a_signal_to_torchrun_saves(chain, tmp_path):  # noqa: F811
     """All processes stop after the same step, and the line that says so comes once."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-    process = subprocess.Popen(command(2, "interrupted", tmp_path, chain), **options)
-    while not (tmp_path / "began").exists():
-        assert process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
+    with start(2, "interrupted", tmp_path, chain, stdout=subprocess.PIPE) as process:
+        deadline = time.time() + 300
+        while not (tmp_path / "began").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    step = json.loads((tmp_path / "sft/checkpoint/state.json").read_text())["step"]
-    assert step >= 1 and errors.count(f"stopped after step {step} of ") == 1
+    step = step_of(tmp_path / "sft")
+    assert step >= 1 and said.count(f"stopped after step {step} of ") == 1
+    assert step == metrics(tmp_path / "sft")[-1]["step"]
 
 
 def test_bad_data_is_said_once(chain, tmp_path):  # noqa: F811
-    done = launch(3, "bad_file", tmp_path, chain)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    done = launch(2, "bad_file", tmp_path, chain)
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
     assert "bad.jsonl line 1" in done.stderr
 
 
-def test_a_reward_that_raises_is_called_by_one_and_said_once(chain, tmp_path):  # noqa: F811
-    done = launch(2, "bad_reward", tmp_path, chain)
-    assert done.returncode != 0
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "the judge is away" in line and "broken" in line
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["0"]
-
-
 # ---------------------------------------------------------------- without starting any
-@pytest.mark.parametrize("world", [2, 3, 7])
-def test_shares_of_micro_batches(world, monkeypatch):
-    """Every row once, as many lists in each process, about as many tokens."""
-    lengths = [3, 9, 4, 12, 7, 1, 5, 30, 2, 8, 6, 6, 5, 9, 14, 3, 21]
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(common, "world", lambda: world)
-        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        shares.append(common.micro_batches(lengths, 40, list(range(0, 17, 2))))
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize("together", [1, 2])
+def test_shares_of_micro_batches(world_size, together, monkeypatch):
+    """Every row once, as many micro-batches in each process, about as many rows."""
+    lengths = torch.tensor([3, 9, 4, 12, 7, 1, 5, 30, 2, 8, 6, 6, 5, 9, 14, 3, 21, 2])
+    batch = {"attention_mask": (torch.arange(30) < lengths[:, None]).long()}
+    monkeypatch.setattr(common, "world_size", lambda: world_size)
+    numbers = []
+
+    def lists_of(rank, most):
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        monkeypatch.setattr(common, "all_reduce", lambda n, op: numbers.append(n) or most or n)
+        return common.micro_batch_rows(batch, 40, together)
+
+    for rank in range(world_size):
+        lists_of(rank, None)
+    shares = [lists_of(rank, max(numbers)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(i for share in shares for rows in share for i in rows) == list(range(0, 17, 2))
+    assert sorted(i for share in shares for rows in share for i in rows) == list(range(18))
+    for rows in (rows for share in shares for rows in share):
+        assert rows[::together] == [i - i % together for i in rows[::together]]
     counts = [sum(len(rows) for rows in share) for share in shares]
-    assert max(counts) - min(counts) <= 1
+    assert max(counts) - min(counts) <= together

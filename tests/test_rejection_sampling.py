@@ -1,16 +1,21 @@
 """rejection_sampling.py: selection, best-of-N against brute force, resuming; then main."""
 
+import functools
 import itertools
 import json
 import math
+import os
+import signal
+import types
 
 import pytest
 import torch
-from test_group import checker
-from test_scripts import chain, metrics, refused, weights  # noqa: F401 (a fixture)
+import transformers
+from conftest import CPU
 
 import common
 import rejection_sampling as rs
+import sft
 
 NAN = math.nan
 BOOK = [
@@ -24,7 +29,7 @@ BOOK = [
 
 # ---------------------------------------------------------------- selection
 def test_worked_example_of_the_book():
-    """Its text prints 19 for the last of the five, but index 19 holds 0.6 and index 11 holds 0.7."""
+    """It prints 19 for the last of the five, but index 19 holds 0.6 and index 11 holds 0.7."""
     rewards = torch.tensor(BOOK)
     assert (rs.select_top_per_prompt(rewards) + 1).tolist() == [1, 2, 1, 3, 4]
     assert rs.select_top_k(rewards, 5).tolist() == [8, 5, 14, 0, 11]
@@ -61,319 +66,480 @@ def test_best_of_n_against_all_subsets():
 
 def test_best_of_n_metrics():
     """Rows that lack a score are in no mean, so that the same prompts are behind each N."""
-    scores = torch.tensor([
-        [0.0, 1.0, 2.0, 3.0],
-        [NAN, 1.0, NAN, 9.0],
-        [1.0, 1.0, 1.0, 1.0],
-        [NAN] * 4,
-    ])
-    gold = torch.tensor([
-        [1.0, 0.0, 0.0, 0.0],
-        [0.0, 1.0, 0.0, 0.0],
-        [0.0, 1.0, 0.0, 0.0],
-        [1.0] * 4,
-    ])
-    found = rs.best_of_n_metrics(scores, gold)
-    assert found["best_of_1/score"] == pytest.approx((1.5 + 1) / 2)
-    assert found["best_of_2/score"] == pytest.approx((14 / 6 + 1) / 2)
-    assert found["best_of_4/score"] == 2.0 and found["best_of_4/gold"] == 0.0
-    assert found["best_of_2/gold"] == pytest.approx(2 / 6 / 2), (
-        "with equal scores the first is taken"
+    scores = torch.tensor(
+        [
+            [0.0, 1.0, 2.0, 3.0],
+            [NAN, 1.0, NAN, 9.0],
+            [1.0, 1.0, 1.0, 1.0],
+            [NAN] * 4,
+        ]
     )
-    assert found["best_of_4/kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
-    assert rs.best_of_n_metrics(scores[1:2], None) == {}
+    gold = torch.tensor(
+        [
+            [1.0, 0.0, 0.0, 0.0],
+            [0.0, 1.0, 0.0, 0.0],
+            [0.0, 1.0, 0.0, 0.0],
+            [1.0] * 4,
+        ]
+    )
+    metrics = rs.best_of_n_metrics(scores, scores, "score")
+    assert metrics["best_of_1/score"] == pytest.approx((1.5 + 1) / 2)
+    assert metrics["best_of_2/score"] == pytest.approx((14 / 6 + 1) / 2)
+    assert metrics["best_of_4/score"] == 2.0
+    assert metrics["best_of_4/kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    metrics = rs.best_of_n_metrics(scores, gold, "gold")
+    assert metrics["best_of_4/gold"] == 0.0
+    # with equal scores the first is taken
+    assert metrics["best_of_2/gold"] == pytest.approx(2 / 6 / 2)
+    assert rs.best_of_n_metrics(scores[1:2], scores[1:2], "score") == {}
+
+
+# ---------------------------------------------------------------- what a run selects
+def choose(rewards, ids=None, iteration=0, **changes):
+    """select() with these flags; without ids all completions are different."""
+    rewards = torch.tensor(rewards)
+    M, N = rewards.shape
+    ids = ids or [[[row * N + column] for column in range(N)] for row in range(M)]
+    flags = dict(select="top-per-prompt", select_k=None, min_score=None, seed=1) | changes
+    return rs.select(rewards, ids, iteration, types.SimpleNamespace(**flags))
+
+
+HOLES = [
+    [NAN, 2.0, 5.0, 5.0],
+    [NAN, NAN, NAN, NAN],
+    [1.0, 0.0, NAN, -2.0],
+    [4.0, 4.0, 4.0, 4.0],
+]
+
+
+def test_select_per_prompt():
+    """The best of each row, or one at random: of those with a score of --min-score at least."""
+    assert choose(HOLES) == [(0, 2), (2, 0), (3, 0)]
+    assert choose(HOLES, min_score=4.0) == [(0, 2), (3, 0)]
+    drawn = [
+        choose(HOLES, select="random-per-prompt", iteration=i, min_score=0.0) for i in range(60)
+    ]
+    assert all([row for row, _ in pairs] == [0, 2, 3] for pairs in drawn)
+    pairs = {pair for pairs in drawn for pair in pairs}
+    assert pairs == {(0, 1), (0, 2), (0, 3), (2, 0), (2, 1), *((3, i) for i in range(4))}
+    assert choose(HOLES, select="random-per-prompt", iteration=7, min_score=0.0) == drawn[7]
+
+
+def test_select_of_all():
+    """The k best, or as many at random of those with a score of --min-score at least."""
+    assert choose(HOLES, select="top-k", select_k=4) == [(0, 2), (0, 3), (3, 0), (3, 1)]
+    drawn = [
+        choose(HOLES, select="random-k", select_k=3, min_score=0.0, iteration=i) for i in range(60)
+    ]
+    assert all(len(set(pairs)) == 3 for pairs in drawn)
+    usable = {(row, i) for row in range(4) for i in range(4) if HOLES[row][i] >= 0}
+    assert {pair for pairs in drawn for pair in pairs} == usable
+    counts = [sum(pair in pairs for pairs in drawn) for pair in usable]
+    assert min(counts) > 60 * 3 / len(usable) / 3, "each is as likely as any other"
+
+
+def test_of_equal_completions_of_a_row_the_first_is_selected():
+    """Of one row; the same ids are something else after another prompt."""
+    ids = [[[7], [7], [8], [7]], [[7], [8], [8], [9]]]
+    assert rs.distinct(torch.tensor([3, 1, 4, 6, 5, 2]), ids) == [(0, 3), (1, 0), (1, 2), (0, 2)]
+    rewards = [[3.0, 3.0, 1.0, 3.0], [3.0, 2.0, 2.0, 0.0]]
+    top = choose(rewards, ids, select="top-k", select_k=6)
+    assert top == [(0, 0), (1, 0), (1, 1)], "six, of which three are repeats"
+    for iteration in range(20):
+        control = choose(rewards, ids, iteration, select="random-k", select_k=6)
+        assert len(control) == 3, "the control is as many, whatever was repeated"
+        assert len({(row, *ids[row][column]) for row, column in control}) == 3
+    assert choose(rewards, ids) == [(0, 0), (1, 0)], "one a row stays one a row"
 
 
 # ---------------------------------------------------------------- through main
-def run_args(chain, output_dir, **changes):  # noqa: F811
-    args = dict(
-        model=str(chain / "sft"), reward=str(chain / "reward_model"), output_dir=str(output_dir)
-    )
-    args |= dict(
-        num_generations=4, max_completion_length=6, prompts=10, batch_size=8, learning_rate=1e-3
-    )
-    return rs.Args(**(args | dict(warmup_steps=0) | changes))
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with a policy and a reward model of random weights; the built-in data is small."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = sft.tiny_tokenizer()
+    config = sft.tiny_config(tokenizer)
+    for name, value in dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2).items():
+        setattr(config, name, value)
+    config.initializer_range = 0.1
+    for name, cls in [
+        ("policy", transformers.LlamaForCausalLM),
+        ("reward_model", transformers.LlamaForSequenceClassification),
+    ]:
+        torch.manual_seed(0)
+        config.num_labels = 1
+        cls(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "TASK_ROWS", {"prompt": 128, "held out": 16})
+        yield folder
 
 
-def rollouts(folder):
-    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that ends in the middle leaves its own handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_args(start, output_dir, **changes):
+    flags = dict(
+        model=str(start / "policy"),
+        reward=str(start / "reward_model"),
+        output_dir=str(output_dir),
+        num_generations=4,
+        max_completion_length=6,
+        prompts_per_iteration=10,
+        batch_size=8,
+        learning_rate=1e-3,
+        warmup_steps=0,
+    )
+    return rs.Args(**flags | changes)
+
+
+def checker(tmp_path, body):
+    """A file with a checker; `body` computes `scores` from prompts, completions and rows."""
+    path = tmp_path / "reward.py"
+    path.write_text(f"def f(prompts, completions, rows):\n    {body}\n    return scores\n")
+    return f"{path}:f"
+
+
+def read_log(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def training_rows(folder):
+    """Lines of metrics.jsonl after the one of step 0."""
+    return [row for row in read_log(folder) if "loss" in row]
+
+
+def weights(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def trained_on(monkeypatch):
     """What main trains on: (prompt, completion) ids of every step."""
-    seen, inner = [], rs.completion_batch
+    steps = []
+    inner = rs.completion_batch
 
     def recorder(prompts, completions, device):
         if len(prompts) <= 8:  # (evaluations are larger)
-            seen.append(list(zip(prompts, completions)))
+            pairs = zip(map(tuple, prompts), map(tuple, completions))
+            steps.append(list(pairs))
         return inner(prompts, completions, device)
 
     monkeypatch.setattr(rs, "completion_batch", recorder)
-    return seen
+    return steps
 
 
-LETTERS = (
-    "scores = [None if text[:1] in 'abcdefg' else float(len(set(text))) for text in completions]"
-)
+HALF = "scores = [None if t[:1] < 'k' else float(len(set(t))) for t in completions]"
 
 
-@pytest.mark.parametrize(
-    "select, k",
-    [("top-per-prompt", None), ("random-per-prompt", None), ("top-k", 9), ("random-k", 9)],
-)
-def test_what_is_selected_is_trained(chain, tmp_path, monkeypatch, capsys, select, k):  # noqa: F811
-    seen = trained_on(monkeypatch)
-    reward = checker(tmp_path, LETTERS)
-    rs.main(run_args(chain, tmp_path / "run", reward=reward, select=select, select_k=k, prompts=16))
-    rows, tokenizer = rollouts(tmp_path / "run"), common.load_tokenizer(str(chain / "sft"))
-    flat = [
-        (r["row"]["prompt"], tuple(ids), score)
-        for r in rows
-        for ids, score in zip(r["ids"], r["scores"])
-    ]
-    scores = {(prompt, ids): score for prompt, ids, score in flat}
-    trained = [(tokenizer.decode(p), tuple(c)) for batch in seen for p, c in batch]
-    known = sorted((s for *_, s in flat if s is not None), reverse=True)
-    assert (
-        trained
-        and all(scores[pair] is not None for pair in trained)
-        and len(set(trained)) == len(trained)
-    )
-    if select == "top-per-prompt":
-        best = {
-            r["row"]["prompt"]: max((s for s in r["scores"] if s is not None), default=None)
-            for r in rows
-        }
-        assert {p: scores[p, c] for p, c in trained} == {
-            p: s for p, s in best.items() if s is not None
-        }
-    if select == "random-per-prompt":
-        assert sorted(p for p, _ in trained) == sorted(
-            r["row"]["prompt"] for r in rows if any(s is not None for s in r["scores"])
-        )
-        assert sum(scores[pair] for pair in trained) < sum(
-            max(s or 0 for s in r["scores"]) for r in rows
-        )
-    if select == "top-k":
-        said = capsys.readouterr().out
-        repeats = int(said.split(" repeats of")[0].split()[-1])
-        assert len(trained) + repeats == 9 and min(scores[pair] for pair in trained) >= known[8]
-    if select == "random-k":
-        assert len(trained) <= 9 and sum(scores[pair] for pair in trained) < sum(known[:9])
+def test_what_is_selected_is_trained(start, tmp_path, monkeypatch, capsys):
+    """Each selected completion once an epoch; the first loss is their mean NLL over all tokens."""
+    steps = trained_on(monkeypatch)
+    args = dict(reward=checker(tmp_path, HALF), prompts_per_iteration=16, epochs=2)
+    rs.main(run_args(start, tmp_path / "run", num_generations=3, micro_batch_tokens=40, **args))
+    tokenizer = common.load_tokenizer(str(start / "policy"))
+    expected = []
+    for record in read_log(tmp_path / "run", "rollouts"):
+        known = [x for x in record["scores"] if x is not None]
+        if known:
+            best = record["ids"][record["scores"].index(max(known))]
+            expected.append((tuple(tokenizer(record["row"]["prompt"]).input_ids), tuple(best)))
+    trained = [pair for pairs in steps for pair in pairs]
+    assert 0 < len(expected) < 16
+    assert sorted(trained[: len(expected)]) == sorted(trained[len(expected) :]) == sorted(expected)
+    said = capsys.readouterr().out
+    assert f"{len(expected)} of 48 completions selected; {16 - len(expected)} of 16 prompts" in said
+
+    policy = common.load_policy(str(start / "policy"), CPU).double()
+    nll = []
+    for prompt, completion in steps[0]:
+        logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        nll += [-logits.log_softmax(-1)[t, i].item() for t, i in enumerate(completion)]
+    first = training_rows(tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
 
 
-def test_rows_without_a_usable_score_are_counted(chain, tmp_path, capsys):  # noqa: F811
-    """--min-score leaves out what is below it; the controls see the same rows."""
-    body = "scores = [1.0 if p[0] < 'n' else 0.0 for p in prompts]"
-    for select in ("top-per-prompt", "random-per-prompt"):
-        args = dict(reward=checker(tmp_path, body), min_score=0.5, select=select, prompts=20)
-        rs.main(run_args(chain, tmp_path / select, **args))
-        low = sum(r["row"]["prompt"][0] >= "n" for r in rollouts(tmp_path / select))
-        assert 0 < low < 20
-        assert (
-            f"{20 - low} of 80 completions selected; {low} of 20 prompts without"
-            in capsys.readouterr().out
-        )
-
-
-def test_chunks_of_prompts_draw_from_streams_of_their_own(chain, tmp_path):  # noqa: F811
-    """A hundred rows of one prompt: the second chunk does not repeat the first."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "dbca>"}\n' * 100)
-    reward = checker(tmp_path, "scores = [1.0] * len(prompts)")
-    args = dict(dataset=str(tmp_path / "prompts.jsonl"), reward=reward, prompts=100, steps=1)
-    rs.main(run_args(chain, tmp_path / "run", **args))
-    ids = [r["ids"] for r in rollouts(tmp_path / "run")]
-    assert ids[:36] != ids[64:]
-
-
-def test_solve_rates_and_best_of_n_are_logged(chain, tmp_path):  # noqa: F811
-    rs.main(run_args(chain, tmp_path / "run"))
-    first = metrics(tmp_path / "run")[1]
-    assert {
-        "best_of_1/score",
-        "best_of_4/score",
-        "best_of_4/gold",
-        "best_of_4/kl_bound",
-    } <= first.keys()
-    assert (
-        first["best_of_4/score"]
-        > first["best_of_1/score"]
-        == pytest.approx(first["score"], rel=1e-5)
-    )
-    assert first["selected_score"] == pytest.approx(first["best_of_4/score"], rel=1e-4)
-    rates = [r["solve_rate"] for r in rollouts(tmp_path / "run")]
-    assert rates == [sum(r["gold"]) / 4 for r in rollouts(tmp_path / "run")]
-
-
-def test_iterations_sample_from_the_policy_of_the_one_before(chain, tmp_path):  # noqa: F811
-    reward = checker(tmp_path, "scores = [float(text.count('a')) for text in completions]")
-    args = dict(
-        reward=reward, iterations=3, prompts=48, num_generations=8, epochs=4, learning_rate=2e-3
-    )
-    rs.main(run_args(chain, tmp_path / "run", **args))
-    rows = metrics(tmp_path / "run")
-    assert [row["iteration"] for row in rows if "score" in row] == [1, 2, 3]
-    means = [row["score"] for row in rows if "score" in row]
-    assert means[0] + 0.3 < means[1] < means[2], means
-    assert len({r["row"]["prompt"] for r in rollouts(tmp_path / "run")}) > 60, (
-        "other prompts in each iteration"
-    )
-
-
-@pytest.mark.parametrize("where", ["first", "sampling", "writing", "training"])
-def test_resume_is_exact(chain, tmp_path, monkeypatch, where):  # noqa: F811
-    """A stop in the second iteration's rollouts, in the middle of a line, or in training."""
-    args = dict(
-        reward="sort", iterations=2, prompts=70, num_generations=2, batch_size=16, save_every=3
-    )
-    args |= dict(steps=8)  # of 10
-    rs.main(run_args(chain, tmp_path / "whole", **args))
-    count, inner, log = [0], rs.sample, common.Run.log
-
-    def broken_sample(*given):
-        count[0] += given[2] == 2 and len(given[1]) in (64, 6)
-        if count[0] == (2 if where == "first" else 4):
-            raise KeyboardInterrupt
-        return inner(*given)
-
-    def broken_log(self, step, values, show):
-        log(self, step, values, show)
-        if step == 7:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if where == "training":
-            patch.setattr(common.Run, "log", broken_log)
-        else:
-            patch.setattr(rs, "sample", broken_sample)
-        rs.main(run_args(chain, tmp_path / "halves", **args))
-    file = tmp_path / "halves/rollouts.jsonl"
-    if where == "writing":
-        text = file.read_text()
-        file.write_text(text[: len(text) - 700])
-    rs.main(run_args(chain, tmp_path / "halves", resume=True, **args))
-    assert file.read_text() == (tmp_path / "whole/rollouts.jsonl").read_text()
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    clock = ("tokens_per_second", "seconds/sample", "seconds/train")
-    rows = [
-        [{k: v for k, v in row.items() if k not in clock} for row in metrics(tmp_path / name)]
-        for name in ("whole", "halves")
-    ]
-    assert rows[0] == rows[1]
-
-
-def test_rollouts_that_do_not_belong_are_refused(chain, tmp_path, capsys):  # noqa: F811
-    """Rollouts pair with prompts by position: a file that has changed, or rollouts that are lost, are an
-    error."""
-    rows = [json.dumps({"prompt": f"{letter}a>"}) + "\n" for letter in "bcdefghijk"]
-    data, reward = tmp_path / "prompts.jsonl", checker(tmp_path, "scores = [1.0] * len(prompts)")
-    data.write_text("".join(rows))
-    args = dict(dataset=str(data), reward=reward)
-    rs.main(run_args(chain, tmp_path / "run", **args))
-    data.write_text("".join(rows[::-1]))
-    with pytest.raises(SystemExit):
-        rs.main(run_args(chain, tmp_path / "run", **args, resume=True))
-    refused(capsys, "--resume", "rollouts.jsonl was not sampled with", code=1)
-    (tmp_path / "run/rollouts.jsonl").unlink()
-    with pytest.raises(SystemExit):
-        rs.main(run_args(chain, tmp_path / "run", **args, resume=True))
-    refused(capsys, "--resume", "lacks rollouts")
-
-
-def test_rows_are_not_merged_across_repeats_of_a_prompt(chain, tmp_path, monkeypatch):  # noqa: F811
+def test_rows_are_not_merged_across_repeats_of_a_prompt(start, tmp_path, monkeypatch):
     """Two rows of data, sampled five times each: ten rows are trained, whatever they say."""
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "ba>"}\n{"prompt": "dc>"}\n')
-    seen = trained_on(monkeypatch)
-    reward = checker(
-        tmp_path, "scores = [-float(len(text)) for text in completions]"
-    )  # often the empty text
-    args = dict(dataset=str(data), reward=reward, prompts=10, num_generations=8)
-    rs.main(run_args(chain, tmp_path / "a", **args))
-    assert sum(map(len, seen)) == 10 and len({(*p, *c) for batch in seen for p, c in batch}) < 10
-    seen.clear()
-    rs.main(run_args(chain, tmp_path / "b", select="top-k", select_k=30, **args))
-    top = sum(map(len, seen))
-    seen.clear()
-    rs.main(run_args(chain, tmp_path / "c", select="random-k", select_k=30, **args))
-    assert 10 <= top < 30 and sum(map(len, seen)) == top, "the control trains on as many"
+    steps = trained_on(monkeypatch)
+    reward = checker(tmp_path, "scores = [float(t > 'd') for t in completions]")
+    args = dict(dataset=str(data), reward=reward, num_generations=8, max_completion_length=1)
+    rs.main(run_args(start, tmp_path / "run", **args))
+    trained = [pair for pairs in steps for pair in pairs]
+    assert len(trained) == 10 > len(set(trained))
 
 
-def test_the_schedule_starts_again_and_ends_at_zero(chain, tmp_path):  # noqa: F811
-    for steps, ends in ((None, [0, 1, 2, 3]), (3, [0, 1, 2])):
-        args = dict(iterations=2, prompts=16, steps=steps, lr_schedule="linear", warmup_steps=0)
-        rs.main(run_args(chain, tmp_path / str(steps), reward="sort", **args))
-        rates = [row["learning_rate"] for row in metrics(tmp_path / str(steps))[1:]]
-        assert len(rates) == len(ends)
-        assert rates == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4][: len(ends)])
+def test_chunks_of_prompts_draw_from_streams_of_their_own(start, tmp_path):
+    """A hundred rows of one prompt: the second chunk does not repeat the first."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "dbca>"}\n' * 100)
+    reward = checker(tmp_path, "scores = [1.0] * len(prompts)")
+    args = dict(dataset=str(tmp_path / "prompts.jsonl"), reward=reward, steps=1)
+    rs.main(run_args(start, tmp_path / "run", prompts_per_iteration=100, **args))
+    ids = [record["ids"] for record in read_log(tmp_path / "run", "rollouts")]
+    assert ids[:36] != ids[64:]
 
 
-def test_sampling_has_its_temperature_and_training_none(chain, tmp_path, monkeypatch):  # noqa: F811
-    temperatures, inner, keys, generator = [], rs.token_logprobs, [], rs.generator
-    monkeypatch.setattr(rs, "token_logprobs", lambda *a: temperatures.append(a[4:]) or inner(*a))
-    monkeypatch.setattr(rs, "generator", lambda *key: keys.append(key) or generator(*key))
-    asked, sampled = [], rs.sample
-    monkeypatch.setattr(rs, "sample", lambda *a: asked.append(a[4]) or sampled(*a))
+def test_scores_and_best_of_n_are_logged(start, tmp_path):
+    rs.main(run_args(start, tmp_path / "run"))
+    first = training_rows(tmp_path / "run")[0]
+    assert {"best_of_4/gold", "best_of_4/kl_bound", "gold", "selected_gold"} <= first.keys()
+    assert first["best_of_4/score"] > first["best_of_1/score"]
+    assert first["best_of_1/score"] == pytest.approx(first["score"], rel=1e-5)
+    assert first["selected_score"] == pytest.approx(first["best_of_4/score"], rel=1e-4)
+    records = read_log(tmp_path / "run", "rollouts")
+    scores = [score for record in records for score in record["scores"]]
+    assert first["score"] == pytest.approx(sum(scores) / 40, rel=1e-5)
+
+
+def test_rollouts_hold_each_completions_own_numbers(start, tmp_path, monkeypatch):
+    def length(examples, completions):
+        return torch.tensor([float(len(ids)) for ids in completions])
+
+    def gold(examples, completions):
+        return length(examples, completions) / 8
+
+    monkeypatch.setattr(rs, "load_reward", lambda *args, **kwargs: length)
+    monkeypatch.setattr(rs, "load_gold", lambda *args: gold)
+    rs.main(run_args(start, tmp_path / "run", steps=1))
+    records = read_log(tmp_path / "run", "rollouts")
+    assert len({len(ids) for record in records for ids in record["ids"]}) > 1
+    for record in records:
+        lengths = [len(ids) for ids in record["ids"]]
+        assert record["scores"] == lengths
+        assert record["gold"] == [n / 8 for n in lengths]
+        assert record["solve_rate"] == pytest.approx(sum(record["gold"]) / len(lengths))
+
+
+def test_iterations_sample_from_the_policy_of_the_one_before(start, tmp_path):
+    reward = checker(tmp_path, "scores = [float(t.count('a')) for t in completions]")
+    args = dict(iterations=3, prompts_per_iteration=48, num_generations=8, epochs=4)
+    rs.main(run_args(start, tmp_path / "run", reward=reward, learning_rate=5e-3, **args))
+    rows = [row for row in training_rows(tmp_path / "run") if "score" in row]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    means = [row["score"] for row in rows]
+    assert means[0] + 0.3 < means[1] < means[2], means
+    prompts = {record["row"]["prompt"] for record in read_log(tmp_path / "run", "rollouts")}
+    assert len(prompts) > 60, "other prompts in each iteration"
+
+
+# ---------------------------------------------------------------- resuming
+IN_TWO = dict(reward="sort", iterations=2, prompts_per_iteration=70, num_generations=2)
+IN_TWO |= dict(batch_size=16, save_every=3, steps=8)  # of 10
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    rs.main(run_args(start, folder, **IN_TWO))
+    return folder
+
+
+class Broken(Exception):
+    """What ends a run in the middle."""
+
+
+def break_rollouts(monkeypatch, call, action):
+    """Do that at the call of sample() for a rollout with that number."""
+    inner = rs.sample
+    calls = []
+
+    def sample(model, prompts, **kwargs):
+        if len(prompts) in (64, 6):  # (an evaluation has 16)
+            calls.append(len(prompts))
+            if len(calls) == call:
+                action()
+        return inner(model, prompts, **kwargs)
+
+    monkeypatch.setattr(rs, "sample", sample)
+
+
+def fail_now():
+    raise Broken
+
+
+@pytest.mark.parametrize("where", ["first", "sampling", "writing", "signal", "training"])
+def test_resume_is_exact(start, whole, tmp_path, monkeypatch, where):
+    """A stop in the first iteration's rollouts, in the second's, in the middle of a line, by a
+    signal, or in training."""
+    args = functools.partial(run_args, start, tmp_path / "run", **IN_TWO)
+    file = tmp_path / "run/rollouts.jsonl"
+    log = common.Run.log
+
+    def broken_log(run, step, metrics, show=()):
+        log(run, step, metrics, show)
+        if step == 7:
+            fail_now()
+
+    with monkeypatch.context() as patch:
+        if where == "training":
+            patch.setattr(common.Run, "log", broken_log)
+        elif where == "signal":
+            break_rollouts(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            break_rollouts(patch, 2 if where == "first" else 4, fail_now)
+        with pytest.raises(SystemExit if where == "signal" else Broken) as stopped:
+            rs.main(args())
+    if where == "signal":
+        assert stopped.value.code == 128 + signal.SIGINT
+    if where == "writing":
+        text = file.read_text()
+        file.write_text(text[: len(text) - 700])
+    if where != "training":
+        left = file.read_text()
+        assert 0 < len(left) < len((whole / "rollouts.jsonl").read_text())
+    rs.main(args(resume=True))
+
+    assert file.read_text() == (whole / "rollouts.jsonl").read_text()
+    theirs = weights(tmp_path / "run")
+    assert all(torch.equal(value, theirs[key]) for key, value in weights(whole).items())
+    clock = {"tokens_per_second", "seconds/sample", "seconds/train"}
+    logs = [
+        [{key: row[key] for key in row.keys() - clock} for row in read_log(folder)]
+        for folder in (whole, tmp_path / "run")
+    ]
+    assert logs[0] == logs[1]
+    assert read_log(whole, "samples") == read_log(tmp_path / "run", "samples")
+
+
+def test_rollouts_from_before_a_stop_are_not_sampled_again(start, tmp_path, monkeypatch):
+    asked = []
+    inner = rs.sample
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, 2, fail_now)
+        with pytest.raises(Broken):
+            rs.main(run_args(start, tmp_path / "run", **IN_TWO))
+    monkeypatch.setattr(
+        rs, "sample", lambda m, prompts, **k: asked.append(len(prompts)) or inner(m, prompts, **k)
+    )
+    rs.main(run_args(start, tmp_path / "run", **IN_TWO | dict(steps=1), resume=True))
+    assert [number for number in asked if number != 16] == [6]
+
+
+# ---------------------------------------------------------------- training and evaluation
+def test_the_schedule_starts_again_and_ends_at_zero(start, tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "ba>", "answer": "ab"}\n')
-    args = dict(prompts=2, iterations=2, select="random-per-prompt")
-    rs.main(run_args(chain, tmp_path / "run", dataset=str(data), reward="sort", **args))
-    assert asked == [0.8, 0.8] and set(temperatures) == {()}
+    for steps in (None, 3):
+        args = dict(iterations=2, prompts_per_iteration=16, steps=steps, reward="sort")
+        rs.main(run_args(start, tmp_path / str(steps), dataset=str(data), **args))
+        rates = [row["learning_rate"] for row in read_log(tmp_path / str(steps))]
+        assert rates == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4][:steps])
+
+
+def test_temperature_is_of_sampling_and_of_the_kl_and_not_of_training(start, tmp_path, monkeypatch):
+    temperatures = []
+    inner = rs.token_logprobs
+    asked = []
+    sample = rs.sample
+    keys = []
+    generator = rs.generator
+
+    def logprobs(model, batch, temperature=1.0):
+        temperatures.append((temperature, torch.is_grad_enabled()))
+        return inner(model, batch, temperature)
+
+    def recorder(*args, **kwargs):
+        asked.append((len(args[1]), kwargs["temperature"]))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(rs, "token_logprobs", logprobs)
+    monkeypatch.setattr(rs, "sample", recorder)
+    monkeypatch.setattr(rs, "generator", lambda *key: keys.append(key) or generator(*key))
+    args = dict(reward="sort", temperature=0.7, iterations=2, select="random-per-prompt")
+    rs.main(run_args(start, tmp_path / "run", **args))
+    assert set(temperatures) == {(1.0, True), (0.7, False)}
+    assert set(asked) == {(10, 0.7), (16, 0.0), (16, 0.7)}
     for purpose in ("sample", "select"):
         drawn = [key for key in keys if key[1] == purpose]
         assert len(set(drawn)) == len(drawn) == 2, "noise of its own for each iteration"
 
 
-def test_rollouts_hold_each_completions_own_numbers(chain, tmp_path, monkeypatch):  # noqa: F811
-    def length(examples, ids):
-        return torch.tensor([float(len(i)) for i in ids])
+def test_evaluate_policy(start):
+    """Each metric is what its name says, by the completions judged; at the start KL is 0."""
+    seen = []
+    tokenizer = common.load_tokenizer(str(start / "policy"))
+    eos_ids = [1, *range(4, 12)]  # (random weights would hardly ever end)
+    examples = [{"prompt": p, "prompt_ids": tokenizer(p).input_ids} for p in ("dbca>", "ba>", "c>")]
 
-    monkeypatch.setattr(
-        rs, "load_reward", lambda *args: (length, lambda *given: length(*given) / 8)
+    def score(repeated, completions):
+        assert len(repeated) == len(completions)
+        seen.append([example["prompt"] for example in repeated])
+        seen.append(completions)
+        numbers = [float(len(ids)) for ids in completions]
+        return torch.tensor([NAN, *numbers[1:]])
+
+    def gold(repeated, completions):
+        return torch.tensor([float(len(ids) == 1) for ids in completions])
+
+    policy = common.load_policy(str(start / "policy"), CPU)
+    metrics, rows = rs.evaluate_policy(
+        policy,
+        examples,
+        score=score,
+        gold=gold,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        args=run_args(start, "unused", micro_batch_tokens=50),
+        autocast=functools.partial(torch.autocast, "cpu", enabled=False),
     )
-    rs.main(run_args(chain, tmp_path / "run", steps=1))
-    records = rollouts(tmp_path / "run")
-    assert len({len(i) for r in records for i in r["ids"]}) > 1
-    for record in records:
-        lengths = [len(i) for i in record["ids"]]
-        assert record["scores"] == lengths and record["gold"] == [n / 8 for n in lengths]
-        assert record["solve_rate"] == sum(record["gold"]) / len(lengths)
+    _, greedy, prompts, sampled = seen
+    assert prompts == [p for p in ("dbca>", "ba>", "c>") for _ in range(4)]
+    assert len(greedy) == 3 and len({len(ids) for ids in sampled}) > 1
+    lengths = [len(ids) for ids in sampled]
+    mean_without_first = sum(lengths[1:]) / 11
+    assert metrics["eval/score"].item() == pytest.approx(mean_without_first)
+    assert metrics["eval/score_greedy"].item() == pytest.approx(sum(map(len, greedy[1:])) / 2)
+    assert metrics["eval/completion_length"].item() == pytest.approx(sum(lengths) / 12)
+    assert metrics["eval/gold"].item() == pytest.approx(sum(n == 1 for n in lengths) / 12)
+    solved = [1 in lengths[i : i + 4] for i in (0, 4, 8)]
+    assert metrics["eval/pass@4"].item() == pytest.approx(sum(solved) / 3)
+    ended = [ids[-1] in eos_ids for ids in sampled]
+    assert metrics["eval/eos_rate"] == pytest.approx(sum(ended) / 12)
+    assert metrics["eval/kl"] == 0
+    assert [row["prompt"] for row in rows] == ["dbca>", "ba>", "c>"]
+    assert [row["score"] for row in rows[1:]] == [lengths[4], lengths[8]]
+    for row, ids in zip(rows, sampled[::4]):
+        assert row["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_evaluation_measures_the_kl_at_the_temperature_of_sampling(chain, tmp_path, monkeypatch):  # noqa: F811
-    temperatures, inner = [], rs.token_logprobs
-    monkeypatch.setattr(rs, "token_logprobs", lambda *a: temperatures.append(a[4:]) or inner(*a))
-    rs.main(run_args(chain, tmp_path / "run", reward="sort", temperature=0.7, steps=1))
-    assert set(temperatures) == {(), (0.7,)}, "training has none"
-
-
-def test_micro_batches_change_nothing(chain, tmp_path):  # noqa: F811
-    rows = []
+def test_micro_batches_change_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SMALL_BATCH", 10**9)
+    logs = []
     for budget in (20, 100_000):
-        rs.main(run_args(chain, tmp_path / str(budget), reward="sort", micro_batch_tokens=budget))
-        rows.append(metrics(tmp_path / str(budget)))
-    for one, other in zip(*rows):
-        for key in one.keys() & {"loss", "grad_norm"}:
-            assert one[key] == pytest.approx(other[key], rel=1e-3)
+        rs.main(run_args(start, tmp_path / str(budget), reward="sort", micro_batch_tokens=budget))
+        logs.append(training_rows(tmp_path / str(budget)))
+    assert len(logs[0]) == len(logs[1]) == 2
+    for small, large in zip(*logs):
+        for key in ("loss", "grad_norm"):
+            assert small[key] == pytest.approx(large[key], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "changes, words, code",
+    "changes, words",
     [
-        (dict(select="top-k"), ["--select top-k", "--select-k"], 2),
-        (dict(select_k=5), ["--select-k", "top-per-prompt"], 2),
-        (dict(select="top-k", select_k=41), ["--select-k is 41", "40 completions"], 2),
-        (dict(select="top-k", select_k=40, reward=LETTERS), ["--select-k is 40", "usable"], 1),
-        (dict(reward="scores = [None] * len(prompts)"), ["no completion has a usable score"], 1),
-        (dict(select="top-k", select_k=-3), ["--select-k is -3", "at least 1"], 2),
-        (dict(prompts=0), ["--prompts is 0", "at least 1"], 2),
+        (dict(select="top-k"), ["--select top-k", "--select-k"]),
+        (dict(select_k=5), ["--select-k", "top-per-prompt"]),
+        (dict(select="top-k", select_k=41), ["--select-k is 41", "40 completions"]),
+        (dict(select="top-k", select_k=-3), ["--select-k is -3", "40 completions"]),
+        (dict(select="random-k", select_k=0), ["--select-k is 0", "40 completions"]),
+        (dict(select="random-k", select_k=40, reward=HALF), ["usable score", "40 are wanted"]),
+        (dict(reward="scores = [None] * len(prompts)"), ["0 completions", "usable score"]),
+        (dict(min_score=1e9), ["0 completions", "usable score"]),
     ],
 )
-def test_refused(chain, tmp_path, capsys, changes, words, code):  # noqa: F811
+def test_refused(start, tmp_path, capsys, changes, words):
     if "reward" in changes:
         changes = changes | dict(reward=checker(tmp_path, changes["reward"]))
     with pytest.raises(SystemExit) as stopped:
-        rs.main(run_args(chain, tmp_path / "run", **changes))
-    assert stopped.value.code == code
-    refused(capsys, *words)
+        rs.main(run_args(start, tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("error: ")]
+    assert all(word in line for word in words), line

@@ -1,7 +1,8 @@
-"""Never lose a run: what happens when one is stopped, killed, starved of disk or memory, or fed a bad reward.
+"""Never lose a run: what happens when one is stopped, killed, starved of disk, or fed a bad reward.
 
-pytest tests/test_resume.py && pytest -m slow tests/test_resume.py      three minutes"""
+pytest tests/test_resume.py && pytest -m slow tests/test_resume.py"""
 
+import importlib
 import json
 import os
 import random
@@ -12,69 +13,49 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
+from processes import NAMES, ONLINE, SIGNALS, run
 from safetensors.torch import load_file
-from test_scripts import chain, metrics, refused  # noqa: F401 (a fixture)
+from test_scripts import chain, metrics, refused, reward_file  # noqa: F401 (a fixture)
 
 import common
-import dpo
-import grpo
-import ppo
 import rejection_sampling
-import reward_model
-import rloo
 import sft
 
-SCRIPTS = dict(sft=sft, reward_model=reward_model, dpo=dpo, rejection_sampling=rejection_sampling)
-SCRIPTS |= dict(ppo=ppo, rloo=rloo, grpo=grpo)
-ONLINE = ["ppo", "rloo", "grpo"]
+SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
 CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train")
 
 
-def run(name, chain, folder, **changes):  # noqa: F811
-    """Four steps of a script, a checkpoint after every second one."""
-    flags = dict(
-        model=str(chain / "sft"), output_dir=str(folder), save_every=2, warmup_steps=0, eval_every=3
-    )
-    flags |= dict(learning_rate=1e-3)
-    if name in ONLINE:
-        flags |= dict(
-            steps=4, reward="sort", prompts_per_step=6, num_generations=3, max_completion_length=6
-        )
-        flags |= dict(update_epochs=2, minibatches=2)
-    elif name == "rejection_sampling":
-        flags |= dict(reward="sort", prompts=32, num_generations=2, batch_size=16, iterations=2)
-        flags |= dict(max_completion_length=6)
-    else:
-        flags |= dict(steps=4, batch_size=16)
-    return SCRIPTS[name].main(SCRIPTS[name].Args(**(flags | changes)))
+def states(folder):
+    """The tensors of a run: its final weights, and the last checkpoint's."""
+    checkpoint = torch.load(folder / "checkpoint/state.pt", weights_only=True)
+    tensors = load_file(folder / "model.safetensors") | checkpoint["models"]
+    for name, state in checkpoint["optimizer"]["state"].items():
+        tensors |= {f"{name} {key}": value for key, value in state.items()}
+    return tensors
 
 
-def states(one, other):
-    """Pairs of dicts of tensors of the same names, of two runs: final weights, and Adam's state."""
-    for file in ("model.safetensors", "checkpoint/optimizer.pt"):
-        load = load_file if file.endswith("safetensors") else torch.load
-        a, b = load(one / file), load(other / file)
-        if file.endswith("pt"):
-            assert a["param_groups"] == b["param_groups"]
-            a, b = (
-                {f"{i} {k}": v for i, s in x["state"].items() for k, v in s.items()} for x in (a, b)
-            )
-        assert a.keys() == b.keys()
-        yield a, b
+def lines_of(folder):
+    """What a run logged, the clock apart."""
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(folder)]
+    names = [name for name in ("samples.jsonl", "rollouts.jsonl") if (folder / name).exists()]
+    return rows, {name: (folder / name).read_text() for name in names}
 
 
 def assert_same_run(one, other):
-    """Weights, optimiser, metrics and samples, bit for bit; the clock apart."""
-    for a, b in states(one, other):
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    rows = [
-        [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(f)]
-        for f in (one, other)
-    ]
-    assert rows[0] == rows[1]
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    """Weights, optimiser, metrics, samples and rollouts, bit for bit; the clock apart."""
+    a = states(one)
+    b = states(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert lines_of(one) == lines_of(other)
+    assert step_of(one) == step_of(other)
+
+
+def step_of(folder):
+    return torch.load(folder / "checkpoint/state.pt", weights_only=True)["step"]
 
 
 @pytest.fixture
@@ -82,10 +63,11 @@ def at_step(monkeypatch):
     """at_step(n, action): action() once, after step n has been logged."""
 
     def patch(step, action):
-        inner, done = common.Run.log, []
+        inner = common.Run.log
+        done = []
 
-        def log(self, number, values, show):
-            inner(self, number, values, show)
+        def log(self, number, *args, **kwargs):
+            inner(self, number, *args, **kwargs)
             if number == step and not done:
                 done.append(number)
                 action()
@@ -99,40 +81,42 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def step_of(folder):
-    return json.loads((folder / "checkpoint/state.json").read_text())["step"]
-
-
 # ---------------------------------------------------------------- exact resume
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_is_exact(name, chain, tmp_path, at_step):  # noqa: F811
-    """Four steps equal two, a death in the middle of the third, and --resume."""
-    changes = dict(dynamic_sampling=True) if name == "grpo" else {}
-    run(name, chain, tmp_path / "whole", **changes)
-    at_step(3, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(name, chain, tmp_path / "halves", **changes)
-    assert step_of(tmp_path / "halves") == 2
-    run(name, chain, tmp_path / "halves", resume=True, **changes)
-    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+@pytest.fixture(scope="module")
+def ended(chain, tmp_path_factory):  # noqa: F811
+    """The runs of processes.resumes."""
+    folder = tmp_path_factory.mktemp("resumes")
+    done = processes.launch(1, "resumes", folder, chain)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_finish_the_step_and_save(name, number, chain, tmp_path, at_step, capsys):  # noqa: F811
+def statuses_of(name, folder):
+    statuses = json.loads((folder / f"{name}.json").read_text())
+    outputs = [path for path in sorted(folder.glob(f"{name}.*")) if path.suffix != ".json"]
+    assert statuses["whole"] == 0, [path.read_text()[-500:] for path in outputs]
+    return statuses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_run_ends_as_an_undisturbed_one(name, ended):
+    """SIGKILL before, in the middle of, and after writes of logs and checkpoints, with a checkpoint
+    already there or none: before the first step, in training, in a rollout, and at the end."""
+    *killed, last = statuses_of(name, ended)["killed"]
+    assert len(killed) >= 4 and set(killed) == {-signal.SIGKILL} and last == 0
+    assert_same_run(ended / "whole" / name, ended / "killed" / name)
+
+
+@pytest.mark.parametrize("name, number", [(name, n) for name in NAMES for n in SIGNALS[name]])
+def test_signals_finish_the_step_and_save(name, number, ended):
     """With no regard to --save-every; then the run goes on as if nothing had happened."""
-    run(name, chain, tmp_path / "whole", save_every=0)
-    at_step(3, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as stopped:
-        run(name, chain, tmp_path / "halves", save_every=0)
-    assert stopped.value.code == 128 + number
-    assert (
-        "stopped after step 3 of 4; go on with the same command and --resume"
-        in capsys.readouterr().err
-    )
-    assert step_of(tmp_path / "halves") == 3
-    run(name, chain, tmp_path / "halves", save_every=0, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    statuses = statuses_of(name, ended)
+    assert statuses[number.name] == 128 + number
+    said = (ended / f"{name}.{number.name}").read_text()
+    assert "stopped after step 3 of 4; go on with --resume" in said
+    said = (ended / f"{name}.{number.name} resumed").read_text()
+    assert statuses[f"{number.name} resumed"] == 0 and "resumed after step 3 of 4" in said
+    assert_same_run(ended / "whole" / name, ended / number.name / name)
 
 
 @pytest.fixture(autouse=True)
@@ -145,113 +129,69 @@ def handlers():
 
 
 def test_handlers(chain, tmp_path, at_step):  # noqa: F811
-    """After the first signal a second one of either kind stops at once; whoever called main gets theirs back,
-    whether the run has finished or was stopped."""
-    numbers, seen = (signal.SIGTERM, signal.SIGINT), []
+    """After the first signal a second one of either kind stops at once; whoever called main gets
+    theirs back, whether the run has finished or was stopped."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     run("sft", chain, tmp_path / "run")
     assert [signal.getsignal(number) for number in numbers] == before
-    at_step(
-        2,
-        lambda: os.kill(os.getpid(), signal.SIGINT) or seen.extend(map(signal.getsignal, numbers)),
-    )
+    seen = []
+
+    def send():
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.extend(map(signal.getsignal, numbers))
+
+    at_step(2, send)
     with pytest.raises(SystemExit):
         run("sft", chain, tmp_path / "other")
     assert seen == [signal.SIG_DFL] * 2
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_a_process_that_a_reward_forks_can_be_ended(chain, tmp_path):  # noqa: F811
-    """A pool of workers is ended by SIGTERM, which is none of the run's business."""
-    lines = [
-        "import multiprocessing, time",
-        "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))",
-    ]
-    lines += [
-        "p.start()",
-        "time.sleep(0.2)",
-        "p.terminate()",
-        "p.join(20)",
-        "return [-float(p.exitcode)] * len(prompts)",
-    ]
-    body = "\n    ".join(lines)
-    run("rloo", chain, tmp_path / "run", reward=checker(tmp_path, body), steps=1, eval_every=0)
-    assert metrics(tmp_path / "run")[-1]["score"] == signal.SIGTERM
+@pytest.mark.parametrize("end", ["killed", "SIGTERM"])
+def test_a_rollout_goes_on_where_it_ended(end, chain, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """In rejection_sampling.py: whole chunks of prompts are read back with what was sampled; one
+    that was cut off is sampled again."""
+    monkeypatch.setattr(rejection_sampling, "CHUNK", 8)
+    inner = rejection_sampling.sample
+    drawn = []
+    resumed = []
 
-
-@pytest.mark.parametrize("end", ["2>&1 | head -n 3", "| head -n 3"])
-def test_ctrl_c_where_the_output_goes_through_a_pipe(end, tmp_path):
-    """`| tee log` dies of Ctrl-C before the run does: the step is saved all the same."""
-    command = f"{sys.executable} {sft.__file__} --output-dir run --save-every 0 --log-every 1 {end}"
-    shell = subprocess.Popen(
-        ["bash", "-c", command],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    lines, deadline = tmp_path / "run/metrics.jsonl", time.time() + 40
-    while not lines.exists() or lines.read_text().count("\n") < 9:
-        assert time.time() < deadline, "the run has died with its pipe"
-        time.sleep(0.05)
-    os.killpg(shell.pid, signal.SIGINT)
-    shell.wait(30)
-    for _ in range(200):
-        if (tmp_path / "run/checkpoint").exists():
-            break
-        time.sleep(0.05)
-    assert step_of(tmp_path / "run") >= 8
-
-
-def test_a_signal_in_the_middle_of_sampling(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """rejection_sampling.py stops after the chunk of 64 prompts, not after all of them."""
-    drawn, inner = [], rejection_sampling.sample
-
-    def sample(*args):
-        drawn.append(args)
-        if len(drawn) == 2:
+    def sample(*args, **kwargs):
+        drawn.append(len(args[1]))
+        if len(drawn) == 5 and not resumed:  # after two for the evaluation, the third chunk of four
+            if end == "killed":
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(*args)
+        return inner(*args, **kwargs)
 
-    rows = tmp_path / "prompts.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"prompt": f"{a}{b}>"}) + "\n"
-            for a in "abcdefghijkl"
-            for b in "mnopqrstuvwxyz"
-        )
-    )
-    reward = checker(tmp_path, "return [float(len(c)) for c in completions]")
-    flags = dict(dataset=str(rows), prompts=168, reward=reward)
-    run("rejection_sampling", chain, tmp_path / "whole", **flags)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(rejection_sampling, "sample", sample)
-        run("rejection_sampling", chain, tmp_path / "halves", **flags)
-    assert "stopped after 128 of 168 prompts of iteration 1" in capsys.readouterr().err
-    run("rejection_sampling", chain, tmp_path / "halves", resume=True, **flags)
-    one, other = (
-        load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "halves")
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert (tmp_path / "whole/rollouts.jsonl").read_text() == (
-        tmp_path / "halves/rollouts.jsonl"
-    ).read_text()
+    run("rejection_sampling", chain, tmp_path / "whole")
+    folder = tmp_path / "halves"
+    monkeypatch.setattr(rejection_sampling, "sample", sample)
+    with pytest.raises(KeyboardInterrupt if end == "killed" else SystemExit) as stopped:
+        run("rejection_sampling", chain, folder)
+    rows = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    if end == "killed":
+        assert len(rows) == 16
+        cut = [rows[0], rows[1], rows[2][:40]]  # two more of its rows and a half
+        (folder / "rollouts.jsonl").write_text("".join(rows + cut))
+    else:
+        assert stopped.value.code == 143 and len(rows) == 24
+        assert "stopped after 24 of 32 prompts of iteration 1" in capsys.readouterr().out
+    drawn.clear()
+    resumed.append(True)
+    run("rejection_sampling", chain, folder, resume=True)
+    chunks = {"killed": 2 + 4, "SIGTERM": 1 + 4}[end]
+    evaluations = 4  # before the first step, after the third, and after each iteration
+    assert len(drawn) == chunks + 2 * evaluations
+    assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path):
-    """SIGKILL at random moments, every third in the middle of writing a checkpoint; then it ends as an
-    undisturbed run does. Real processes: `python sft.py`."""
-    command = [
-        sys.executable,
-        Path(sft.__file__),
-        "--steps",
-        "40",
-        "--save-every",
-        "1",
-        "--seed",
-        "3",
-    ]
+    """SIGKILL at random moments, every third in the middle of writing a checkpoint; then it ends as
+    an undisturbed run does. Real processes: `python sft.py`."""
+    command = [sys.executable, sft.__file__, "--steps", "40", "--save-every", "1", "--seed", "3"]
     command += ["--micro-batch-tokens", "600", "--eval-every", "10"]
     quiet = dict(
         stdout=subprocess.DEVNULL,
@@ -259,291 +199,216 @@ def test_killed_ten_times(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     subprocess.run([*command, "--output-dir", tmp_path / "whole"], check=True, **quiet)
-    draw, folder, saved, writing = random.Random(1), tmp_path / "killed", [0], 0
+    draw = random.Random(1)
+    folder = tmp_path / "killed"
+    half_written = folder / "checkpoint/state.pt.new"
+    saved = [0]
+    writing = 0
 
     def last_saved():
         try:
-            return json.loads((common.find_checkpoint(folder) / "state.json").read_text())["step"]
-        except (FileNotFoundError, TypeError):  # none yet, or just being renamed
+            return step_of(folder)
+        except FileNotFoundError:  # none yet
             return 0
 
     for kill in range(10):
         resume = ["--resume"] if kill else []
         process = subprocess.Popen([*command, "--output-dir", folder, *resume], **quiet)
-        while process.poll() is None and last_saved() == saved[-1]:
-            time.sleep(0.002)
-        if kill % 3 == 0:
-            while process.poll() is None and not (folder / "checkpoint.new").exists():
-                pass
-        else:
-            time.sleep(draw.uniform(0.0, 0.3))
-        process.kill()
+        try:
+            while process.poll() is None and last_saved() == saved[-1]:
+                time.sleep(0.002)
+            if kill % 3 == 0:
+                while process.poll() is None and not half_written.exists():
+                    pass
+            else:
+                time.sleep(draw.uniform(0.0, 0.3))
+        finally:
+            process.kill()
         assert process.wait() == -signal.SIGKILL, "it must not have ended before it was killed"
-        writing += (folder / "checkpoint.new").exists()
+        writing += half_written.exists()
+        half_written.unlink(missing_ok=True)
         saved.append(last_saved())
-        assert len(list(folder.glob("checkpoint*"))) <= 2
     assert saved == sorted(saved) and saved[0] < saved[-1] and writing >= 3
     subprocess.run([*command, "--output-dir", folder, "--resume"], check=True, **quiet)
     assert_same_run(tmp_path / "whole", folder)
     print(f"killed after steps {saved}, {writing} times while a checkpoint was being written")
 
 
-# ---------------------------------------------------------------- what --resume refuses
-@pytest.mark.parametrize(
-    "name, flag, value",
-    [
-        ("sft", "batch_size", 8),
-        ("sft", "seed", 2),
-        ("sft", "weight_decay", 0.1),
-        ("rejection_sampling", "epochs", 2),
-        ("dpo", "beta", 0.3),
-        ("ppo", "reward", "gsm8k"),
-        ("grpo", "kl", "k1-reward"),
-        ("rloo", "model", "elsewhere"),
-    ],
-)
-def test_a_changed_flag_is_named(name, flag, value, chain, tmp_path, at_step, capsys):  # noqa: F811
-    at_step(3, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(name, chain, tmp_path / "run")
+# ---------------------------------------------------------------- flags of --resume
+def resume(script, *argv):
+    """python script.py --resume ..."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", "--resume", *map(str, argv)])
+        args = common.cli(script.Args, laptop=dict(learning_rate=0.5, seed=9))
+        return args, script.main(args)
+
+
+def test_saved_flags_hold_and_the_command_line_wins(chain, tmp_path):  # noqa: F811
+    """With no other flag it is the same run, to the bit; what else is given holds from there on."""
+    run("sft", chain, tmp_path / "whole", steps=4, seed=3)
+    run("sft", chain, tmp_path / "half", steps=2, seed=3)
+    flags = json.loads((tmp_path / "half/args.json").read_text())
+    args, _ = resume(sft, "--output-dir", tmp_path / "half")
+    assert vars(args) == flags | {"resume": True}
+    run("sft", chain, tmp_path / "more", steps=4, seed=3, lr_schedule="constant")
+    run("sft", chain, tmp_path / "few", steps=2, seed=3, lr_schedule="constant")
+    more = ["--steps", 4, "--save-every", 1, "--log-every", 1]
+    args, _ = resume(sft, "--output-dir", tmp_path / "few", *more)
+    assert (args.steps, args.save_every, args.seed, args.batch_size) == (4, 1, 3, 16)
+    saved = json.loads((tmp_path / "few/args.json").read_text())
+    assert saved == vars(args) | {"resume": False}
+    a = states(tmp_path / "more")
+    b = states(tmp_path / "few")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(chain, tmp_path):  # noqa: F811
+    run("sft", chain, tmp_path / "run", steps=2)
+    before = states(tmp_path / "run")
+    logs = lines_of(tmp_path / "run")
+    assert run("sft", chain, tmp_path / "run", steps=2, resume=True) == {}
+    after = states(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert lines_of(tmp_path / "run") == logs
+
+
+def test_what_cannot_be_resumed(chain, tmp_path, capsys):  # noqa: F811
+    """The run of another script, and no run."""
+    run("grpo", chain, tmp_path / "run", steps=1)
     before = (tmp_path / "run/args.json").read_text()
-    with pytest.raises(SystemExit) as stopped:
-        run(name, chain, tmp_path / "run", resume=True, **{flag: value})
-    assert stopped.value.code == 2
-    refused(capsys, f"--{flag.replace('_', '-')} was", f"now {value}")
-    assert (tmp_path / "run/args.json").read_text() == before
-
-
-def test_flags_that_may_change(chain, tmp_path):  # noqa: F811
-    run("sft", chain, tmp_path / "run")
-    changes = dict(
-        epochs=2, steps=5, save_every=1, micro_batch_tokens=64, log_every=1, learning_rate=1e-4
-    )
-    run("sft", chain, tmp_path / "run", resume=True, **changes)
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
-
-
-def test_the_run_of_another_script_is_not_resumed(chain, tmp_path, capsys):  # noqa: F811
-    run("grpo", chain, tmp_path / "run")
     with pytest.raises(SystemExit):
-        run("rloo", chain, tmp_path / "run", resume=True)
+        resume(SCRIPTS["rloo"], "--output-dir", tmp_path / "run")
     refused(capsys, "--resume", "another script")
-
-
-def test_the_start_is_not_overwritten(chain, tmp_path, capsys):  # noqa: F811
-    for flag in ("model", "reward"):
-        with pytest.raises(SystemExit):
-            run("ppo", chain, chain / "sft", **{flag: f"{chain}/sft/"}, overwrite=True)
-        refused(
-            capsys, f"--output-dir is --{flag}" if flag == "model" else "--output-dir is --model"
-        )
-
-
-def test_a_folder_that_cannot_be_written(chain, tmp_path, capsys):  # noqa: F811
-    (tmp_path / "file").write_text("")
+    assert (tmp_path / "run/args.json").read_text() == before
     with pytest.raises(SystemExit):
-        run("sft", chain, tmp_path / "file/run")
-    refused(capsys, "cannot be written", "no step is saved", code=1)
-
-
-def test_nothing_to_resume_from(chain, tmp_path, capsys):  # noqa: F811
-    (tmp_path / "run/checkpoint.new").mkdir(parents=True)  # a half-written one is none
-    (tmp_path / "run/checkpoint.new/state.json").write_text('{"step": 2}')
-    with pytest.raises(SystemExit):
-        run("sft", chain, tmp_path / "run", resume=True)
-    refused(capsys, "--resume", "no checkpoint")
+        resume(sft, "--output-dir", tmp_path / "nowhere")
+    refused(capsys, "--resume", "nowhere holds no run")
+    assert not (tmp_path / "nowhere").exists()
 
 
 # ---------------------------------------------------------------- a full disk
-@pytest.mark.parametrize(
-    "name, kilobytes", [("sft", 1), ("sft", 1000), ("sft", 4000), ("ppo", 4000)]
-)
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    name, kilobytes, chain, tmp_path, at_step, capsys
-):  # noqa: F811
-    """No file can grow over a limit: the weights, the optimiser's state, or the logs. Then there is room
-    again."""
-    run(name, chain, tmp_path / "whole")
+def test_a_full_disk_keeps_the_last_good_checkpoint(chain, tmp_path, at_step):  # noqa: F811
+    """No file can grow over a megabyte, too little for a checkpoint. Then there is room again."""
+    run("sft", chain, tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1000, hard)))
+    at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard)))
     try:
-        with pytest.raises(SystemExit) as stopped:
-            run(name, chain, tmp_path / "halves")
+        with pytest.raises((OSError, RuntimeError)):
+            run("sft", chain, tmp_path / "halves")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert stopped.value.code == 1
-    refused(capsys, "cannot be written", "step 2 is saved", "--resume", code=1)
     assert step_of(tmp_path / "halves") == 2
-    assert [x.name for x in (tmp_path / "halves").glob("checkpoint*")] == ["checkpoint"]
-    run(name, chain, tmp_path / "halves", resume=True)
+    run("sft", chain, tmp_path / "halves", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
 # ---------------------------------------------------------------- memory
-@pytest.mark.parametrize("name", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])
-def test_memory_and_file_handles_do_not_grow(name, chain, tmp_path, monkeypatch):  # noqa: F811
-    seen, inner = [], common.Run.log
+def test_memory_and_file_handles_do_not_grow(chain, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    inner = common.Run.log
 
-    def log(self, step, values, show):
-        inner(self, step, values, show)
+    def log(self, *args, **kwargs):
+        inner(self, *args, **kwargs)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
 
     monkeypatch.setattr(common.Run, "log", log)
-    changes = dict(epochs=50) if name == "sft" else {}
-    run(
-        name,
-        chain,
-        tmp_path / "run",
-        steps=200,
-        save_every=20,
-        eval_every=50,
-        learning_rate=1e-5,
-        **changes,
-    )
-    half, end = max(memory for memory, _ in seen[:100]), max(memory for memory, _ in seen[100:])
-    assert len(seen) == 201 and end - half < 16 * 2**20
-    assert seen[-1][1] <= seen[50][1]
+    flags = dict(steps=120, epochs=60, batch_size=8, save_every=20, eval_every=40)
+    run("sft", chain, tmp_path / "run", **flags, learning_rate=1e-5)
+    half = max(memory for memory, _ in seen[:60])
+    end = max(memory for memory, _ in seen[60:])
+    assert len(seen) == 121 and end - half < 16 * 2**20
+    assert seen[-1][1] <= seen[30][1]
 
 
 # ---------------------------------------------------------------- faults in the middle of a step
-def test_a_loss_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # noqa: F811
-    """Before the update is applied, the last good checkpoint in place and the batch on disk."""
+def test_a_gradient_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # noqa: F811
+    """Before the update is made, the last good checkpoint in place."""
+    flags = dict(save_every=1, learning_rate=1e30, lr_schedule="constant")
     with pytest.raises(SystemExit) as stopped:
-        run(
-            "sft", chain, tmp_path / "run", save_every=1, learning_rate=1e30, lr_schedule="constant"
-        )
-    assert stopped.value.code == 1
-    refused(capsys, "step 2: loss is nan", "that update was not made", "bad_batch.json")
-    assert step_of(tmp_path / "run") == 1
-    assert len(json.loads((tmp_path / "run/bad_batch.json").read_text())) == 16
+        run("sft", chain, tmp_path / "run", **flags)
+    assert stopped.value.code == 2
+    refused(capsys, "step 2: grad_norm is nan")
+    assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("poisoned", ["policy", "reference"])
-def test_a_log_prob_that_is_nan_stops_it(
-    name, poisoned, chain, tmp_path, monkeypatch, at_step, capsys
-):  # noqa: F811
-    models, script = [], SCRIPTS[name]
-    load = script.load_policy
-    monkeypatch.setattr(
-        script, "load_policy", lambda *a, **k: models.append(load(*a, **k)) or models[-1]
-    )
+def test_a_weight_that_is_nan_stops_it(  # noqa: PLR0917
+    name,
+    poisoned,
+    chain,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    at_step,
+    capsys,
+):
+    models = []
+    load_policy = SCRIPTS[name].load_policy
+
+    def load(*args, **kwargs):
+        models.append(load_policy(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(SCRIPTS[name], "load_policy", load)
 
     def poison():
+        model = models[0 if poisoned == "policy" else 1]
         with torch.no_grad():
-            models[poisoned == "reference"].get_output_embeddings().weight[5] = float("nan")
+            model.get_output_embeddings().weight[5] = float("nan")
 
-    at_step(2, poison)
+    at_step(1, poison)
+    flags = dict(dataset=str(prompts_file(tmp_path)), save_every=1)
     with pytest.raises(SystemExit):
-        run(name, chain, tmp_path / "run", eval_every=0, save_every=1)
-    refused(
-        capsys, f"step 3: {'ref_' * (poisoned == 'reference')}logprobs is nan", "bad_batch.json"
-    )
-    assert step_of(tmp_path / "run") == 2 and len(metrics(tmp_path / "run")) == 3
-    batch = json.loads((tmp_path / "run/bad_batch.json").read_text())
-    assert len(batch) == 18 and {"prompt", "where", "completion_ids"} <= batch[0].keys()
+        run(name, chain, tmp_path / "run", **flags)
+    refused(capsys, "step 2: grad_norm is nan")
+    assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 1
 
 
-def checker(folder, body):
-    (folder / "reward.py").write_text(f"def reward(prompts, completions, rows):\n    {body}\n")
-    return f"{folder}/reward.py:reward"
-
-
-@pytest.mark.parametrize("name", [*ONLINE, "rejection_sampling"])
-def test_a_reward_that_raises_names_the_row(name, chain, tmp_path, capsys):  # noqa: F811
-    rows = tmp_path / "prompts.jsonl"
-    rows.write_text(
-        '{"prompt": "ba>", "n": 1}\n{"prompt": "dc>", "n": 0}\n{"prompt": "fe>", "n": 2}\n'
-    )
-    reward = checker(tmp_path, "return [1 / row['n'] for row in rows]")
-    changes = dict(prompts=3) if name == "rejection_sampling" else {}
-    with pytest.raises(SystemExit) as stopped:
-        run(
-            name, chain, tmp_path / "run", dataset=str(rows), reward=reward, eval_every=0, **changes
-        )
-    assert stopped.value.code == 2
-    refused(capsys, "ZeroDivisionError", "reward.py line 2", f"{rows} line 2", "completion")
-    assert not (tmp_path / "run/metrics.jsonl").exists(), "nothing of the step is applied or logged"
-
-
-def test_a_reward_that_raises_for_all_rows_together_only(chain, tmp_path, capsys):  # noqa: F811
-    reward = checker(tmp_path, "return [1.0] if len(prompts) == 1 else prompts.none")
-    with pytest.raises(SystemExit):
-        run("ppo", chain, tmp_path / "run", reward=reward)
-    refused(capsys, "AttributeError", "rows alone")
+def prompts_file(folder):
+    """Prompts of the built-in task without held-out rows, which take time."""
+    path = folder / "prompts.jsonl"
+    rows = common.task_rows("prompt", False, 1)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize(
     "body, flags",
     [
-        ("return [None] * len(prompts)", {}),
         ("return [1.0] * len(prompts)", dict(kl_coef=0.0)),
         ("return [float(len(c)) for c in completions]", dict(max_completion_length=1)),
     ],
-    ids=["none judged", "all equal", "all cut"],
+    ids=["all equal", "all cut"],
 )
-def test_steps_that_teach_nothing(name, body, flags, chain, tmp_path, capsys):  # noqa: F811
+def test_steps_that_teach_nothing(name, body, flags, chain, tmp_path):  # noqa: F811, PLR0917
     """No crash and no NaN: the step is counted, and the log says why nothing was learnt."""
-    flags = dict(eval_every=0, log_every=1) | flags
+    changes = dict(dataset=str(prompts_file(tmp_path)), steps=2) | flags
     if name == "grpo":
-        flags |= dict(mask_truncated=True, dynamic_sampling=True)
-    run(name, chain, tmp_path / "run", reward=checker(tmp_path, body), **flags)
+        changes |= dict(mask_truncated=True)
+    run(name, chain, tmp_path / "run", reward=reward_file(tmp_path, body), **changes)
     rows = metrics(tmp_path / "run")
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    assert all(
-        torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values()
-    )
-    said = capsys.readouterr().out
-    if "None" in body:
-        assert rows[-1]["score"] is None and "score nan" in said
-        one, other = (load_file(f / "model.safetensors") for f in (tmp_path / "run", chain / "sft"))
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    elif name != "ppo":
-        assert rows[-1]["zero_std_groups"] == 1.0 or flags.get("max_completion_length") == 1
-        assert "zero_std_groups 1" in said or flags.get("max_completion_length") == 1
+    assert [row["step"] for row in rows] == [1, 2] and all("loss" in row for row in rows)
+    after = load_file(tmp_path / "run/model.safetensors")
+    assert all(weight.isfinite().all() for weight in after.values())
+    if name != "ppo" and "max_completion_length" not in flags:
+        assert rows[-1]["zero_std_groups"] == 1.0 and rows[-1]["loss"] == 0
+        before = load_file(chain / "sft/model.safetensors")
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_completions_of_eos_alone(name, chain, tmp_path, monkeypatch):  # noqa: F811
     """The shortest there are."""
     eos = common.load_tokenizer(str(chain / "sft")).eos_token_id
-    monkeypatch.setattr(
-        SCRIPTS[name],
-        "sample",
-        lambda model, prompts, n, *rest: ([[eos] for _ in prompts * n], None),
-    )
-    run(name, chain, tmp_path / "run")
+
+    def sample(model, prompts, *, num_generations, **options):
+        return [[eos] for _ in range(len(prompts) * num_generations)]
+
+    monkeypatch.setattr(SCRIPTS[name], "sample", sample)
+    run(name, chain, tmp_path / "run", steps=2)
     last = metrics(tmp_path / "run")[-1]
     assert last["completion_length"] == last["eos_rate"] == 1
-    assert all(
-        torch.isfinite(w).all() for w in load_file(tmp_path / "run/model.safetensors").values()
-    )
-
-
-@pytest.mark.parametrize(
-    "where, words",
-    [
-        ("_sample_wave", ["in sampling", "--max-completion-length"]),
-        ("score", ["in scoring", "--micro-batch-tokens"]),
-        ("policy_loss", ["in training", "--micro-batch-tokens", "--gradient-checkpointing"]),
-    ],
-)
-def test_out_of_memory_says_in_what(where, words, chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    changes = {}
-    if where == "score":  # the reward model's forward
-        changes["reward"] = str(chain / "reward_model")
-        monkeypatch.setattr(common, "pad_batch", full)
-    elif where == "_sample_wave":
-        monkeypatch.setattr(common.transformers, "DynamicCache", full)
-    else:
-        monkeypatch.setattr(ppo, where, full)
-    try:
-        run("ppo", chain, tmp_path / "run", eval_every=0, **changes)
-    except torch.OutOfMemoryError:
-        common.explain(*sys.exc_info())
-    refused(capsys, "out of GPU memory", "a checkpoint", *words)
+    weights = load_file(tmp_path / "run/model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())

@@ -61,7 +61,7 @@ def encoder_tokenizer(**special):
 
 
 def spaced_tokenizer():
-    """As Llama's: a token holds the space before it, which a completion decoded alone would lose."""
+    """As Llama's: a token holds the space before it, lost where a completion is decoded alone."""
     vocab = {token: i for i, token in enumerate(["[UNK]", "[EOS]", "▁Once", "▁there", "▁was"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -180,7 +180,7 @@ def test_function_that_is_not_there(file, refused):
     refused(["none/file.py", "no such file"], load_reward, "none/file.py:f", [])
     refused([file, "no function other"], load_reward, f"{file}:other", [])
     refused([file, "no function"], load_reward, f"{file}:", [])
-    refused([file, ":function"], load_reward, file, [])
+    refused([f"--reward {file}"], load_reward, file, [])
 
 
 @pytest.mark.parametrize("reward", ["runs/reward_model", "./model", "someone/some-model", "/x/y.z"])
@@ -315,13 +315,15 @@ def test_score_is_read_at_the_last_token_by_length(save, budget):
 
 
 def test_score_where_pad_is_eos(save):
-    tokenizer, examples, completions = tiny_rows([
-        "dcba[EOS]",
-        "s[EOS][EOS]",
-        "olleh",
-        "[EOS]",
-        "yad[EOS]",
-    ])
+    tokenizer, examples, completions = tiny_rows(
+        [
+            "dcba[EOS]",
+            "s[EOS][EOS]",
+            "olleh",
+            "[EOS]",
+            "yad[EOS]",
+        ]
+    )
     tokenizer.pad_token = "[EOS]"
     model = reward_model(save(tokenizer), tokenizer)
     expected = scored_alone(
@@ -363,13 +365,15 @@ def test_score_is_that_of_reward_model_py_in_bfloat16_too(save):
 @pytest.mark.parametrize("bos", [False, True])
 def test_another_tokenizer_is_given_the_text(save, bos):
     """With its own BOS, and its own EOS where the policy had stopped."""
-    tokenizer, examples, completions = tiny_rows([
-        "dcba[EOS]",
-        "stuv",
-        "[EOS]",
-        "a[PAD]b",
-        "yad[EOS]",
-    ])
+    tokenizer, examples, completions = tiny_rows(
+        [
+            "dcba[EOS]",
+            "stuv",
+            "[EOS]",
+            "a[PAD]b",
+            "yad[EOS]",
+        ]
+    )
     other = other_tokenizer(bos=bos)
     assert not common.same_ids(tokenizer, other)
     model = reward_model(save(other), tokenizer)
@@ -479,6 +483,18 @@ def test_encoder_is_scored_by_its_own_forward(save, special, ending):
             model.model(**encoder(text, return_tensors="pt")).logits[0, 0] for text in texts
         ]
     assert close(model(examples, completions), torch.stack(expected))
+
+
+def test_own_forward_that_pools_before_pad_is_padded_with_it(save):
+    """As transformers' decoders do, whose forward is used where the head has a bias."""
+    tokenizer, examples, completions = tiny_rows(["dcba", "stuv", "olleh", "a", "yad"])
+    model = reward_model(save(other_tokenizer()), tokenizer, budget=1000)
+    assert model.model.config.pad_token_id == 3
+    head = torch.nn.Linear(16, 1, bias=True)
+    torch.nn.init.normal_(head.weight)
+    model.model.score = head.requires_grad_(False)
+    alone = [model([e], [c]) for e, c in zip(examples, completions)]
+    assert close(model(examples, completions), torch.cat(alone))
 
 
 @pytest.mark.parametrize(

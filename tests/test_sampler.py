@@ -1,5 +1,6 @@
 """common.sample: what it draws, where it stops, and what it does not depend on."""
 
+import functools
 import math
 from collections import Counter
 
@@ -86,7 +87,8 @@ def next_probs(model, prompt, temperature):
 
 
 def chi_square(tokens, probs):
-    """Pearson's statistic less its expectation, in standard deviations; rare tokens count as one."""
+    """Pearson's statistic less its expectation, in standard deviations; rare tokens count as
+    one."""
     counts = Counter(tokens)
     rare = [i for i, p in enumerate(probs) if p * len(tokens) < 5]
     groups = [[i] for i in range(len(probs)) if i not in rare]
@@ -135,7 +137,8 @@ def test_logprobs_are_those_of_the_training_forward(temperature, sampled, comple
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_draws_from_the_whole_distribution(temperature, tiny_llama, tmp_path):
-    """Settings in the checkpoint's generation config (top_k, temperature, penalties) play no part."""
+    """Settings in the checkpoint's generation config (top_k, temperature, penalties) play no
+    part."""
     saved = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama.name_or_path)
     saved.generation_config = transformers.GenerationConfig(
         do_sample=True,
@@ -162,7 +165,7 @@ def test_later_tokens_follow_their_distribution(tiny_qwen2):
     """The second token too, given the first: noise of one step tells nothing of the next."""
     prompt = prompts_of(3)[2]
     completions = complete(tiny_qwen2, [prompt], 6000, 2, 0.7, eos_ids=[])
-    ((first, n),) = Counter(ids[0] for ids in completions).most_common(1)
+    [(first, n)] = Counter(ids[0] for ids in completions).most_common(1)
     assert n > 300
     seconds = [ids[1] for ids in completions if ids[0] == first]
     assert chi_square(seconds, next_probs(tiny_qwen2, prompt + [first], 0.7)) < 4
@@ -193,8 +196,8 @@ def test_greedy_is_the_argmax_of_full_forwards(policy):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_draw_inverts_the_distribution_function(temperature):
-    """Token i is drawn by the numbers from p_0 + ... + p_i-1 up to p_0 + ... + p_i: here all of a fine
-    grid, so that the share of each token is its probability, to one cell of the grid."""
+    """Token i is drawn by the numbers from p_0 + ... + p_i-1 up to p_0 + ... + p_i: here all of a
+    fine grid, so that the share of each token is its probability, to one cell of the grid."""
     probs = torch.tensor([0.5, 0.0, 0.125, 0.375], dtype=torch.float64)
     logits = temperature * probs.log()
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
@@ -232,8 +235,9 @@ def test_a_negative_temperature_is_refused(tiny_llama):
 
 # ---------------------------------------------------------------- where it stops
 def test_every_eos_id_ends_a_completion(policy):
-    """It is kept as the last token and nothing follows; what has none has max_new_tokens. Up to there
-    the tokens are those of a run that never stops, so rows that leave do not disturb the others."""
+    """It is kept as the last token and nothing follows; what has none has max_new_tokens. Up to
+    there the tokens are those of a run that never stops, so rows that leave do not disturb the
+    others."""
     prompts = prompts_of(5)
     limit = 12
     endless = complete(policy, prompts, 20, limit, 1.0, eos_ids=[])
@@ -249,8 +253,8 @@ def test_every_eos_id_ends_a_completion(policy):
 
 
 def test_sampling_ends_when_all_rows_have_ended(tiny_llama):
-    """One prefill of each prompt, then one token a row; not one forward more than the longest completion
-    needs; rows that have ended leave the batch before they are a quarter of it."""
+    """One prefill of each prompt, then one token a row; not one forward more than the longest
+    completion needs; rows that have ended leave the batch before they are a quarter of it."""
     completions, shapes = forwards(
         tiny_llama,
         lambda: complete(tiny_llama, prompts_of(6), 8, 40, 1.0, eos_ids=range(16)),
@@ -275,8 +279,8 @@ def test_completions_have_at_most_max_new_tokens(limit, tiny_llama):
 
 @pytest.mark.parametrize("pad_id", [0, 1])
 def test_pad_may_equal_eos(pad_id, tiny_llama, tmp_path, complete_with_logprobs):
-    """EOS inside prompts, 0 (which pads on the left) as an EOS, and both as PAD in the batch: nothing is
-    masked that was drawn."""
+    """EOS inside prompts, 0 (which pads on the left) as an EOS, and both as PAD in the batch:
+    nothing is masked that was drawn."""
     tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
@@ -304,18 +308,21 @@ def test_pad_may_equal_eos(pad_id, tiny_llama, tmp_path, complete_with_logprobs)
 # ---------------------------------------------------------------- what it does not depend on
 @pytest.mark.parametrize("eos_ids", [(), range(1, 16)])
 def test_token_budget_changes_no_token(eos_ids, sampled):
-    """One prompt at a time, some, or all at once: budgets bound the rows, and the tokens are the same."""
+    """One prompt at a time, some, or all at once: it bounds the rows, and the tokens are the
+    same."""
     prompts = prompts_of(8)
-    whole, _ = forwards(sampled, lambda: complete(sampled, prompts, 4, 20, eos_ids=eos_ids))
-    prompt_tokens = 4 * (30 + 20)  # of the longest prompt's generations, whole
-    for budget, most in ((1, 1), (prompt_tokens, 1), (3 * prompt_tokens - 1, 2)):
+    whole = complete(sampled, prompts, 4, 20, eos_ids=eos_ids)
+    group_tokens = 4 * (30 + 20)  # of the longest prompt's generations, whole
+    for budget, most, waves in ((1, 1, 5), (2 * group_tokens - 1, 1, 5), (3 * group_tokens, 3, 2)):
+        cut = {"token_budget": budget}
         ours, shapes = forwards(
-            sampled,
-            lambda: complete(sampled, prompts, 4, 20, eos_ids=eos_ids, token_budget=budget),  # noqa: B023
+            sampled, functools.partial(complete, sampled, prompts, 4, 20, eos_ids=eos_ids, **cut)
         )
         assert ours == whole
-        prefilled = [rows for rows, tokens in shapes if tokens > 1 or rows <= most]
-        assert max(rows for rows, _ in shapes) == 4 * most and max(prefilled) == most
+        assert max(rows for rows, _ in shapes) <= 4 * most
+        if not eos_ids:  # each goes on to the end with all its rows
+            assert max(rows for rows, _ in shapes) == 4 * most
+            assert len(shapes) == waves * 20
 
 
 def test_other_rows_change_nothing(policy):
@@ -352,8 +359,8 @@ def test_no_graph_is_kept(tiny_llama):
 
 
 def test_gradient_checkpointing_does_not_matter(policy):
-    """It would switch off the cache where gradients are taken; and no module changes its mode, so that
-    dropout stays off (GPT-2's config has some)."""
+    """It would switch off the cache where gradients are taken; and no module changes its mode, so
+    that dropout stays off (GPT-2's config has some)."""
     checkpointed = common.load_policy(
         policy.name_or_path, CPU, trainable=True, gradient_checkpointing=True
     )
@@ -367,8 +374,8 @@ def test_gradient_checkpointing_does_not_matter(policy):
 
 
 def test_autocast_samples_from_the_autocast_policy(tiny_qwen2, complete_with_logprobs):
-    """In bfloat16 the cache holds what attention takes: log-probs agree with the training forward's up
-    to its rounding, and differ from float32's."""
+    """In bfloat16 the cache holds what attention takes: log-probs agree with the training forward's
+    up to its rounding, and differ from float32's."""
     prompts = prompts_of(8)
     with torch.autocast("cpu", torch.bfloat16):
         completions, logprobs = complete_with_logprobs(tiny_qwen2, prompts, 4, 12, 1.0, eos_ids=[])
@@ -381,5 +388,5 @@ def test_autocast_samples_from_the_autocast_policy(tiny_qwen2, complete_with_log
     mask = batch["mask"].bool()
     rounding = (rounded - exact)[mask].abs()
     difference = (ours - rounded[mask]).abs()
-    print(rounding.mean(), difference.mean(), difference.max(), rounding.max())
-    assert 0 < difference.mean() < 2 * rounding.mean()
+    assert rounding.mean() > 1e-3
+    assert difference.mean() < rounding.mean()

@@ -1,13 +1,22 @@
-"""The built-in task: its rows, which of them are held out, and its exact checker."""
+"""The built-in task: its rows, which of them are held out, and its exact checker; and GSM8K's
+checker."""
 
+import math
 import random
-import types
 
 import pytest
 
 import common
+import ppo
+import reward_model
+import sft
 
-KINDS = ["sft", "preference", "prompt"]
+MAKERS = {
+    "sft": sft.sft_example,
+    "preference": common.preference_example,
+    "prompt": common.prompt_example,
+}
+KINDS = list(MAKERS)
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +29,29 @@ def small(monkeypatch):
 def letters(row):
     """What the prompt asks to put into order."""
     prompt = row["prompt"]
-    return (
-        prompt.removesuffix(">")
-        if isinstance(prompt, str)
-        else prompt[-1]["content"].split(": ")[-1]
-    )
+    if isinstance(prompt, str):
+        return prompt.removesuffix(">")
+    return prompt[-1]["content"].split(": ")[-1]
 
 
 def check(row, completion, finished=True):
-    (score,) = common.task_checker([row["prompt"]], [completion], [row | {"finished": finished}])
+    [score] = common.task_checker([row["prompt"]], [completion], [row | {"finished": finished}])
     return score
 
 
+# ---------------------------------------------------------------- rows
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_rows(kind, held_out):
     rows = common.task_rows(kind, held_out, seed=1)
     assert len(rows) == common.TASK_ROWS["held out" if held_out else kind]
-    keys = {"sft": {"completion"}, "preference": {"chosen", "rejected"}, "prompt": set()}[kind]
     for row in rows:
-        assert row.keys() == {"prompt", "answer"} | keys
-        assert row["prompt"].endswith(">") and row["answer"] == "".join(sorted(letters(row)))
-        assert set(row["answer"]) <= set(common.LETTERS)
-        assert (
-            row.get("completion", row["answer"])
-            == row.get("chosen", row["answer"])
-            == row["answer"]
-        )
+        assert {"prompt", "answer"} <= row.keys()
+        assert row["prompt"].endswith(">")
+        assert row["answer"] == "".join(sorted(letters(row)))
+        assert len(set(row["answer"]) & set(common.LETTERS)) == len(row["answer"])
+        assert {row[key] for key in row.keys() & {"completion", "chosen"}} <= {row["answer"]}
+        assert ("rejected" in row) == (kind == "preference")
     assert {len(row["answer"]) for row in rows} == {4, 5, 6, 7}
 
 
@@ -60,34 +65,79 @@ def test_no_prompt_of_any_kind_or_seed_is_held_out():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_held_out_rows_are_the_same_for_every_seed(kind):
-    assert common.task_rows(kind, True, 1) == common.task_rows(kind, True, 2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_a_function_of_the_seed(kind):
+def test_rows_are_a_function_of_the_seed_and_held_out_ones_of_nothing(kind):
     rows = common.task_rows(kind, False, 1)
     assert rows == common.task_rows(kind, False, 1)
     assert rows != common.task_rows(kind, False, 2)
+    assert common.task_rows(kind, True, 1) == common.task_rows(kind, True, 2)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_chosen_is_right_and_rejected_is_not(held_out):
-    for row in common.task_rows("preference", held_out, 1):
+    """About as many rejected answers are in order as the docstring says, so that order alone does
+    not tell the two apart; most are one letter longer or shorter, or of equal length."""
+    rows = common.task_rows("preference", held_out, 1)
+    for row in rows:
         assert check(row, row["chosen"]) == 1.0 and check(row, row["rejected"]) == 0.0
-        assert row["rejected"] != row["chosen"]
-        assert abs(len(row["rejected"]) - len(row["chosen"])) <= 2  # one slip or two
+        assert set(row["rejected"]) <= set(common.LETTERS)
+    differences = [abs(len(row["rejected"]) - len(row["chosen"])) for row in rows]
+    assert sum(difference <= 1 for difference in differences) > 0.8 * len(rows)
+    in_order = sum(row["rejected"] == "".join(sorted(row["rejected"])) for row in rows) / len(rows)
+    assert 0.4 < in_order < 0.9
 
 
-def test_slips_of_every_sort_and_never_none():
-    """Also of a text in which most slips change nothing."""
-    draw = random.Random(0)
-    for text in ("abcd", "aaaa", "ab"):
-        slips = [common.slip(text, draw) for _ in range(500)]
-        assert text not in slips
-        assert {len(slip) - len(text) for slip in slips} == {-1, 0, 1}
+def test_wrong_answers_of_every_sort_and_never_the_right_one():
+    """Letters replaced, swapped, left out and put in; also where most of that changes nothing."""
+    rng = random.Random(0)
+    for answer in ("abcd", "aaaa", "ab"):
+        wrong = [common.wrong_answer(answer, rng) for _ in range(500)]
+        assert answer not in wrong
+        assert {len(text) - len(answer) for text in wrong} >= {-1, 0, 1}
+    wrong = [common.wrong_answer("abcd", rng) for _ in range(500)]
+    assert {"bacd", "abdc", "bcd", "abc"} <= set(wrong)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_chat_form_gives_messages(kind):
+    """The same letters as in the plain form."""
+    rows = common.task_rows(kind, False, 1, chat=True)
+    for row, plain in zip(rows, common.task_rows(kind, False, 1), strict=True):
+        [message] = row["prompt"]
+        assert message["role"] == "user" and letters(row) == letters(plain)
+        assert row | {"prompt": ""} == plain | {"prompt": ""}
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' else '[EOS]' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, monkeypatch):
+    """As the scripts read them: none is dropped, none is held out and trained on."""
+    monkeypatch.setitem(common.TASK_ROWS, kind, 300)
+    monkeypatch.setitem(common.TASK_ROWS, "held out", 100)
+    tokenizer = sft.tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE if chat else None
+    args = {"sft": sft.Args, "preference": reward_model.Args, "prompt": ppo.Args}[kind](model="x")
+    args.max_length = args.max_prompt_length = 64
+    examples = common.load_examples(common.TASK, MAKERS[kind], tokenizer, args)
+    held_out = common.load_held_out(MAKERS[kind], tokenizer, args)
+    assert len(examples) == 300 and len(held_out) == 100
+    assert "dropped" not in capsys.readouterr().out
+    assert not {letters(e["row"]) for e in examples} & {letters(e["row"]) for e in held_out}
+    answer_key = {"sft": "ids", "preference": "chosen_ids", "prompt": None}[kind]
+    for example in examples[:20] + held_out[:20]:
+        assert isinstance(example["prompt"], list if chat else str)
+        assert tokenizer.decode(example["prompt_ids"]).endswith(letters(example["row"]) + ">")
+        if answer_key is not None:
+            ids = example[answer_key]
+            assert tokenizer.decode(ids).endswith(example["row"]["answer"] + "[EOS]")
+            assert chat or tokenizer.unk_token_id not in ids
+
+
+# ---------------------------------------------------------------- checkers
 @pytest.mark.parametrize(
     "completion, finished, score",
     [
@@ -111,40 +161,69 @@ def test_checker_judges_each_row_by_itself():
     assert common.task_checker([""] * 3, ["ab", "ab", "ef"], rows) == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_chat_form_gives_messages(kind):
-    """The same letters as in the plain form."""
-    rows = common.task_rows(kind, False, 1, chat=True)
-    for row, plain in zip(rows, common.task_rows(kind, False, 1), strict=True):
-        (message,) = row["prompt"]
-        assert message["role"] == "user" and letters(row) == letters(plain)
-        assert row | {"prompt": ""} == plain | {"prompt": ""}
+# what models write, and the number that it ends in
+FORMS = [
+    ("#### 18", 18),
+    ("She has 9 * 2 = $<<9*2=18>>18.\n#### 18", 18),
+    ("####18", 18),
+    ("#### 18.", 18),
+    ("#### 18.50", 18.5),
+    ("#### $18", 18),
+    ("#### $ 18", 18),
+    ("#### 18%", 18),
+    ("#### 18 dollars", 18),
+    ("#### 18kg", 18),
+    ("#### **18**", 18),
+    ("#### The answer is 18.", 18),
+    ("#### x = 18", 18),
+    ("#### 1,234", 1234),
+    ("#### 1,234,567.25", 1234567.25),
+    ("#### -5", -5),
+    ("#### −5", -5),
+    ("#### -$5", -5),
+    ("#### $-5", -5),
+    ("#### --5", -5),
+    ("#### −-$5", -5),
+    ("#### 0.50", 0.5),
+    ("#### 007", 7),
+    ("#### 18\nThat was easy, 20 of 20.", 18),
+    ("#### Step 1: halve 36\n#### 18", 18),
+    ("#### Conclusion\nSo we get \\boxed{18}.", 18),
+    ("#### Conclusion\nThe answer is 18.", 18),
+    ("\\boxed{18}", 18),
+    ("It is \\boxed{17}, no, \\boxed{18}. Of 20.", 18),
+    ("\\boxed{\\$18}", 18),
+    ("\\boxed{18\\%}", 18),
+    ("\\boxed{1,234}", 1234),
+    ("\\boxed{1{,}234}", 1234),
+    ("\\boxed{1\\,234}", 1234),
+    ("\\boxed{-0.25}", -0.25),
+    ("The answer is 18", 18),
+    ("2 and 3 make 5.", 5),
+    ("48/2 = 24", 24),
+    ("He pays $1,234.5", 1234.5),
+    ("", None),
+    ("no idea", None),
+    ("####", None),
+]
 
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' else '[EOS]' }}{% endfor %}"
-)
+@pytest.mark.parametrize("text, number", FORMS)
+def test_gsm8k_reads_answer_forms(text, number):
+    assert common.gsm8k_number(text) == number
+    rows = [{"answer": f"They did it.\n#### {answer}"} for answer in (number or 18, 5551)]
+    scores = common.gsm8k_checker([""] * 2, [text] * 2, rows)
+    assert scores == [float(number is not None), 0.0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chat", [False, True])
-def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, tiny_dirs):
-    tokenizer = common.tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE if chat else None
-    given = dict(
-        prompt_template="{prompt}", train_on="last", seed=1, max_length=64, max_prompt_length=64
-    )
-    args = types.SimpleNamespace(dataset=common.TASK, eval_dataset=None, **given)
-    args.model, args.max_completion_length = tiny_dirs["llama"], 10  # a context of 64
-    examples = common.load_examples(tokenizer, common.TASK, kind, args)
-    held_out = common.load_held_out(tokenizer, kind, args)
-    assert len(examples) == 2000 and len(held_out) == common.TASK_ROWS["held out"]
-    assert "dropped" not in capsys.readouterr().out
-    assert not {letters(e["row"]) for e in examples} & {letters(e["row"]) for e in held_out}
-    for example in examples[:20] + held_out[:20]:
-        assert isinstance(example["prompt"], list if chat else str)
-        assert tokenizer.decode(example["prompt_ids"]).endswith(letters(example["row"]) + ">")
-        answers = {"sft": ["ids"], "preference": ["chosen_ids"], "prompt": []}[kind]
-        for ids in (example[key] for key in answers):
-            assert tokenizer.decode(ids).endswith(example["row"]["answer"] + "[EOS]")
-            assert chat or tokenizer.unk_token_id not in ids
+def test_gsm8k_evaluates_nothing_and_never_raises():
+    """A number is finite or none, whatever the text."""
+    assert common.gsm8k_number("#### __import__('os').getpid()") is None
+    rng = random.Random(1)
+    for _ in range(5000):
+        for text in (
+            "".join(rng.choices("-−$,./x* #09\\{}boxed\n", k=rng.randint(0, 12))),
+            "#### " + "".join(rng.choices("-−$,./09 ", k=6)),
+        ):
+            number = common.gsm8k_number(text)
+            assert number is None or math.isfinite(number)
