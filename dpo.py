@@ -394,7 +394,7 @@ def main(args):
         fail(f"--label-smoothing is for --loss-type sigmoid, not {args.loss_type}")
     if args.simpo_margin is not None and args.loss_type != "simpo":
         fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
-    if args.beta == 0 or args.label_smoothing > 0.5:
+    if (args.beta is not None and args.beta <= 0) or args.label_smoothing > 0.5:
         fail(f"--beta is to be above 0, --label-smoothing {args.label_smoothing} at most 0.5")
 
     # load the data first, so that a bad file costs no time

@@ -1,6 +1,7 @@
-"""A language small enough to list: three prompts of different lengths, five letters, EOS and PAD, completions
-of at most three tokens. Every completion's probability under a model, and so every method's optimum, is
-computed here in plain float64, without a line of the scripts: nothing is estimated, nothing is sampled."""
+"""A language small enough to list: three prompts of different lengths, five letters, EOS and PAD,
+completions of at most three tokens. Every completion's probability under a model, and so every
+method's optimum, is computed here in plain float64, without a line of the scripts: nothing is
+estimated, nothing is sampled."""
 
 import itertools
 import json
@@ -20,8 +21,8 @@ LENGTH = 3  # tokens of a completion, at most
 
 
 def save_start(folder, seed, architecture="llama", pad_is_eos=False):
-    """A small transformer of wide random weights and its tokenizer, one token a letter, as --model reads
-    them -> tokenizer."""
+    """A small transformer of wide random weights and its tokenizer, one token a letter, as --model
+    reads them -> tokenizer."""
     names = ["[EOS]", *LETTERS] if pad_is_eos else ["[PAD]", "[EOS]", *LETTERS]
     letters = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({name: i for i, name in enumerate(names)})
@@ -38,7 +39,10 @@ def save_start(folder, seed, architecture="llama", pad_is_eos=False):
         config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, **ids)
     else:
         shape = dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
         )
         config = transformers.LlamaConfig(**shape, max_position_embeddings=32, **ids)
     torch.manual_seed(seed)
@@ -48,7 +52,8 @@ def save_start(folder, seed, architecture="llama", pad_is_eos=False):
 
 
 def list_completions(tokenizer, length=LENGTH):
-    """Every completion, ended by EOS or cut at the limit -> K tuples of ids, those that EOS ended first."""
+    """Every completion, ended by EOS or cut at the limit -> K tuples of ids, those that EOS ended
+    first."""
     others = [i for i in range(len(tokenizer)) if i != tokenizer.eos_token_id]
     ended = [
         c + (tokenizer.eos_token_id,)
@@ -66,10 +71,11 @@ def texts_of(tokenizer, completions):
 
 @torch.no_grad()
 def law(model, tokenizer, completions, temperature=1.0):
-    """log p(completion | prompt), of every token the softmax of logits / temperature: (prompts, K) float64.
+    """log p(completion | prompt), of every token the softmax of logits / temperature: (prompts, K)
+    float64.
 
-    model: a model, or the folder of one. Completions of one length share a forward, so that nothing is
-    padded."""
+    model: a model, or the folder of one. Completions of one length share a forward, so that nothing
+    is padded."""
     if not isinstance(model, torch.nn.Module):
         model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     was_training = model.training
@@ -100,14 +106,15 @@ def normalise(weights):
 
 
 def gibbs(ref, rewards, beta):
-    """The maximiser of E[r] - beta KL(p || p_ref): p_ref exp(r / beta) / Z, in logs (Rafailov et al.
-    2023, equation 4)."""
+    """The maximiser of E[r] - beta KL(p || p_ref): p_ref exp(r / beta) / Z, in logs (Rafailov et
+    al. 2023, equation 4)."""
     return normalise(ref + rewards / beta)
 
 
 def k3_law(ref, rewards, beta, group_size):
-    """Where the k3 loss rests: b p_ref / (lambda - r), in logs, with b = beta G / (G-1), since the mean of a
-    group includes the sample, and the lambda above every r that makes the sum 1, by halving an interval."""
+    """Where the k3 loss rests: b p_ref / (lambda - r), in logs, with b = beta G / (G-1), since the
+    mean of a group includes the sample, and the lambda above every r that makes the sum 1, by
+    halving an interval."""
     b = beta * group_size / (group_size - 1)
     low = rewards.amax(1, keepdim=True)
     high = low + b  # here every term is at most p_ref, so the sum at most 1
@@ -119,8 +126,8 @@ def k3_law(ref, rewards, beta, group_size):
 
 
 def best_of_n_law(ref, rewards, n):
-    """The law of the best of n: p * (P(reward <= r)^n - P(reward < r)^n) / P(reward = r), in logs. The first
-    of equal rewards wins, and which one is first has nothing to do with what it is."""
+    """The law of the best of n: p * (P(reward <= r)^n - P(reward < r)^n) / P(reward = r), in logs.
+    The first of equal rewards wins, and which one is first has nothing to do with what it is."""
     p, result = ref.exp(), torch.zeros_like(ref)
     for row in range(len(p)):
         for r in rewards[row].unique():

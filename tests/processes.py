@@ -219,7 +219,7 @@ def resumes(folder, chain):
         statuses = {"whole": in_child(whole, folder / f"{name}.whole")}
         statuses["killed"] = [in_child(killed, folder / f"{name}.killed")]
         while statuses["killed"][-1] == -signal.SIGKILL:
-            number += 2 if name == "sft" else 5
+            number += 3 if name == "sft" else 7
             statuses["killed"].append(in_child(killed, folder / f"{name}.killed {number}"))
         for signal_number in SIGNALS[name]:
             output = folder / f"{name}.{signal_number.name}"
@@ -241,7 +241,7 @@ def flags(name, chain, folder):
         learning_rate=1e-4,
         lr_schedule="constant",
         max_grad_norm=0.01 if name == "rloo" else 0.0,
-        micro_batch_tokens=60,
+        micro_batch_tokens=90,
         save_every=2,
         eval_every=2,
         gradient_checkpointing=name in ("sft", "ppo"),
@@ -253,6 +253,7 @@ def flags(name, chain, folder):
             num_generations=3,
             max_completion_length=6,
             kl_coef=0.05,
+            update_epochs=2 if name == "ppo" else 1,
             missing_eos_penalty=0.5,
             num_minibatches=1 if name == "grpo" else 2,  # with 1 the update finds the old log-probs
         )

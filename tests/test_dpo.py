@@ -1,13 +1,13 @@
-"""dpo.py: every loss against float64 loops and its formula's gradient, the cache; then main."""
+"""dpo.py: every loss against float64 loops and its formula's gradient, pairs; then main."""
 
+import contextlib
 import json
 import math
-import shutil
 
-import numpy as np
 import pytest
 import torch
-from test_scripts import chain, metrics, refused, weights  # noqa: F401 (a fixture)
+from conftest import CPU
+from test_scripts import chain, metrics, refused  # noqa: F401 (a fixture)
 
 import common
 import dpo
@@ -24,7 +24,7 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-def slow_loss(w, l, ref_w, ref_l, beta, kind, s=0.0, margin=0.0):  # noqa: E741
+def slow_loss(w, l, ref_w, ref_l, beta, kind, s=0.0, margin=0.0):  # noqa: E741, PLR0917
     h = beta * ((w - ref_w) - (l - ref_l)) - margin
     if kind == "sigmoid":
         return -(1 - s) * log_sigmoid(h) - s * log_sigmoid(-h)
@@ -37,24 +37,36 @@ def slow_loss(w, l, ref_w, ref_l, beta, kind, s=0.0, margin=0.0):  # noqa: E741
 
 
 def inputs(kind, seed=1):
-    given = logps(seed)
-    return given if kind not in dpo.REFERENCE_FREE else [*given[:2], torch.zeros(5), torch.zeros(5)]
+    """Log-probs of chosen, rejected and of the reference's, which are 0 without one."""
+    chosen, rejected, ref_chosen, ref_rejected = logps(seed)
+    if kind in dpo.REFERENCE_FREE:
+        return chosen, rejected, torch.zeros(5), torch.zeros(5)
+    return chosen, rejected, ref_chosen, ref_rejected
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_preference_loss(kind, beta):
-    given, options = (
-        inputs(kind),
-        {"simpo": dict(margin=0.7), "sigmoid": dict(label_smoothing=0.1)}.get(kind, {}),
+    chosen, rejected, ref_chosen, ref_rejected = inputs(kind)
+    s = 0.1 if kind == "sigmoid" else 0.0
+    margin = 0.7 if kind in ("sigmoid", "simpo") else 0.0
+    losses, chosen_rewards, rejected_rewards = dpo.preference_loss(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        beta,
+        loss_type=kind,
+        label_smoothing=s,
+        margin=margin,
     )
-    losses, chosen, rejected = dpo.preference_loss(*given, beta, kind, **options)
-    s, margin = options.get("label_smoothing", 0.0), options.get("margin", 0.0)
-    slow = [slow_loss(*(x[i].item() for x in given), beta, kind, s, margin) for i in range(5)]
+    slow = [
+        slow_loss(*[x.item() for x in four], beta, kind, s, margin)
+        for four in zip(chosen, rejected, ref_chosen, ref_rejected)
+    ]
     assert losses.tolist() == pytest.approx(slow, rel=1e-9)
-    assert torch.allclose(chosen, beta * (given[0] - given[2])) and torch.allclose(
-        rejected, beta * (given[1] - given[3])
-    )
+    assert torch.allclose(chosen_rewards, beta * (chosen - ref_chosen))
+    assert torch.allclose(rejected_rewards, beta * (rejected - ref_rejected))
 
 
 def test_gradients_are_those_of_the_papers():
@@ -117,177 +129,182 @@ def test_limits():
         assert losses.isfinite().all() and logps_of_one.grad.isfinite().all()
 
 
+PAIRS = [  # tokens of chosen and rejected, margin, log-probs of policy and reference
+    dict(lengths=(2, 5), margin=0.0, logps=(-3.0, -8.0), ref_logps=(-4.0, -6.0)),
+    dict(lengths=(3, 3), margin=0.0, logps=(-2.0, -2.0), ref_logps=(-2.0, -2.0)),
+    dict(lengths=(4, 1), margin=0.25, logps=(-9.0, -4.0), ref_logps=(-4.0, -6.0)),
+]
+
+
+def examples_of(pairs):
+    return [
+        {
+            "prompt_ids": [7, 8],
+            "chosen_ids": [5] * pair["lengths"][0],
+            "rejected_ids": [6] * pair["lengths"][1],
+            "margin": pair["margin"],
+            "ref_logps": list(pair["ref_logps"]),
+        }
+        for pair in pairs
+    ]
+
+
+def test_pair_batch():
+    """Chosen and rejected stand side by side; margins and weights are the pair's."""
+    batch = dpo.pair_batch(examples_of(PAIRS), CPU)
+    assert batch["mask"].sum(1).tolist() == [2, 5, 3, 3, 4, 1]
+    assert batch["targets"][batch["mask"].bool()].tolist() == [
+        *[5, 5, 6, 6, 6, 6, 6],
+        *[5, 5, 5, 6, 6, 6],
+        *[5, 5, 5, 5, 6],
+    ]
+    assert batch["inputs"][:, 0].tolist() == [7] * 6
+    assert batch["ref_logps"].tolist() == [-4.0, -6.0, -2.0, -2.0, -4.0, -6.0]
+    assert batch["margins"].tolist() == [0.0, 0.0, 0.0, 0.0, 0.25, 0.25]
+    assert batch["weights"].tolist() == pytest.approx([1 / 3] * 6)
+    chosen, rejected = dpo.of_pairs(batch["ref_logps"])
+    assert chosen.tolist() == [-4.0, -2.0, -4.0]
+    assert rejected.tolist() == [-6.0, -2.0, -6.0]
+    examples = [{k: v for k, v in e.items() if k != "ref_logps"} for e in examples_of(PAIRS)]
+    assert not dpo.pair_batch(examples, CPU)["ref_logps"].any(), "0 where nothing refers to it"
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_pair_losses(kind):
     """Averages by each side's own length, default beta and margin, margins of the data, ties."""
-    logps_, ref = (
-        torch.tensor([[-3.0, -8.0], [-2.0, -2.0], [-9.0, -4.0]]),
-        torch.tensor([[-4.0, -6.0]] * 3),
-    )
-    ref[1] = -2.0
-    lengths, margins = [(2, 5), (3, 3), (4, 1)], [0.0, 0.0, 0.25]
-    rows = [
-        dict(chosen_ids=[5] * c, rejected_ids=[5] * r, margin=m)
-        for (c, r), m in zip(lengths, margins)
-    ]
-    ref = ref * 0 if kind in ("simpo", "orpo") else ref
-    args = dpo.Args(loss_type=kind, sft_coef=0.3, label_smoothing=0.2 if kind == "sigmoid" else 0.0)
-    losses, logged = dpo.pair_losses(logps_, ref, rows, args)
+    pairs = [dict(pair) for pair in PAIRS]
+    if kind in ("simpo", "orpo"):
+        pairs = [pair | dict(ref_logps=(0.0, 0.0)) for pair in pairs]
+    batch = dpo.pair_batch(examples_of(pairs), CPU)
+    sums = torch.tensor([pair["logps"] for pair in pairs]).flatten()
+    logprobs = batch["mask"] * (sums / batch["mask"].sum(1))[:, None]
+    s = 0.2 if kind == "sigmoid" else 0.0
+    args = dpo.Args(loss_type=kind, sft_coef=0.3, label_smoothing=s)
+    losses, logged = dpo.pair_losses(logprobs, batch, args)
+
     beta = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}[kind]
-    for i, ((c, r), m) in enumerate(zip(lengths, margins)):
-        c, r = (c, r) if kind != "sigmoid" else (1, 1)
-        w, l, rw, rl = (
-            x / n for x, n in zip([*logps_[i].tolist(), *ref[i].tolist()], (c, r, c, r))
-        )  # noqa: E741
-        m = m + 1.0 if kind == "simpo" else m
-        slow = (
-            slow_loss(w, l, rw, rl, beta, kind, args.label_smoothing, m)
-            - 0.3 * logps_[i, 0].item() / lengths[i][0]
-        )
+    for i, pair in enumerate(pairs):
+        c, r = (1, 1) if kind == "sigmoid" else pair["lengths"]
+        w, l = pair["logps"][0] / c, pair["logps"][1] / r  # noqa: E741
+        ref_w, ref_l = pair["ref_logps"][0] / c, pair["ref_logps"][1] / r
+        margin = pair["margin"] + (1.0 if kind == "simpo" else 0.0)
+        slow = slow_loss(w, l, ref_w, ref_l, beta, kind, s, margin)
+        slow -= 0.3 * pair["logps"][0] / pair["lengths"][0]
         assert losses[i].item() == pytest.approx(slow, rel=1e-4)
-        assert logged["chosen_reward"][i].item() == pytest.approx(beta * (w - rw), abs=1e-6)
-        assert logged["rejected_reward"][i].item() == pytest.approx(beta * (l - rl), abs=1e-6)
-    assert logged["margin"].tolist() == pytest.approx(
-        (logged["chosen_reward"] - logged["rejected_reward"]).tolist()
-    )
-    assert logged["accuracy"][1] == 0.5 and logged["accuracy"][0] == (logged["margin"][0] > 0)
+        assert logged["chosen_reward"][i].item() == pytest.approx(beta * (w - ref_w), abs=1e-6)
+        assert logged["rejected_reward"][i].item() == pytest.approx(beta * (l - ref_l), abs=1e-6)
+        is_right = float(w - ref_w > l - ref_l)
+        assert logged["accuracy"][i] == (0.5 if i == 1 else is_right), (
+            "in the second both are alike"
+        )
+    assert torch.equal(logged["loss"], losses)
+    assert torch.allclose(logged["margin"], logged["chosen_reward"] - logged["rejected_reward"])
     if kind in ("sigmoid", "ipo"):
-        assert logged["chosen_logratio"].tolist() == [1.0, 0.0, -5.0]
-        assert logged["rejected_logratio"].tolist() == [-2.0, 0.0, 2.0]
+        assert logged["chosen_logratio"].tolist() == pytest.approx([1.0, 0.0, -5.0])
+        assert logged["rejected_logratio"].tolist() == pytest.approx([-2.0, 0.0, 2.0])
+    else:
+        assert not any("logratio" in name for name in logged)
+
+
+def test_simpo_margin_and_beta_are_those_of_the_flags():
+    """--beta 3 --simpo-margin 0.5, beside the margins of the data."""
+    batch = dpo.pair_batch([e | dict(ref_logps=[0.0, 0.0]) for e in examples_of(PAIRS)], CPU)
+    sums = torch.tensor([pair["logps"] for pair in PAIRS]).flatten()
+    logprobs = batch["mask"] * (sums / batch["mask"].sum(1))[:, None]
+    args = dpo.Args(loss_type="simpo", beta=3.0, simpo_margin=0.5)
+    losses, _ = dpo.pair_losses(logprobs, batch, args)
+    slow = [
+        slow_loss(-3 / 2, -8 / 5, 0, 0, 3.0, "simpo", margin=0.5),
+        slow_loss(-2 / 3, -2 / 3, 0, 0, 3.0, "simpo", margin=0.5),
+        slow_loss(-9 / 4, -4 / 1, 0, 0, 3.0, "simpo", margin=0.75),
+    ]
+    assert losses.tolist() == pytest.approx(slow, rel=1e-5)
 
 
 # ---------------------------------------------------------------- through main
 def run_args(chain, output_dir, **changes):  # noqa: F811
     args = dict(
-        model=str(chain / "sft"), output_dir=str(output_dir), batch_size=16, steps=3, warmup_steps=0
+        model=str(chain / "sft"),
+        output_dir=str(output_dir),
+        batch_size=16,
+        steps=3,
+        warmup_steps=0,
+        learning_rate=1e-3,
+        micro_batch_tokens=4096,
     )
-    return dpo.Args(**(args | dict(learning_rate=1e-3, micro_batch_tokens=4096) | changes))
+    return dpo.Args(**args | changes)
+
+
+def load_pairs(chain, args, held_out=False):  # noqa: F811
+    tokenizer = common.load_tokenizer(str(chain / "sft"))
+    return common.load_examples("sort", common.preference_example, tokenizer, args, held_out)
+
+
+def test_add_reference(chain, tmp_path):  # noqa: F811
+    """Log-probs of chosen and rejected, summed over the completion: row by row the same, and in
+    order."""
+    args = run_args(chain, tmp_path, micro_batch_tokens=60)
+    examples = load_pairs(chain, args)[:20]
+    model = common.load_policy(str(chain / "sft"), CPU)
+    with_reference = dpo.add_reference(model, examples, args, contextlib.nullcontext)
+    for example, extended in zip(examples, with_reference, strict=True):
+        for ids, ref_logps in zip(
+            (example["chosen_ids"], example["rejected_ids"]), extended["ref_logps"]
+        ):
+            sequence = torch.tensor([example["prompt_ids"] + ids])
+            with torch.no_grad():
+                logps = model(sequence).logits[0, :-1].log_softmax(-1)
+            logps = logps.gather(1, sequence[0, 1:, None])[-len(ids) :].sum()
+            assert ref_logps == pytest.approx(logps.item(), rel=1e-4)
+        assert {k: v for k, v in extended.items() if k != "ref_logps"} == example
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("precompute", [True, False])
-def test_first_step_and_learning(chain, tmp_path, kind, precompute):  # noqa: F811
-    """The first loss is known; then accuracy and margin rise, and nothing is logged that is not there."""
-    args = dict(loss_type=kind, precompute_ref=precompute, steps=40, batch_size=32, epochs=20)
-    dpo.main(run_args(chain, tmp_path / "run", **args))
+def test_first_step_and_learning(chain, tmp_path, kind):  # noqa: F811
+    """The first loss is known; then accuracy and margin rise, and nothing is logged that is not
+    there."""
+    dpo.main(run_args(chain, tmp_path / "run", loss_type=kind, steps=20, batch_size=32, epochs=10))
     start, first, *_, last = metrics(tmp_path / "run")
     if kind in ("sigmoid", "ipo"):
+        first_loss = {"sigmoid": math.log(2), "ipo": 25.0}[kind]
         assert first["margin"] == pytest.approx(0, abs=1e-5) == first["chosen_logratio"]
         assert start["eval/margin"] == pytest.approx(0, abs=1e-5)
-        assert start["eval/loss"] == pytest.approx(
-            {"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4
-        )
-        assert first["loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 25.0}[kind], abs=1e-4)
+        assert start["eval/loss"] == pytest.approx(first_loss, abs=1e-4)
+        assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     else:
         assert not any("logratio" in key for key in first.keys() | last.keys())
     assert start["eval/kl"] == 0 < last["eval/kl"]
     assert last["margin"] > first["margin"] + 0.01 and last["loss"] < first["loss"]
-    assert {
-        "eval/accuracy",
-        "eval/accuracy_stderr",
-        "eval/gold",
-        "chosen_reward",
-        "rejected_reward",
-    } <= {
-        *start,
-        *last,
-    }
+    assert last["accuracy"] > 0.6
+    expected = {"eval/accuracy", "eval/accuracy_stderr", "eval/gold"}
+    assert expected <= start.keys() & last.keys()
+    assert {"chosen_reward", "rejected_reward"} <= first.keys() & last.keys()
 
 
-def test_micro_batches_and_cached_reference_change_nothing(chain, tmp_path, cut_by_budget_alone):  # noqa: F811
-    rows = []
-    for budget, precompute in ((40, True), (100_000, False), (100_000, True)):
-        folder = tmp_path / f"{budget}{precompute}"
-        dpo.main(
-            run_args(
-                chain, folder, micro_batch_tokens=budget, precompute_ref=precompute, sft_coef=0.3
-            )
-        )
-        rows.append(metrics(folder))
-    for one, other in zip(rows[0], rows[1]):
-        for key in one.keys() & {
-            "loss",
-            "grad_norm",
-            "chosen_logratio",
-            "eval/loss",
-            "eval/rejected_logratio",
-        }:
-            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
-    for one, other in zip(rows[1], rows[2]):
-        assert one["loss" if "loss" in one else "eval/loss"] == pytest.approx(
-            other["loss" if "loss" in other else "eval/loss"], rel=1e-5
-        )
+def test_micro_batches_change_nothing(chain, tmp_path, cut_by_budget_alone):  # noqa: F811
+    """Neither what is minimised nor what the steps lead to."""
+    for budget in (40, 100_000):
+        folder = tmp_path / str(budget)
+        dpo.main(run_args(chain, folder, micro_batch_tokens=budget, sft_coef=0.3, steps=2))
+    names = {"loss", "grad_norm", "chosen_logratio", "eval/loss", "eval/rejected_logratio"}
+    for small, large in zip(metrics(tmp_path / "40"), metrics(tmp_path / "100000"), strict=True):
+        for name in small.keys() & names:
+            assert small[name] == pytest.approx(large[name], rel=1e-3, abs=1e-5), name
 
 
 def test_sft_coef_adds_the_nll_per_token(chain, tmp_path):  # noqa: F811
+    losses = {}
     for coef in (0.0, 0.5):
         dpo.main(run_args(chain, tmp_path / str(coef), sft_coef=coef, steps=1))
-    plain, more = (metrics(tmp_path / name)[0]["eval/loss"] for name in ("0.0", "0.5"))
-    tokenizer = common.load_tokenizer(str(chain / "sft"))
-    policy = common.load_policy(str(chain / "sft"), torch.device("cpu"))
-    args = run_args(chain, tmp_path / "x")
-    held_out = common.load_held_out(tokenizer, "preference", args)
-    nll = []
-    for e in held_out:
-        batch = common.completion_batch([e["prompt_ids"]], [e["chosen_ids"]], torch.device("cpu"))
+        losses[coef] = metrics(tmp_path / str(coef))[0]["eval/loss"]
+    policy = common.load_policy(str(chain / "sft"), CPU)
+    nlls = []
+    for example in load_pairs(chain, run_args(chain, tmp_path), held_out=True):
+        batch = common.completion_batch([example["prompt_ids"]], [example["chosen_ids"]], CPU)
         with torch.no_grad():
-            inner, _ = dpo.token_logprobs(
-                policy, batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:]
-            )
-        nll.append(-inner.sum().item() / len(e["chosen_ids"]))
-    assert more - plain == pytest.approx(0.5 * np.mean(nll), rel=1e-4)
-
-
-def test_the_cache_is_keyed_by_model_and_data(chain, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """A resumed run reads it; another model or other rows do not."""
-    tokenizer, args = common.load_tokenizer(str(chain / "sft")), run_args(chain, tmp_path)
-    examples = common.load_examples(tokenizer, "sort", "preference", args)[:20]
-    model = common.load_policy(str(chain / "sft"), torch.device("cpu"))
-    _, autocast = common.setup(args)
-    calls, inner = [], dpo.pair_logps
-    monkeypatch.setattr(dpo, "pair_logps", lambda *a: calls.append(1) or inner(*a))
-    file = tmp_path / "reference.pt"
-
-    def logps_of(model, examples, args=args):
-        calls.clear()
-        return dpo.reference_logps(model, examples, args, autocast, file), len(calls)
-
-    first, computed = logps_of(model, examples)
-    again, recomputed = logps_of(model, examples)
-    assert (computed, recomputed) == (1, 0) and torch.equal(first, again)
-    assert logps_of(model, examples[:-1])[1] == 1, "other rows"
-    with torch.no_grad():
-        next(model.parameters()).view(-1)[0] += 1e-3
-    assert logps_of(model, examples[:-1])[1] == 1, "another model"
-    assert logps_of(model, examples[:-1], run_args(chain, tmp_path, dtype="bfloat16"))[1] == 1, (
-        "another dtype"
-    )
-    assert (
-        logps_of(model, examples[:-1][::-1], run_args(chain, tmp_path, dtype="bfloat16"))[1] == 1
-    ), "order"
-
-
-def test_resume_is_exact(chain, tmp_path, monkeypatch):  # noqa: F811
-    log = common.Run.log
-
-    def broken_log(self, step, values, show):
-        log(self, step, values, show)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    args = dict(steps=4, save_every=2, eval_every=3)
-    dpo.main(run_args(chain, tmp_path / "whole", **args))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "log", broken_log)
-        dpo.main(run_args(chain, tmp_path / "halves", **args))
-    dpo.main(run_args(chain, tmp_path / "halves", resume=True, **args))
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in metrics(tmp_path / name)]
-        for name in ("whole", "halves")
-    ]
-    assert rows[0] == rows[1]
+            logprobs = dpo.token_logprobs(policy, batch)
+        nlls.append(-logprobs.sum().item() / len(example["chosen_ids"]))
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * sum(nlls) / len(nlls), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -295,12 +312,13 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch):  # noqa: F811
     [
         (dict(loss_type="ipo", label_smoothing=0.1), ["--label-smoothing", "ipo"]),
         (dict(simpo_margin=0.5), ["--simpo-margin", "sigmoid"]),
-        (dict(beta=0.0), ["--beta is 0.0"]),
-        (dict(beta=-1.0), ["--beta is -1.0", "at least 0"]),
+        (dict(beta=0.0), ["--beta"]),
+        (dict(beta=-1.0), ["--beta"]),
         (dict(label_smoothing=0.7), ["--label-smoothing 0.7"]),
     ],
 )
 def test_refused(chain, tmp_path, capsys, changes, words):  # noqa: F811
+    """What would train on something else than it says."""
     with pytest.raises(SystemExit) as stopped:
         dpo.main(run_args(chain, tmp_path / "run", **changes))
     assert stopped.value.code == 2
@@ -308,24 +326,13 @@ def test_refused(chain, tmp_path, capsys, changes, words):  # noqa: F811
 
 
 def test_empty_answers_train_eos_only(chain, tmp_path, capsys):  # noqa: F811
-    """They are legal, and kept; a pair without a difference is dropped, and counted."""
+    """They are legal, and stay; a pair without a difference is dropped, and counted."""
     rows = [
         dict(prompt="ba>", chosen="ab", rejected=""),
         dict(prompt="ba>", chosen="a", rejected="a"),
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dpo.main(
-        run_args(
-            chain,
-            tmp_path / "run",
-            dataset=str(tmp_path / "pairs.jsonl"),
-            steps=2,
-            epochs=2,
-            batch_size=1,
-        )
-    )
-    assert (
-        "1 of 2 rows; 1 dropped whose chosen and rejected are the same" in capsys.readouterr().out
-    )
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dpo.main(run_args(chain, tmp_path / "run", dataset=str(file), steps=2, epochs=2, batch_size=1))
+    assert "1 rows; 1 dropped whose chosen and rejected are the same" in capsys.readouterr().out
     assert metrics(tmp_path / "run")[-1]["margin"] != 0
-    shutil.rmtree(tmp_path / "run")

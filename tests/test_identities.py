@@ -30,9 +30,9 @@ PAIRS = torch.tensor(list(itertools.product(range(K), repeat=2)))  # all groups 
 MASK = torch.tensor([[float(t < len(c)) for t in range(LENGTH)] for c in COMPLETIONS]).double()
 LENGTHS = MASK.sum(1)
 # row and column of each token's logit; what lies behind the end is never looked at
-STATE = torch.tensor([
-    [PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS
-])
+STATE = torch.tensor(
+    [[PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS]
+)
 ACTION = torch.tensor([[c[t] if t < len(c) else 0 for t in range(LENGTH)] for c in COMPLETIONS])
 
 
@@ -226,10 +226,10 @@ def test_ppo_is_unbiased_with_any_values(seed):
     assert not near(-gradient(loss), TRUTH, rtol=0.01)
 
 
-# ---------------------------------------------------------------- documented biases, with their size
-# what each division does to the direction of the expected gradient, with the rewards of this tree and batches
-# of two; an optimiser that normalises sees nothing else. Larger groups and batches have less of all but that
-# of length; between prompts the group's deviation stays as a weight
+# ---------------------------------------------------------------- documented biases, and their size
+# what each division does to the direction of the expected gradient, with the rewards of this tree
+# and batches of two; an optimiser that normalises sees nothing else. Larger groups and batches have
+# less of all but that of length; between prompts the group's deviation stays as a weight
 DEGREES = {"group deviation": 6.70, "length": 12.57, "token mean": 7.46, "whitening": 12.62}
 
 

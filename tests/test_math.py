@@ -14,13 +14,15 @@ import reward_model
 import sft
 
 # rows: prompt, completion and padding of different lengths; one row full, one with a single action
-MASK = torch.tensor([
-    [0, 0, 1, 1, 1, 1, 0, 0, 0],
-    [0, 0, 0, 0, 0, 1, 0, 0, 0],
-    [1, 1, 1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0, 1, 1, 1],
-    [1, 1, 1, 0, 0, 0, 0, 0, 0],
-])
+MASK = torch.tensor(
+    [
+        [0, 0, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 1, 1, 1],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+    ]
+)
 ROWS, WIDTH = MASK.shape
 
 

@@ -1,10 +1,11 @@
-"""docs/metrics.md names the metrics that the scripts write, all of them and no others, script by script."""
+"""docs/metrics.md names the metrics that the scripts write, all of them and no others, script by
+script."""
 
 import re
 
 import pytest
 import torch
-from test_family import ROOT, SCRIPTS
+from test_family import ROOT, SCRIPTS, field_docs
 from test_scripts import chain, metrics  # noqa: F401
 
 import dpo
@@ -39,24 +40,22 @@ def written(folder):
 def runs(chain, tmp_path_factory):  # noqa: F811
     """script -> its folder, a step or two of each."""
     folder = tmp_path_factory.mktemp("metrics")
-    both = dict(model=str(chain / "sft"), warmup_steps=0)
-    online = both | dict(
-        reward=str(chain / "reward_model"), prompts_per_step=3, max_completion_length=6
-    )
-    online |= dict(steps=1)
+    shared = dict(model=str(chain / "sft"), warmup_steps=0)
+    rewarded = shared | dict(reward=str(chain / "reward_model"), max_completion_length=6)
+    online = rewarded | dict(prompts_per_step=3, steps=1)
+    groups = online | dict(num_generations=2)
     ppo.main(ppo.Args(**online, output_dir=str(folder / "ppo")))
-    rloo.main(rloo.Args(**online, num_generations=2, output_dir=str(folder / "rloo")))
-    grpo.main(
-        grpo.Args(
-            **online, num_generations=2, dynamic_sampling=True, output_dir=str(folder / "grpo")
+    rloo.main(rloo.Args(**groups, output_dir=str(folder / "rloo")))
+    grpo.main(grpo.Args(**groups, dynamic_sampling=True, output_dir=str(folder / "grpo")))
+    dpo.main(dpo.Args(**shared, steps=1, batch_size=8, output_dir=str(folder / "dpo")))
+    rejection_sampling.main(
+        rejection_sampling.Args(
+            **rewarded,
+            num_generations=2,
+            prompts_per_iteration=4,
+            output_dir=str(folder / "rejection_sampling"),
         )
     )
-    dpo.main(dpo.Args(**both, steps=1, batch_size=8, output_dir=str(folder / "dpo")))
-    args = dict(
-        num_generations=2, prompts=4, max_completion_length=6, reward=str(chain / "reward_model")
-    )
-    out = str(folder / "rejection_sampling")
-    rejection_sampling.main(rejection_sampling.Args(**both, **args, output_dir=out))
     return {name: (chain if name in ("sft", "reward_model") else folder) / name for name in SCRIPTS}
 
 
@@ -67,7 +66,5 @@ def test_the_page_names_what_is_written(runs, name):
 
 
 def test_flags_that_the_page_turns_exist():
-    from test_family import field_docs
-
     flags = {f"--{flag.replace('_', '-')}" for script in SCRIPTS for flag in field_docs(script)}
     assert set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/metrics.md").read_text())) <= flags

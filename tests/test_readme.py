@@ -22,7 +22,7 @@ BEGIN = "<!-- flags, written by tests/test_readme.py -->"
 END = "<!-- end of flags -->"
 # of Python programs in general, of torchrun, and of benchmarks/
 OTHER_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-OTHER_FLAGS |= {"--seeds", "--study"}
+OTHER_FLAGS |= {"--shutdown-timeout", "--seeds", "--study", "--check", "--growth"}
 FLAG = r"--[a-z][a-z-]*"
 
 

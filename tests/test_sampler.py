@@ -364,13 +364,12 @@ def test_gradient_checkpointing_does_not_matter(policy):
     checkpointed = common.load_policy(
         policy.name_or_path, CPU, trainable=True, gradient_checkpointing=True
     )
-    modes = [module.training for module in checkpointed.modules()]
-    assert any(modes) and not checkpointed.training
+    assert not any(module.training for module in checkpointed.modules())
     prompts = prompts_of(15)
     completions, shapes = forwards(checkpointed, lambda: complete(checkpointed, prompts))
     assert completions == complete(policy, prompts)
     assert shapes[0][1] == 30 and {tokens for _, tokens in shapes[1:]} == {1}
-    assert [module.training for module in checkpointed.modules()] == modes
+    assert not any(module.training for module in checkpointed.modules())
 
 
 def test_autocast_samples_from_the_autocast_policy(tiny_qwen2, complete_with_logprobs):

@@ -1,8 +1,9 @@
-"""Each script's own main, with its ordinary flags, ends at the closed form of its objective. The distance is
-computed by listing every completion, not by sampling: see language.py and theorems.py.
+"""Each script's own main, with its ordinary flags, ends at the closed form of its objective. The
+distance is computed by listing every completion, not by sampling: see language.py and theorems.py.
 
-The short runs are part of every test run; `pytest -m slow tests/test_theorems.py` has longer ones with
-tighter limits; `python benchmarks/closed_form.py --seeds 1 2 3` has other seeds, and draws the figure."""
+The short runs are part of every test run; `pytest -m slow tests/test_theorems.py` has longer ones
+with tighter limits; `python benchmarks/closed_form.py --seeds 1 2 3` has other seeds, and draws the
+figure."""
 
 import itertools
 import json
@@ -23,9 +24,14 @@ from language import (
 from theorems import BEST_OF, scores_of, theorem
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where worlds and runs are; theorems about one world share it."""
+    return tmp_path_factory.mktemp("theorems")
+
+
 def prove(name, folder, short=True, limit=5e-2, start=0.5):
     """Run it -> what was proven. It starts half a nat away, or it would prove little."""
-    folder.mkdir(exist_ok=True)
     proof = theorem(name, str(folder), short=short)
     assert proof.distance(proof.flags["model"]) > start
     proof.run()
@@ -34,8 +40,8 @@ def prove(name, folder, short=True, limit=5e-2, start=0.5):
 
 
 def implied_beta(proof):
-    """By the slope of log p / p_ref in r, completions weighted by the optimum. A distance alone would pass a
-    KL coefficient that is a third off."""
+    """By the slope of log p / p_ref in r, completions weighted by the optimum. A distance alone
+    would pass a KL coefficient that is a third off."""
     ours, ref = (proof.law(proof.flags[x]) for x in ("output_dir", "model"))
     rewards = (
         proof.world.rewards[:, proof.world.ended]
@@ -50,7 +56,8 @@ def implied_beta(proof):
 # ---------------------------------------------------------------- what the theorems rest on
 @pytest.mark.parametrize("pad_is_eos, count", [(False, 259), (True, 156)])
 def test_the_language_is_listed_whole(pad_is_eos, count, tmp_path):
-    """Probabilities add up to 1 at any temperature, and completions that differ in PAD alone share a text."""
+    """Probabilities add up to 1 at any temperature, and completions that differ in PAD alone share
+    a text."""
     words = save_start(tmp_path, 1, pad_is_eos=pad_is_eos)
     completions = list_completions(words)
     assert len(completions) == len(set(completions)) == count
@@ -75,13 +82,13 @@ def test_best_of_n_law_against_all_tuples():
 
 
 # ---------------------------------------------------------------- maximum likelihood
-def test_sft_ends_at_the_law_of_its_data(tmp_path):
-    prove("sft", tmp_path, limit=1e-2)
+def test_sft_ends_at_the_law_of_its_data(folder):
+    prove("sft", folder, limit=1e-2)
 
 
-def test_reward_model_ends_at_the_rewards_behind_the_odds(tmp_path):
+def test_reward_model_ends_at_the_rewards_behind_the_odds(folder):
     """Up to a constant for each prompt, which Bradley-Terry leaves open."""
-    proof = theorem("reward_model", str(tmp_path))
+    proof = theorem("reward_model", str(folder))
     proof.run()
     world = proof.world
     scores, rewards = scores_of(world, proof.flags["output_dir"]), world.rewards[:, world.ended]
@@ -90,12 +97,13 @@ def test_reward_model_ends_at_the_rewards_behind_the_odds(tmp_path):
     assert abs((scores @ rewards) / (rewards @ rewards) - 1) < 0.02
 
 
-def test_rejection_sampling_ends_at_the_best_of_n_law(tmp_path):
-    """The best of each rollout are m draws from that law for each prompt, so that their frequencies are about
-    (K-1)/(2m) from it in expectation, K being the number of completions; and the model fits them."""
+def test_rejection_sampling_ends_at_the_best_of_n_law(folder):
+    """The best of each rollout are m draws from that law for each prompt, so that their frequencies
+    are about (K-1)/(2m) from it in expectation, K being the number of completions; and the model
+    fits them."""
     kept = 2048
     noise = 258 / (2 * kept)
-    proof = prove("rejection_sampling", tmp_path, limit=2 * noise)
+    proof = prove("rejection_sampling", folder, limit=2 * noise)
     world, ref = proof.world, law(proof.world.ref, proof.world.tokenizer, proof.world.completions)
     assert 0.5 < kl(proof.target, ref) < math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
     index = {c: k for k, c in enumerate(world.completions)}
@@ -113,31 +121,33 @@ def test_rejection_sampling_ends_at_the_best_of_n_law(tmp_path):
 
 # ---------------------------------------------------------------- reinforcement learning
 @pytest.mark.parametrize("name", ["ppo", "rloo", "grpo k1"])
-def test_online_methods_end_at_the_optimum(name, tmp_path):
-    """p_ref exp(r / beta) / Z: rloo at a temperature of 0.7 and on GPT-2's architecture, grpo where PAD is
-    EOS, all with prompts of different lengths."""
-    proof = prove(name, tmp_path)
+def test_online_methods_end_at_the_optimum(name, folder):
+    """p_ref exp(r / beta) / Z: rloo at a temperature of 0.7 and on GPT-2's architecture, grpo where
+    PAD is EOS, all with prompts of different lengths."""
+    proof = prove(name, folder)
     assert implied_beta(proof) == pytest.approx(proof.flags["kl_coef"], rel=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rloo", "grpo k1"])
-def test_online_methods_end_closer_in_a_longer_run(name, tmp_path):
-    prove(name, tmp_path, short=False, limit=2e-2)
+def test_online_methods_end_closer_in_a_longer_run(name, folder):
+    prove(name, folder, short=False, limit=2e-2)
 
 
-def test_the_k3_loss_ends_at_its_own_law(tmp_path):
-    """b p_ref / (lambda - r), far from what the k1 reward leads to; and nearer to it than with beta for b."""
-    proof = prove("grpo k3", tmp_path, limit=1e-2)
+def test_the_k3_loss_ends_at_its_own_law(folder):
+    """b p_ref / (lambda - r), far from what the k1 reward leads to; and nearer to it than with beta
+    for b."""
+    proof = prove("grpo k3", folder, limit=1e-2)
     ours, ref = (proof.law(proof.flags[x]) for x in ("output_dir", "model"))
     assert kl(ours, proof.elsewhere) > 0.2
     without = k3_law(ref, proof.rewards, proof.flags["kl_coef"], 10**9)
     assert kl(ours, proof.target) < 0.5 * kl(ours, without)
 
 
-def test_dpo_ends_at_the_optimum(tmp_path):
-    """Of the same rewards, through the preferences that they make: p*, given letters and then EOS."""
-    proof = prove("dpo", tmp_path)
+def test_dpo_ends_at_the_optimum(folder):
+    """Of the same rewards, through the preferences that they make: p*, given letters and then
+    EOS."""
+    proof = prove("dpo", folder)
     assert implied_beta(proof) == pytest.approx(proof.flags["beta"], rel=0.2)
     logps = law(proof.flags["output_dir"], proof.world.tokenizer, proof.world.completions)
     print(
@@ -147,10 +157,11 @@ def test_dpo_ends_at_the_optimum(tmp_path):
 
 
 @pytest.mark.slow
-def test_ppo_and_dpo_meet(tmp_path):
-    """One reward table, once as a checker and once as preferences: two scripts, one distribution."""
-    ppo = prove("ppo", tmp_path / "ppo", short=False, limit=2e-2)
-    dpo = prove("dpo", tmp_path / "dpo", short=False, limit=2e-2)
+def test_ppo_and_dpo_meet(folder):
+    """One reward table, once as a checker and once as preferences: two scripts, one
+    distribution."""
+    ppo = prove("ppo", folder, short=False, limit=2e-2)
+    dpo = prove("dpo", folder, short=False, limit=2e-2)
     assert ppo.world.table == dpo.world.table
     ended = [ppo.world.completions[k] for k in ppo.world.ended]
     of_ppo = normalise(law(ppo.flags["output_dir"], ppo.world.tokenizer, ended))

@@ -39,11 +39,12 @@ def test_tensorboard(chain, tmp_path, monkeypatch):  # noqa: F811
 
 def test_wandb_offline(chain, tmp_path, monkeypatch):  # noqa: F811
     reason = "wandb is not installed: pip install wandb"
-    pytest.importorskip("wandb", reason=reason)
+    wandb = pytest.importorskip("wandb", reason=reason)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows = run(chain, tmp_path / "run", "wandb")
+    wandb.finish()  # as its own atexit would
     (file,) = tmp_path.glob("**/wandb/offline-run-*/*.wandb")
     data = file.read_bytes()
     for name, value in [

@@ -1,11 +1,13 @@
-"""What each script provably converges to, on the language that can be listed: a run of its own main with
-ordinary flags, and the distance of what it saved from the closed form. test_theorems.py asserts them,
-benchmarks/closed_form.py draws them."""
+"""What each script provably converges to, on the language that can be listed: a run of its own main
+with ordinary flags, and the distance of what it saved from the closed form. test_theorems.py
+asserts them, benchmarks/closed_form.py draws them."""
 
 import contextlib
+import functools
 import io
 import math
 import random
+import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
@@ -39,8 +41,11 @@ BETA = 0.35
 BEST_OF = 4
 
 
-def make_world(folder, seed, architecture="llama", pad_is_eos=False, letters=LETTERS):
-    """Reference model, rewards, demonstrations, pairs and prompts, as files in a folder."""
+@functools.cache
+def make_world(parent, seed, *, architecture="llama", pad_is_eos=False, letters=LETTERS):
+    """Reference model, rewards, demonstrations, pairs and prompts, as files in a new folder; made
+    once for all theorems of one parent folder that are about the same world."""
+    folder = tempfile.mkdtemp(prefix="world-", dir=parent)
     draw, world = random.Random(seed), SimpleNamespace(folder=folder, ref=f"{folder}/ref")
     world.tokenizer = save_start(f"{folder}/start", seed, architecture, pad_is_eos)
     world.completions = list_completions(world.tokenizer)
@@ -49,7 +54,8 @@ def make_world(folder, seed, architecture="llama", pad_is_eos=False, letters=LET
     world.ended = [k for k, c in enumerate(world.completions) if c == (*c[: len(texts[k])], eos)]
     world.ended = [k for k in world.ended if set(texts[k]) <= set(letters)]
 
-    # rewards: the logs of 1 to 4, so that repeating rows gives exact odds, and a mean well away from 0
+    # rewards: the logs of 1 to 4, so that repeating rows gives exact odds, and a mean well away
+    # from 0
     odds = {
         (prompt, text): draw.randint(1, 4) for prompt in PROMPTS for text in dict.fromkeys(texts)
     }
@@ -109,9 +115,8 @@ class Theorem:
     law: object  # a model in memory, or the folder of one -> its log probabilities (prompts, K)
     elsewhere: torch.Tensor = None  # the law that one might take for its target
     rewards: torch.Tensor = None  # (prompts, K)
-    forward: bool = (
-        False  # KL(target || law), which fitting completions minimises, or KL(law || target)
-    )
+    # KL(target || law), which fitting completions minimises, or KL(law || target)
+    forward: bool = False
 
     def distance(self, model):
         """Mean over prompts, in nats."""
@@ -124,7 +129,8 @@ class Theorem:
 
 
 def scores_of(world, model):
-    """A reward model's scores of the completions that EOS ended, by transformers' own class: (prompts, K)."""
+    """A reward model's scores of the completions that EOS ended, by transformers' own class:
+    (prompts, K)."""
     if not isinstance(model, torch.nn.Module):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model = load(model, dtype=torch.float64)
@@ -142,19 +148,32 @@ def scores_of(world, model):
 
 
 def theorem(name, folder, seed=1, short=True):
-    """Name of a theorem -> Theorem, its world made in the folder. short: train for seconds, else a minute."""
-    options = {"rloo": dict(architecture="gpt2")}
-    options |= {"grpo k1": dict(pad_is_eos=True), "reward_model": dict(letters="abc")}
+    """Name of a theorem -> Theorem, its world made in the folder. short: train for seconds, else a
+    minute."""
+    options = {
+        "rloo": dict(architecture="gpt2"),
+        "grpo k1": dict(pad_is_eos=True),
+        # EOS and PAD would be one text, and the loss holds the odds of two good answers but weakly
+        "grpo k3": dict(pad_is_eos=True),
+        "reward_model": dict(letters="abc"),
+    }
     world = make_world(folder, seed, **options.get(name, {}))
     words, completions, ended = world.tokenizer, world.completions, world.ended
     flags = dict(
-        model=world.ref, output_dir=f"{folder}/out", seed=seed, save_every=0, log_every=10**6
+        model=world.ref,
+        output_dir=f"{folder}/{name}{'' if short else ' long'}",
+        seed=seed,
+        save_every=0,
+        log_every=10**6,
     )
     online = dict(
         dataset=world.prompts, reward=world.reward, prompts_per_step=len(PROMPTS), kl_coef=BETA
     )
-    online |= dict(max_completion_length=3, num_generations=80, steps=260 if short else 600)
-    online |= dict(learning_rate=1.5e-3)
+    online |= dict(max_completion_length=3)
+    if short:
+        online |= dict(num_generations=64, steps=220, learning_rate=2.5e-3)
+    else:
+        online |= dict(num_generations=80, steps=600, learning_rate=1.5e-3)
 
     def of_policy(model, temperature=1.0):
         return law(model, words, completions, temperature)
@@ -165,12 +184,15 @@ def theorem(name, folder, seed=1, short=True):
     ref = of_policy(world.ref)
     optimum = gibbs(ref, world.rewards, BETA)
     if name == "sft":
-        flags |= dict(model=f"{folder}/start", dataset=world.demonstrations, batch_size=384)
-        flags |= dict(epochs=120 if short else 240, learning_rate=3e-3)
+        flags |= dict(model=f"{world.folder}/start", dataset=world.demonstrations, batch_size=384)
+        flags |= dict(epochs=80 if short else 240, learning_rate=5e-3 if short else 3e-3)
         return Theorem(sft, flags, world, world.data, of_policy, forward=True)
     if name == "reward_model":
         flags |= dict(
-            dataset=world.pairs, batch_size=240, epochs=150 if short else 300, learning_rate=2e-3
+            dataset=world.pairs,
+            batch_size=240,
+            epochs=150 if short else 300,
+            learning_rate=2e-3,
         )
         target = normalise(optimum[:, ended])
 
@@ -180,7 +202,10 @@ def theorem(name, folder, seed=1, short=True):
         return Theorem(reward_model, flags, world, target, of_reward_model)
     if name == "dpo":
         flags |= dict(
-            dataset=world.pairs, batch_size=240, epochs=30 if short else 100, learning_rate=2e-3
+            dataset=world.pairs,
+            batch_size=240,
+            epochs=25 if short else 100,
+            learning_rate=2.5e-3 if short else 2e-3,
         )
         return Theorem(dpo, flags | dict(beta=BETA), world, normalise(optimum[:, ended]), of_ended)
     if name == "rejection_sampling":
@@ -190,18 +215,20 @@ def theorem(name, folder, seed=1, short=True):
             dataset=write_rows(f"{folder}/many.jsonl", rows), reward=world.reward, temperature=1.0
         )
         flags |= dict(
-            num_generations=BEST_OF, max_completion_length=3, batch_size=512, learning_rate=2e-3
+            num_generations=BEST_OF,
+            max_completion_length=3,
+            batch_size=512,
+            learning_rate=4e-3 if short else 2e-3,
         )
-        flags |= dict(epochs=8 if short else 5)
+        flags |= dict(epochs=5)
         target = best_of_n_law(ref, world.rewards, BEST_OF)
         return Theorem(rejection_sampling, flags, world, target, of_policy, forward=True)
     if name == "ppo":  # lambda 1: an advantage is then right whatever the values are
-        return Theorem(
-            ppo, flags | online | dict(gae_lambda=1.0, update_epochs=1), world, optimum, of_policy
-        )
-    if (
-        name == "rloo"
-    ):  # the one at a temperature: reference and policy are the laws that are sampled from
+        flags |= online | dict(gae_lambda=1.0, update_epochs=1)
+        if short:
+            flags |= dict(num_generations=80, steps=240, learning_rate=1.5e-3)
+        return Theorem(ppo, flags, world, optimum, of_policy)
+    if name == "rloo":  # at a temperature: reference and policy are the laws that are sampled from
 
         def of_warm_policy(model):
             return of_policy(model, temperature=0.7)
@@ -217,8 +244,14 @@ def theorem(name, folder, seed=1, short=True):
         texts = texts_of(words, completions)
         rewards = torch.tensor([[world.table[p][x] for x in texts] for p in PROMPTS]).double()
         # groups of 4, so that b, which knows their size, is a third larger than beta
-        flags |= online | dict(kl_estimator="k3", kl_in="loss", kl_coef=0.1, max_completion_length=1, steps=240)
-        flags |= dict(prompts_per_step=60, num_generations=4)
+        flags |= online | dict(
+            kl_estimator="k3",
+            kl_in="loss",
+            kl_coef=0.15,
+            max_completion_length=1,
+            steps=140 if short else 240,
+        )
+        flags |= dict(prompts_per_step=60, num_generations=4, learning_rate=2e-3)
         ref, beta = of_policy(world.ref), flags["kl_coef"]
         target = k3_law(ref, rewards, beta, flags["num_generations"])
         elsewhere = gibbs(ref, rewards, beta)
