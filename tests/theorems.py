@@ -169,11 +169,8 @@ def theorem(name, folder, seed=1, short=True):
     online = dict(
         dataset=world.prompts, reward=world.reward, prompts_per_step=len(PROMPTS), kl_coef=BETA
     )
-    online |= dict(max_completion_length=3)
-    if short:
-        online |= dict(num_generations=64, steps=220, learning_rate=2.5e-3)
-    else:
-        online |= dict(num_generations=80, steps=600, learning_rate=1.5e-3)
+    online |= dict(max_completion_length=3, learning_rate=1.5e-3)
+    online |= dict(num_generations=64 if short else 80, steps=240 if short else 600)
 
     def of_policy(model, temperature=1.0):
         return law(model, words, completions, temperature)
@@ -204,8 +201,8 @@ def theorem(name, folder, seed=1, short=True):
         flags |= dict(
             dataset=world.pairs,
             batch_size=240,
-            epochs=25 if short else 100,
-            learning_rate=2.5e-3 if short else 2e-3,
+            epochs=30 if short else 100,
+            learning_rate=2e-3,
         )
         return Theorem(dpo, flags | dict(beta=BETA), world, normalise(optimum[:, ended]), of_ended)
     if name == "rejection_sampling":
@@ -226,7 +223,7 @@ def theorem(name, folder, seed=1, short=True):
     if name == "ppo":  # lambda 1: an advantage is then right whatever the values are
         flags |= online | dict(gae_lambda=1.0, update_epochs=1)
         if short:
-            flags |= dict(num_generations=80, steps=240, learning_rate=1.5e-3)
+            flags |= dict(num_generations=80)
         return Theorem(ppo, flags, world, optimum, of_policy)
     if name == "rloo":  # at a temperature: reference and policy are the laws that are sampled from
 
@@ -238,6 +235,8 @@ def theorem(name, folder, seed=1, short=True):
     online |= dict(scale_rewards="none")
     if name == "grpo k1":
         flags |= online | dict(kl_estimator="k1", kl_in="reward")
+        if short:
+            flags |= dict(steps=220, learning_rate=2.5e-3)
         return Theorem(grpo, flags, world, optimum, of_policy)
     if name == "grpo k3":
         completions = list_completions(words, length=1)
