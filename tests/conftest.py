@@ -91,7 +91,8 @@ tiny_qwen3, tiny_gemma3 = map(load_tiny, MORE)
 
 @pytest.fixture(params=NAMES)
 def policy(request):
-    """Each of the tiny models in turn, as a policy in training; tests leave it without gradients."""
+    """Each of the tiny models in turn, as a policy in training; tests leave it without
+    gradients."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
@@ -128,8 +129,8 @@ def cut_by_budget_alone(monkeypatch):
 
 
 def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
-    """Prompts and completions of very different lengths; any id, PAD and EOS too, since masks come from
-    lengths."""
+    """Prompts and completions of very different lengths; any id, PAD and EOS too, since masks come
+    from lengths."""
     draw = torch.Generator().manual_seed(seed)
     ids = [[torch.randint(VOCAB, (n,), generator=draw).tolist() for n in pair] for pair in shape]
     return [p for p, _ in ids], [c for _, c in ids]
@@ -147,8 +148,9 @@ def gradients(model):
 
 
 def precise(model):
-    """A copy in float64, so that equal gradients are equal to 1e-15 and not to 1e-6. Gemma 2 stays in
-    float32: its attention takes the softmax there, where float64's lowest number in a mask is -inf."""
+    """A copy in float64, so that equal gradients are equal to 1e-15 and not to 1e-6. Gemma 2 stays
+    in float32: its attention takes the softmax there, where float64's lowest number in a mask is
+    -inf."""
     return (
         copy.deepcopy(model)
         if model.config.model_type == "gemma2"

@@ -219,7 +219,7 @@ def resumes(folder, chain):
         statuses = {"whole": in_child(whole, folder / f"{name}.whole")}
         statuses["killed"] = [in_child(killed, folder / f"{name}.killed")]
         while statuses["killed"][-1] == -signal.SIGKILL:
-            number += 3 if name == "sft" else 7
+            number += 4 if name == "sft" else 11
             statuses["killed"].append(in_child(killed, folder / f"{name}.killed {number}"))
         for signal_number in SIGNALS[name]:
             output = folder / f"{name}.{signal_number.name}"

@@ -21,7 +21,10 @@ from language import (
     save_start,
     texts_of,
 )
+from processes import in_two_children
 from theorems import BEST_OF, scores_of, theorem
+
+SHORT = ["ppo", "reward_model", "rloo", "grpo k1", "dpo", "sft", "rejection_sampling", "grpo k3"]
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +33,38 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("theorems")
 
 
-def prove(name, folder, short=True, limit=5e-2, start=0.5):
-    """Run it -> what was proven. It starts half a nat away, or it would prove little."""
-    proof = theorem(name, str(folder), short=short)
+@pytest.fixture(scope="module")
+def proofs(folder, request):
+    """The short runs of those theorems that are asked for, two at a time: name -> Theorem."""
+    asked = " ".join(item.name for item in request.session.items)
+    names = [name for name in SHORT if name in asked or NEEDS.get(name, "?") in asked]
+    found = {name: theorem(name, str(folder)) for name in names}
+    in_two_children(lambda name: found[name].run(), names)
+    return found
+
+
+# the test that judges a run, where its name is not in the test's
+NEEDS = {
+    "sft": "test_sft_ends",
+    "reward_model": "test_reward_model_ends",
+    "rejection_sampling": "test_rejection_sampling_ends",
+    "grpo k3": "test_the_k3_loss",
+    "dpo": "test_dpo_ends",
+}
+
+
+def judge(proof, limit=5e-2, start=0.5):
+    """It starts half a nat away, or it would prove little, and ends at the closed form."""
     assert proof.distance(proof.flags["model"]) > start
-    proof.run()
     assert proof.distance(proof.flags["output_dir"]) < limit
     return proof
+
+
+def prove(name, folder, limit):
+    """A long run -> what was proven."""
+    proof = theorem(name, str(folder), short=False)
+    proof.run()
+    return judge(proof, limit=limit)
 
 
 def implied_beta(proof):
@@ -82,14 +110,13 @@ def test_best_of_n_law_against_all_tuples():
 
 
 # ---------------------------------------------------------------- maximum likelihood
-def test_sft_ends_at_the_law_of_its_data(folder):
-    prove("sft", folder, limit=1e-2)
+def test_sft_ends_at_the_law_of_its_data(proofs):
+    judge(proofs["sft"], limit=1e-2)
 
 
-def test_reward_model_ends_at_the_rewards_behind_the_odds(folder):
+def test_reward_model_ends_at_the_rewards_behind_the_odds(proofs):
     """Up to a constant for each prompt, which Bradley-Terry leaves open."""
-    proof = theorem("reward_model", str(folder))
-    proof.run()
+    proof = proofs["reward_model"]
     world = proof.world
     scores, rewards = scores_of(world, proof.flags["output_dir"]), world.rewards[:, world.ended]
     scores, rewards = ((x - x.mean(1, keepdim=True)).flatten() for x in (scores, rewards))
@@ -97,13 +124,13 @@ def test_reward_model_ends_at_the_rewards_behind_the_odds(folder):
     assert abs((scores @ rewards) / (rewards @ rewards) - 1) < 0.02
 
 
-def test_rejection_sampling_ends_at_the_best_of_n_law(folder):
+def test_rejection_sampling_ends_at_the_best_of_n_law(proofs):
     """The best of each rollout are m draws from that law for each prompt, so that their frequencies
     are about (K-1)/(2m) from it in expectation, K being the number of completions; and the model
     fits them."""
     kept = 2048
     noise = 258 / (2 * kept)
-    proof = prove("rejection_sampling", folder, limit=2 * noise)
+    proof = judge(proofs["rejection_sampling"], limit=2 * noise)
     world, ref = proof.world, law(proof.world.ref, proof.world.tokenizer, proof.world.completions)
     assert 0.5 < kl(proof.target, ref) < math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
     index = {c: k for k, c in enumerate(world.completions)}
@@ -121,33 +148,33 @@ def test_rejection_sampling_ends_at_the_best_of_n_law(folder):
 
 # ---------------------------------------------------------------- reinforcement learning
 @pytest.mark.parametrize("name", ["ppo", "rloo", "grpo k1"])
-def test_online_methods_end_at_the_optimum(name, folder):
+def test_online_methods_end_at_the_optimum(name, proofs):
     """p_ref exp(r / beta) / Z: rloo at a temperature of 0.7 and on GPT-2's architecture, grpo where
     PAD is EOS, all with prompts of different lengths."""
-    proof = prove(name, folder)
+    proof = judge(proofs[name])
     assert implied_beta(proof) == pytest.approx(proof.flags["kl_coef"], rel=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rloo", "grpo k1"])
 def test_online_methods_end_closer_in_a_longer_run(name, folder):
-    prove(name, folder, short=False, limit=2e-2)
+    prove(name, folder, limit=2e-2)
 
 
-def test_the_k3_loss_ends_at_its_own_law(folder):
+def test_the_k3_loss_ends_at_its_own_law(proofs):
     """b p_ref / (lambda - r), far from what the k1 reward leads to; and nearer to it than with beta
     for b."""
-    proof = prove("grpo k3", folder, limit=1e-2)
+    proof = judge(proofs["grpo k3"], limit=1e-2)
     ours, ref = (proof.law(proof.flags[x]) for x in ("output_dir", "model"))
     assert kl(ours, proof.elsewhere) > 0.2
     without = k3_law(ref, proof.rewards, proof.flags["kl_coef"], 10**9)
     assert kl(ours, proof.target) < 0.5 * kl(ours, without)
 
 
-def test_dpo_ends_at_the_optimum(folder):
+def test_dpo_ends_at_the_optimum(proofs):
     """Of the same rewards, through the preferences that they make: p*, given letters and then
     EOS."""
-    proof = prove("dpo", folder)
+    proof = judge(proofs["dpo"])
     assert implied_beta(proof) == pytest.approx(proof.flags["beta"], rel=0.2)
     logps = law(proof.flags["output_dir"], proof.world.tokenizer, proof.world.completions)
     print(
@@ -160,8 +187,8 @@ def test_dpo_ends_at_the_optimum(folder):
 def test_ppo_and_dpo_meet(folder):
     """One reward table, once as a checker and once as preferences: two scripts, one
     distribution."""
-    ppo = prove("ppo", folder, short=False, limit=2e-2)
-    dpo = prove("dpo", folder, short=False, limit=2e-2)
+    ppo = prove("ppo", folder, limit=2e-2)
+    dpo = prove("dpo", folder, limit=2e-2)
     assert ppo.world.table == dpo.world.table
     ended = [ppo.world.completions[k] for k in ppo.world.ended]
     of_ppo = normalise(law(ppo.flags["output_dir"], ppo.world.tokenizer, ended))
