@@ -27,6 +27,19 @@ SHAPE |= dict(
 )
 
 
+def pytest_collection_finish(session):
+    """The theorems' runs take a core to themselves from the start."""
+    theorems = sys.modules.get("test_theorems")
+    if theorems is not None and not session.config.option.collectonly:
+        theorems.start_short_runs(session.items)
+
+
+def pytest_sessionfinish(session):
+    theorems = sys.modules.get("test_theorems")
+    if theorems is not None:
+        theorems.end_short_runs()
+
+
 def tiny_config(name):
     """Weights are drawn wide, so that distributions are far from flat and depend on the context."""
     if name == "llama":

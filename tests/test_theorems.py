@@ -8,6 +8,11 @@ figure."""
 import itertools
 import json
 import math
+import os
+import shutil
+import signal
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,36 +26,61 @@ from language import (
     save_start,
     texts_of,
 )
-from processes import in_two_children
+from processes import end_with_parent
 from theorems import BEST_OF, scores_of, theorem
 
-SHORT = ["ppo", "reward_model", "rloo", "grpo k1", "dpo", "sft", "rejection_sampling", "grpo k3"]
+# the short runs, and the beginning of the test that judges each
+SHORT = {
+    "ppo": "test_online_methods_end_at_the_optimum",
+    "rloo": "test_online_methods_end_at_the_optimum",
+    "grpo k1": "test_online_methods_end_at_the_optimum",
+    "grpo k3": "test_the_k3_loss",
+    "dpo": "test_dpo_ends",
+    "sft": "test_sft_ends",
+    "reward_model": "test_reward_model_ends",
+    "rejection_sampling": "test_rejection_sampling_ends",
+}
+BACKGROUND = SimpleNamespace(pid=None, folder=None, proofs={})
+
+
+def start_short_runs(items):
+    """Start, in a process of their own, the short runs that these tests judge: conftest.py does it
+    before the first test, so that they have a core to themselves while other tests run."""
+    names = [name for name, test in SHORT.items() if any(x.name.startswith(test) for x in items)]
+    if not names:
+        return
+    BACKGROUND.folder = tempfile.mkdtemp(prefix="theorems-")
+    BACKGROUND.proofs = {name: theorem(name, BACKGROUND.folder) for name in names}
+    BACKGROUND.pid = os.fork()
+    if BACKGROUND.pid == 0:
+        end_with_parent()
+        try:
+            for name in names:
+                BACKGROUND.proofs[name].run()
+        finally:
+            os._exit(0)
+
+
+def end_short_runs():
+    """Whatever happened, nothing of them stays."""
+    if BACKGROUND.pid is not None:
+        os.kill(BACKGROUND.pid, signal.SIGKILL)
+        os.waitpid(BACKGROUND.pid, 0)
+    shutil.rmtree(BACKGROUND.folder or "", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def proofs():
+    """name -> Theorem, after its short run."""
+    os.waitpid(BACKGROUND.pid, 0)
+    BACKGROUND.pid = None
+    return BACKGROUND.proofs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where worlds and runs are; theorems about one world share it."""
+    """Where worlds and long runs are; theorems about one world share it."""
     return tmp_path_factory.mktemp("theorems")
-
-
-@pytest.fixture(scope="module")
-def proofs(folder, request):
-    """The short runs of those theorems that are asked for, two at a time: name -> Theorem."""
-    asked = " ".join(item.name for item in request.session.items)
-    names = [name for name in SHORT if name in asked or NEEDS.get(name, "?") in asked]
-    found = {name: theorem(name, str(folder)) for name in names}
-    in_two_children(lambda name: found[name].run(), names)
-    return found
-
-
-# the test that judges a run, where its name is not in the test's
-NEEDS = {
-    "sft": "test_sft_ends",
-    "reward_model": "test_reward_model_ends",
-    "rejection_sampling": "test_rejection_sampling_ends",
-    "grpo k3": "test_the_k3_loss",
-    "dpo": "test_dpo_ends",
-}
 
 
 def judge(proof, limit=5e-2, start=0.5):
