@@ -39,11 +39,13 @@ def end_with_parent():
 
 
 @contextlib.contextmanager
-def start(processes, *args, **options):
+def start(processes, *args, gpu=False, **options):
     """One process, or several under torchrun, that run this file; what is left is killed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *map(str, args)]
-    settings = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+    settings = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    if not gpu:
+        settings["CUDA_VISIBLE_DEVICES"] = ""
     options |= dict(text=True, env=os.environ | settings, start_new_session=True)
     process = subprocess.Popen(command, **options)
     try:
@@ -54,10 +56,10 @@ def start(processes, *args, **options):
         process.wait()
 
 
-def launch(processes, *args, timeout=600):
+def launch(processes, *args, gpu=False, timeout=600):
     """The finished process, with what it printed."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with start(processes, *args, **pipes) as process:
+    with start(processes, *args, gpu=gpu, **pipes) as process:
         stdout, stderr = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
@@ -242,6 +244,7 @@ def flags(name, chain, folder):
         lr_schedule="constant",
         max_grad_norm=0.01 if name == "rloo" else 0.0,
         micro_batch_tokens=90,
+        dtype="float32",
         save_every=2,
         eval_every=2,
         gradient_checkpointing=name in ("sft", "ppo"),
@@ -286,7 +289,7 @@ def gradient_of(model):
     """Its gradient, gathered from all processes, as one vector."""
     gradients = [p.grad for p in model.parameters()]
     gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    return torch.cat([gradient.flatten() for gradient in gradients]).cpu()
 
 
 @contextlib.contextmanager
@@ -298,7 +301,7 @@ def record(name):
     found = {"gradients": [], "sampled": []}
 
     def spy_clip(model, max_norm):
-        norm = clip_gradients(model, max_norm)
+        norm = clip_gradients(model, max_norm).cpu()
         found["gradients"].append(gradient_of(model))
         total = found["gradients"][-1].double().norm()
         expected = min(norm, max_norm) if max_norm else norm
@@ -377,6 +380,14 @@ def everything(folder, chain):
     architectures(folder, chain)
     every_script(folder, chain)
     halves(folder, chain)
+
+
+def bfloat16(folder, chain):
+    """Three steps of each in bfloat16, as a GPU has it by default."""
+    for name in NAMES:
+        with record(name) as found:
+            run_flags(name, chain, Path(folder, name), dtype="bfloat16")
+        torch.save(found, Path(folder, f"{name}.pt"))
 
 
 def go_on(folder, chain):
