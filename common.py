@@ -147,15 +147,16 @@ def world_size():
 
 def start_processes():
     """Join the processes that torchrun started -> this one's device. Only the first prints."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    is_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if is_cuda else "cpu")
     if world_size() == 1:
-        return torch.device(kind)
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        return device
+    if is_cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        distributed.init_process_group()
+        # (NCCL alone could not add up numbers that are on the CPU)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -823,6 +824,10 @@ def in_micro_batches(function, batch, budget):
 
 
 # ---------------------------------------------------------------- 7. sampling
+# of prompts and completions sampled together: a GPU takes as long for many rows as for few
+TOKENS_AT_A_TIME = 262_144 if torch.cuda.is_available() else 65_536
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -833,7 +838,7 @@ def sample(
     temperature=1.0,
     eos_ids,
     rng,
-    token_budget=65_536,
+    token_budget=TOKENS_AT_A_TIME,
 ):
     """Sample from all of softmax(logits / temperature): no top-k, no top-p, no generation config.
 

@@ -14,7 +14,6 @@ step."""
 
 import argparse
 import gc
-import inspect
 import itertools
 import json
 import math
@@ -116,7 +115,7 @@ CASES = [
     ("8B", 64, 80, True),
 ]
 CHUNK = 40_000_000  # logits of a chunk of the head, as in token_logprobs_and_entropy
-SAMPLED_TOKENS = inspect.signature(common.sample).parameters["token_budget"].default
+SAMPLED_TOKENS = 262_144  # sampled at a time, common.TOKENS_AT_A_TIME of a GPU
 
 
 # ---------------------------------------------------------------- the calculator
