@@ -1314,6 +1314,7 @@ class Run:
             tokenizer.save_pretrained(self.dir)
         barrier()
         if world_size() > 1:  # (not after a failure: it could wait for others)
+            atexit.unregister(distributed.destroy_process_group)  # of an earlier run
             atexit.register(distributed.destroy_process_group)
         self.close()
         print(f"{time.time() - self.started:.0f} s; the model is in {self.dir}; next: {then}")
