@@ -8,6 +8,7 @@ Log-probs, advantages, losses, evaluation and update loops stand in the scripts.
 
 import atexit
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -17,7 +18,6 @@ import numbers
 import os
 import random
 import re
-import runpy
 import signal
 import sys
 import time
@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import transformers
 import tyro
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -69,6 +70,8 @@ def cli(Args, laptop):
 
     Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved
     in --output-dir are the defaults. What stands on the command line wins."""
+    if "--help" in sys.argv and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word
     is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
         f"{sys.modules[Args.__module__].__doc__}\n\n"
@@ -76,15 +79,15 @@ def cli(Args, laptop):
     )
     args = tyro.cli(Args, default=Args(**laptop) if is_laptop else Args(), description=description)
     if args.resume:
-        return tyro.cli(Args, default=Args(**saved_flags(args)))
-    if is_laptop and (args.dataset != TASK or args.eval_dataset not in (None, TASK)):
+        args = tyro.cli(Args, default=Args(**saved_flags(args)))
+    if is_laptop and not args.resume and {args.dataset, args.eval_dataset} - {TASK, None}:
         fail("a --dataset of your own needs --model: the laptop run's model knows only `sort`")
     return args
 
 
 def saved_flags(args):
     """The flags of the run in --output-dir."""
-    path = Path(args.output_dir, "args.json")
+    path = Path(args.output_dir, "args.json").expanduser()
     if not path.is_file():
         fail(f"--resume: {args.output_dir} holds no run; start it without --resume")
     saved = json.loads(path.read_text())
@@ -95,17 +98,17 @@ def saved_flags(args):
 
 def setup(args):
     """Check --output-dir, choose device and dtype -> device, autocast (a context)."""
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal has every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     device = start_processes()
-    names = os.listdir(args.output_dir) if os.path.exists(args.output_dir) else []
-    if args.resume:
-        saved_flags(args)
-    elif "args.json" in names and not args.overwrite:
-        fail(f"{args.output_dir} holds a run: --resume goes on, --overwrite sets it aside")
-    elif names and "args.json" not in names:
-        fail(f"--output-dir {args.output_dir}: holds files, and they are no run; name a new folder")
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')} is empty: is a variable of the shell not set?")
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+    on_first_rank(lambda: check_output_dir(args))
     if args.track != "none" and importlib.util.find_spec(args.track) is None:
         fail(f"--track {args.track}: that package is not installed; run `pip install {args.track}`")
-    barrier()  # no process has written yet what another one looks for
 
     is_cuda = device.type == "cuda"
     if args.micro_batch_tokens is None:
@@ -123,6 +126,43 @@ def setup(args):
         enabled=dtype == "bfloat16",
     )
     return device, autocast
+
+
+def check_output_dir(args):
+    """Stop if --output-dir holds what this run would take away: another run, or other files."""
+    folder = Path(args.output_dir)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        fail(f"--output-dir {folder}: {error.strerror}")
+    if LOCK in names:
+        lock(folder).release()
+    if args.resume:
+        saved_flags(args)
+    elif "args.json" in names:
+        if not args.overwrite:
+            fail(f"{folder} holds a run: --resume goes on, --overwrite sets it aside")
+        for name, value in vars(args).items():
+            path = Path(str(value).partition(".py:")[0]).resolve()
+            if folder.resolve() in [path, *path.parents] and name != "output_dir":
+                fail(f"--{name} {value} lies in --output-dir, which --overwrite would move")
+    elif set(names) - {LOCK, "args.json.new"}:
+        fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
+
+
+LOCK = ".lock"
+
+
+def lock(folder):
+    """Keep other runs out of a folder until this one ends."""
+    file = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        file.acquire(blocking=False)
+    except Timeout:
+        fail(f"--output-dir {folder}: another run is going on in it")
+    return file
 
 
 def generator(seed, *purpose):
@@ -238,11 +278,36 @@ def from_pretrained(cls, path, flag, **options):
     """cls.from_pretrained(path), a failure as one sentence that names the flag."""
     if path.startswith("runs/") and not Path(path).exists():
         fail(f"{flag} {path} is not there: run `python {Path(path).name}.py` first")
+    if Path(path, "adapter_config.json").exists():
+        fail(f"{flag} {path} is an adapter (LoRA): merge it into its model first")
     try:
         return cls.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         fail(f"{flag} {path}: no directory or Hub id that can be loaded ({reason})")
+
+
+def load_weights(cls, path, flag, config, has_new_head=False):
+    """A model with float32 weights: those of the checkpoint, all of them and no others, but for the
+    new head of a language model that is to be a scorer."""
+    if getattr(config, "quantization_config", None) is not None:
+        fail(f"{flag} {path} is quantised, and cannot be trained in full: name the model it is of")
+    model, info = from_pretrained(
+        cls,
+        path,
+        flag,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,  # nothing is unpickled
+        output_loading_info=True,
+    )
+    names = {*info["missing_keys"], *info["unexpected_keys"]}
+    if has_new_head:
+        names = {name for name in names if name.startswith(f"{model.base_model_prefix}.")}
+    if names:
+        wrong = ", ".join(sorted(names)[:3])
+        fail(f"{flag} {path}: {type(model).__name__} and its file do not both have {wrong} ...")
+    return model
 
 
 def load_tokenizer(path, flag="--model"):
@@ -283,22 +348,23 @@ def context_of(config):
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_context(path, tokens, flag):
-    """Stop if sequences of that many tokens do not fit the positions that a model was made for."""
-    context = context_of(from_pretrained(AutoConfig, path, "--model"))
-    if tokens > context:
-        fail(f"{tokens} tokens do not fit the context of {path}, {context}: lower {flag}")
+def check_fit(path, examples, tokens, flag):
+    """Stop if sequences of that many tokens, or ids of the examples, are beyond what a model was
+    made for."""
+    config = from_pretrained(AutoConfig, path, "--model")
+    if tokens > context_of(config):
+        fail(
+            f"{tokens} tokens do not fit the context of {path}, {context_of(config)}: lower {flag}"
+        )
+    largest = max(max(ids) for x in examples for name, ids in x.items() if name.endswith("ids"))
+    if largest >= config.get_text_config().vocab_size:
+        fail(f"--model {path} has no embedding of token {largest}, its tokenizer has: resize it")
 
 
 def load_policy(path, device, trainable=False, gradient_checkpointing=False):
     """A causal language model with float32 weights, on its device."""
-    model = from_pretrained(
-        AutoModelForCausalLM,
-        path,
-        "--model",
-        dtype=torch.float32,
-        use_safetensors=True,  # nothing is unpickled
-    )
+    config = from_pretrained(AutoConfig, path, "--model")
+    model = load_weights(AutoModelForCausalLM, path, "--model", config)
     check_head(model)
     return prepare(model, device, trainable, gradient_checkpointing)
 
@@ -310,34 +376,29 @@ def load_scorer(
     *,
     trainable=False,
     gradient_checkpointing=False,
-    init_head=None,
-    pad_for=None,
+    init=None,
 ):
     """A sequence-classification model with one output, float32 weights, on its device.
 
-    init_head: a function that fills the weight (1, H) of the new head of a language model; without
-    it a language model is an error. pad_for: tokenizer and EOS ids, for a PAD of its own (see
-    choose_pad)."""
+    init(model, has_new_head) is called before it is split over processes; without it a language
+    model, whose head is new, is an error."""
     config = from_pretrained(AutoConfig, path, flag)
     is_scorer = "SequenceClassification" in str(config.architectures)
-    if not is_scorer and init_head is None:
+    if not is_scorer and init is None:
         fail(f"{flag} {path}: {config.architectures} is no reward model: run reward_model.py on it")
     config.num_labels = 1
-    model = from_pretrained(
+    model = load_weights(
         AutoModelForSequenceClassification,
         path,
         flag,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
+        config,
+        has_new_head=not is_scorer,
     )
     if trainable and not has_score_head(model):
         fail(f"{flag} {path}: {type(model).__name__} has no plain `score` head: use a decoder")
-    if not is_scorer:
+    if init is not None:
         with torch.no_grad():
-            init_head(model.score.weight)
-    if pad_for is not None:
-        choose_pad(model, *pad_for)
+            init(model, not is_scorer)
     return prepare(model, device, trainable, gradient_checkpointing)
 
 
@@ -393,15 +454,6 @@ def check_head(model):
         fail(f"{name} scales logits or counts positions in a way that is not known here")
 
 
-def choose_pad(model, tokenizer, eos_ids):
-    """Give a reward model a PAD that is no EOS: transformers scores at the last id but PAD."""
-    if tokenizer.pad_token_id in eos_ids:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
 # ---------------------------------------------------------------- 4. the built-in task
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -409,9 +461,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}
 
 
-def task_rows(kind, held_out, seed, chat=False):
-    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`. chat: the
-    prompt as messages.
+def task_rows(kind, held_out, seed):
+    """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`.
 
     Whether letters are held out depends on them alone; held-out rows are the same for all seeds."""
     rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}")
@@ -422,9 +473,6 @@ def task_rows(kind, held_out, seed, chat=False):
             continue
         answer = "".join(sorted(letters))
         row = {"prompt": f"{letters}>", "answer": answer}
-        if chat:
-            request = f"Put these letters into alphabetical order: {letters}"
-            row["prompt"] = [{"role": "user", "content": request}]
         if kind == "preference":
             row["chosen"] = answer
             row["rejected"] = wrong_answer(answer, rng)
@@ -479,19 +527,19 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     kind = make_example.__name__.removesuffix("_example")
     end_id = end_of_turn_id(tokenizer)
     if dataset == TASK:
-        rows = task_rows(kind, held_out, args.seed, chat=tokenizer.chat_template is not None)
+        rows = task_rows(kind, held_out, args.seed)
     elif dataset.endswith((".jsonl", ".json")):
         rows = read_file(dataset)
     else:
-        rows = read_hub(dataset)
+        rows = read_table(dataset)
 
     examples = []
     dropped = Counter()
     columns = set()
     for number, row in enumerate(rows, 1):
-        where = f"{dataset} {'line' if dataset.endswith('.jsonl') else 'row'} {number}"
         if row is ...:  # an empty line
             continue
+        where = f"{dataset} {'line' if dataset.endswith('.jsonl') else 'row'} {number}"
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"is a {type(row).__name__}, not an object")
@@ -510,8 +558,9 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
         fail(f"{report}: nothing is left")
     print(report)
     unread = [name for name in columns - READ_COLUMNS if "{" + name not in args.prompt_template]
-    if unread and kind != "prompt" and dataset != TASK:
-        print(f"{dataset}: columns that are not used: {', '.join(sorted(unread))}")
+    if unread and dataset != TASK:
+        use = "for a reward function alone" if kind == "prompt" else "that are not used"
+        print(f"{dataset}: columns {use}: {', '.join(sorted(unread))}")
     return examples
 
 
@@ -541,52 +590,25 @@ def read_file(path):
         fail(f"{where}: cannot be read ({error}); wanted a JSON object a line, in .json a list")
 
 
-def read_hub(dataset):
-    """Rows of a Hub data set, `name` or `name:split`."""
+TABLES = {".csv": "csv", ".parquet": "parquet", ".gz": "json"}
+
+
+def read_table(dataset):
+    """Rows of a .csv, .parquet or .jsonl.gz file, or of a Hub data set: name, name:split or
+    name:configuration:split."""
     if importlib.util.find_spec("datasets") is None:
-        fail(f"{dataset}: no .jsonl or .json file; for the Hub, run `pip install datasets`")
+        fail(f"{dataset}: to read what is no .jsonl or .json file, run `pip install datasets`")
     import datasets
 
-    name, _, split = dataset.partition(":")
-    return list(datasets.load_dataset(name, split=split or "train"))
-
-
-def preference_example(row, tokenizer, end_id, args):
-    """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
-    chosen = text_or_messages(row, ["chosen"])
-    rejected = text_or_messages(row, ["rejected"])
-    # UltraFeedback's form: a text, which stands in both conversations, too
-    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
-    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
-        prompt = prompt_of(row, args)
-    else:
-        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
-    margin = row.get("margin") or 0.0
-    if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
-        raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
-    prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
-        tokenizer, prompt, [chosen, rejected], end_id
-    )
-    check_length(
-        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
-    )
-    if chosen_ids == rejected_ids:
-        raise DroppedRow("whose chosen and rejected are the same in tokens")
-    return {
-        "prompt": prompt,
-        "prompt_ids": prompt_ids,
-        "chosen_ids": chosen_ids,
-        "rejected_ids": rejected_ids,
-        "margin": float(margin),
-    }
-
-
-def prompt_example(row, tokenizer, end_id, args):
-    """A prompt; the further columns are the checker's."""
-    prompt = prompt_of(row, args)
-    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
-    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
-    return {"prompt": prompt, "prompt_ids": prompt_ids}
+    kind = TABLES.get(Path(dataset).suffix)
+    name, *configuration = dataset.split(":")
+    split = configuration.pop() if configuration else "train"
+    try:
+        if kind is not None:
+            return list(datasets.load_dataset(kind, data_files=dataset, split="train"))
+        return list(datasets.load_dataset(name, *configuration, split=split))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        fail(f"{dataset}: cannot be read ({' '.join(str(error).split())})")
 
 
 def text_or_messages(row, names):
@@ -595,16 +617,27 @@ def text_or_messages(row, names):
     if name is None:
         raise BadRow(f"no column {' or '.join(names)} among {', '.join(row)}")
     value = row[name]
-    texts = [value]
-    if isinstance(value, list) and value:
-        texts = [
-            m.get(key) if isinstance(m, dict) else None
-            for m in value
-            for key in ("role", "content")
-        ]
-    if not all(isinstance(text, str) for text in texts):
+    if isinstance(value, str):
+        return value
+    messages = [plain_message(message) for message in value] if isinstance(value, list) else []
+    if not messages or None in messages:
         raise BadRow(f"`{name}` is no text and no list of messages (role, content): {value!r:.80}")
-    return value
+    return messages
+
+
+def plain_message(message):
+    """A message with a text as its content, also where it came in parts; None if it is none."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return None
+    if message.get("tool_calls"):  # most templates leave them out, and nothing is left to train
+        raise DroppedRow("with calls of tools")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if None in parts:
+            raise DroppedRow("with content that is not text")
+        content = "".join(parts)
+    return message | {"content": content} if isinstance(content, str) else None
 
 
 def prompt_of(row, args):
@@ -614,30 +647,14 @@ def prompt_of(row, args):
     if isinstance(row.get("prompt"), list):
         raise BadRow("--prompt-template is for texts, and `prompt` is a list of messages")
     try:
-        return args.prompt_template.format(**row)
+        # (in a shell's '...' a line break is written as these two characters)
+        return args.prompt_template.replace("\\n", "\n").format(**row)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         template = f"--prompt-template {args.prompt_template!r}"
         raise BadRow(f"{template} does not fit the columns {', '.join(row)} ({error!r})") from error
 
 
-def split_shared_prefix(chosen, rejected):
-    """chosen and rejected that begin alike -> prompt, chosen, rejected.
-
-    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:"
-    that they share (Anthropic's form), or up to the last white space."""
-    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
-    cut = is_same.index(False)
-    if isinstance(chosen, list):
-        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
-    else:
-        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
-        cut = match.end() if match else 0
-    if cut == 0:
-        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def render(tokenizer, messages, add_generation_prompt=False):
+def render(tokenizer, messages, **options):
     """Messages -> text by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
         raise BadRow("messages need a chat template, and the tokenizer has none")
@@ -645,7 +662,7 @@ def render(tokenizer, messages, add_generation_prompt=False):
         return tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            **options,
         )
     except Exception as error:  # jinja2's errors, and whatever a template raises
         reason = " ".join(str(error).split())
@@ -675,7 +692,7 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     if is_chat:
         conversations = [join_messages(prompt, completion) for completion in completions]
         check_control_tokens(tokenizer, sum(conversations, prompt))
-        texts = [render(tokenizer, prompt, add_generation_prompt=True)]
+        texts = [render_prompt(tokenizer, prompt, completions)]
         texts += [render(tokenizer, messages) for messages in conversations]
     elif all(isinstance(completion, str) for completion in completions):
         texts = [prompt] + [prompt + completion for completion in completions]
@@ -685,16 +702,27 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     if not prompt_ids:
         raise DroppedRow("whose prompt is empty")
     if any(ids[: len(prompt_ids)] != prompt_ids for ids in sequences):
-        raise DroppedRow("whose prompt is, in tokens, no prefix of prompt and completion")
+        cause = " (the chat template writes an answer's turn in another way)" if is_chat else ""
+        raise DroppedRow(f"whose prompt is, in tokens, no prefix of prompt and completion{cause}")
     completions = [ids[len(prompt_ids) :] for ids in sequences]
     return prompt_ids, [end_once(tokenizer, ids, end_id, is_chat) for ids in completions]
 
 
+def render_prompt(tokenizer, prompt, completions=()):
+    """Messages up to where the assistant goes on: a new turn, or the one that the prompt begins."""
+    is_begun = prompt[-1]["role"] == "assistant" and all(isinstance(c, str) for c in completions)
+    options = {"continue_final_message" if is_begun else "add_generation_prompt": True}
+    return render(tokenizer, prompt, **options)
+
+
 def join_messages(prompt, completion):
-    """Messages of a prompt and of a completion, which may be a text."""
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return prompt + completion
+    """Messages of a prompt and of a completion; a text ends the turn that the prompt begins."""
+    if not isinstance(completion, str):
+        return prompt + completion
+    *before, last = prompt
+    if last["role"] == "assistant":
+        return [*before, last | {"content": last["content"] + completion}]
+    return [*prompt, {"role": "assistant", "content": completion}]
 
 
 def end_once(tokenizer, ids, end_id, is_chat):
@@ -984,16 +1012,24 @@ def checker_reward(function, tokenizer, eos_ids):
         for example, ids in zip(examples, completions):
             texts.append(completion_text(tokenizer, example["prompt_ids"], ids))
             rows.append(example["row"] | {"finished": ids[-1] in eos_ids})
-        scores = on_first_rank(lambda: list(function(prompts, texts, rows)))
+        # (copies: whatever the function does to them, the data stay as they are)
+        scores = on_first_rank(
+            lambda: to_list(function(copy.deepcopy(prompts), texts, copy.deepcopy(rows)))
+        )
         if len(scores) != len(texts):
             fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")
         for value in scores:
-            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+            is_number = isinstance(value, numbers.Real) and abs(value) < torch.finfo().max
             if not is_number and value is not None:
-                fail(f"the reward returned {value!r}: wanted a number, or None: it cannot judge")
+                fail(f"the reward returned {value!r}: wanted a float32, or None: it cannot judge")
         return torch.tensor([math.nan if value is None else float(value) for value in scores])
 
     return score
+
+
+def to_list(values):
+    """A list, an array or a tensor, or a list of such numbers -> a list of numbers."""
+    return [x.tolist() if hasattr(x, "tolist") else x for x in values]
 
 
 def same_ids(tokenizer, other):
@@ -1019,7 +1055,7 @@ class RewardModel:
     """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the
     CPU. One with another tokenizer gets the text, or messages through its own chat template."""
 
-    def __init__(self, args, policy_tokenizer, eos_ids, device, autocast):
+    def __init__(self, args, examples, policy_tokenizer, eos_ids, *, device, autocast):
         self.args = args
         self.policy_tokenizer = policy_tokenizer
         self.eos_ids = eos_ids
@@ -1027,14 +1063,29 @@ class RewardModel:
         self.tokenizer = load_tokenizer(args.reward, "--reward")
         self.model = load_scorer(args.reward, device, "--reward")
         self.has_policy_tokens = same_ids(policy_tokenizer, self.tokenizer)
+        self.check_context(examples)
+
+    def sequence(self, example, completion_ids):
+        """Ids of prompt and completion, in this model's tokens."""
+        if self.has_policy_tokens:
+            return example["prompt_ids"] + completion_ids
+        return self.translate(example, completion_ids)
+
+    def check_context(self, examples):
+        """Stop if prompts and completions are too long for this model."""
+        context = min(context_of(self.model.config), self.tokenizer.model_max_length)
+        try:
+            longest = max([len(self.sequence(example, [])) for example in examples], default=0)
+        except BadRow as error:
+            fail(f"--reward {self.args.reward}: {error}")
+        if longest + self.args.max_completion_length > context:
+            fail(
+                f"--reward {self.args.reward}: prompts of {longest} tokens and "
+                f"--max-completion-length do not fit its context of {context}"
+            )
 
     def __call__(self, examples, completions):
-        sequences = []
-        for example, completion_ids in zip(examples, completions):
-            ids = example["prompt_ids"] + completion_ids
-            if not self.has_policy_tokens:
-                ids = self.translate(example, completion_ids)
-            sequences.append(ids)
+        sequences = [self.sequence(*pair) for pair in zip(examples, completions)]
         # (a model's own forward may look for PAD)
         pad_id = self.model.config.pad_token_id or 0
         batch = {
@@ -1063,7 +1114,7 @@ class RewardModel:
         (ids,) = encode(self.tokenizer, [whole], is_chat)
         ids = end_once(self.tokenizer, ids, end_id, is_chat)
         # (an encoder's [SEP], which may be its EOS, ends a cut text too)
-        is_cut = has_score_head(self.model) and completion_ids[-1] not in self.eos_ids
+        is_cut = has_score_head(self.model) and not set(completion_ids[-1:]) & set(self.eos_ids)
         return ids[:-1] if is_cut and ids[-1] == end_id else ids
 
 
@@ -1074,14 +1125,27 @@ def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
         fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or file.py:function")
     path, _, name = reward.rpartition(":")
     if path.endswith(".py"):
-        functions = runpy.run_path(path) if Path(path).is_file() else {}
-        if name not in functions:
+        function = load_function(path, name)
+        if function is None:
             fail(f"--reward {reward}: no such file, or no function {name} in it")
-        return checker_reward(functions[name], tokenizer, eos_ids)
+        return checker_reward(function, tokenizer, eos_ids)
     if reward in CHECKERS:
         check_answers(examples, reward)
         return checker_reward(CHECKERS[reward], tokenizer, eos_ids)
-    return RewardModel(args, tokenizer, eos_ids, device, autocast)
+    return RewardModel(args, examples, tokenizer, eos_ids, device=device, autocast=autocast)
+
+
+def load_function(path, name):
+    """A function of a Python file, None if there is none. The file may import what lies beside it,
+    and stands in for no module of its name."""
+    if not Path(path).is_file():
+        return None
+    sys.path.append(str(Path(path).resolve().parent))
+    spec = importlib.util.spec_from_file_location("reward_file", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reward_file"] = module  # (so that a pool of processes finds its functions)
+    spec.loader.exec_module(module)
+    return getattr(module, name, None)
 
 
 def check_answers(examples, reward):
@@ -1164,6 +1228,18 @@ def make_tracker(args):
     ]
 
 
+def digest_of(examples, models):
+    """A text that other data or other weights would change: exact, whatever the processes."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr([example["row"], example["prompt_ids"]]).encode())
+    bits = 0
+    for parameter in models.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        bits += int(local.detach().view(torch.int32).sum(dtype=torch.int64))
+    return f"{digest.hexdigest()} {all_reduce(bits)}"
+
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -1173,7 +1249,7 @@ class Run:
     Only the first process writes. Random numbers and the position in the data are functions of seed
     and step, so that a checkpoint is the step, the models and the optimiser."""
 
-    def __init__(self, args, models, optimizer, steps):
+    def __init__(self, args, models, optimizer, steps, examples):
         self.args = args
         self.models = models
         self.optimizer = optimizer
@@ -1181,23 +1257,29 @@ class Run:
         self.dir = Path(args.output_dir)
         self.signal = 0
         self.started = time.time()
+        self.digest = digest_of(examples, models)
         on_first_rank(self.make_folder)
         self.bar = tqdm(total=steps, disable=None if rank() == 0 else True)
         self.handlers = {
             number: signal.signal(number, self.interrupt)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
         }
         self.tracker = make_tracker(args)
 
     def make_folder(self):
         """A new folder. An earlier run that is there, as --overwrite allows, gets another name."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.dir)
         if (self.dir / "args.json").exists() and not self.args.resume:
             old = Path(f"{self.dir}.old")
             while old.exists():
                 old = Path(f"{old}.old")
             self.dir.rename(old)
             print(f"{self.dir} held an earlier run; it is now {old}")
-        self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.release(force=True)
+            self.dir.mkdir()
+            self.lock = lock(self.dir)
         flags = json.dumps(vars(self.args) | {"resume": False}, indent=1)
         replace_file(self.dir / "args.json", lambda file: file.write(flags.encode()))
 
@@ -1206,6 +1288,7 @@ class Run:
         """Write what --resume needs, whole or not at all. All processes call it."""
         state = {
             "step": step,
+            "digest": self.digest,
             "models": get_model_state_dict(self.models, options=WHOLE),
             "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=WHOLE),
         }
@@ -1222,6 +1305,11 @@ class Run:
         step = -1  # without a checkpoint the run begins again, and so do its logs
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["digest"] != self.digest:
+                fail(
+                    f"--resume: data or start model differ from those that {self.dir} began with; "
+                    "give these, or start a new run in another --output-dir"
+                )
             set_model_state_dict(self.models, state["models"], options=WHOLE)
             set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=WHOLE)
             step = state["step"]
@@ -1262,6 +1350,8 @@ class Run:
 
     def close(self):
         self.bar.close()
+        if rank() == 0:
+            self.lock.release(force=True)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

@@ -16,6 +16,8 @@ Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin 
 optional. Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
 
 import math
+import numbers
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,16 +29,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    PROMPT_COLUMNS,
+    BadRow,
+    DroppedRow,
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
+    check_length,
     cli,
     clip_gradients,
     completion_batch,
     completion_text,
     context_of,
+    encode_completions,
     fail,
     find_eos_ids,
     generator,
@@ -50,11 +57,12 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
-    preference_example,
+    prompt_of,
     sample,
     set_learning_rate,
     setup,
     stream,
+    text_or_messages,
 )
 
 
@@ -129,6 +137,53 @@ REFERENCE_FREE = ("simpo", "orpo")
 # ipo's is TRL's, the others their papers'
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 SIMPO_MARGIN = 1.0
+
+
+def preference_example(row, tokenizer, end_id, args):
+    """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
+    chosen = text_or_messages(row, ["chosen"])
+    rejected = text_or_messages(row, ["rejected"])
+    # UltraFeedback's form: a text, which stands in both conversations, too
+    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
+        prompt = prompt_of(row, args)
+    else:
+        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
+    margin = row.get("margin") or 0.0
+    if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
+        raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
+    prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
+        tokenizer, prompt, [chosen, rejected], end_id
+    )
+    check_length(
+        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
+    )
+    if chosen_ids == rejected_ids:
+        raise DroppedRow("whose chosen and rejected are the same in tokens")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "margin": float(margin),
+    }
+
+
+def split_shared_prefix(chosen, rejected):
+    """chosen and rejected that begin alike -> prompt, chosen, rejected.
+
+    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:"
+    that they share (Anthropic's form), or up to the last white space."""
+    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    cut = is_same.index(False)
+    if isinstance(chosen, list):
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+    else:
+        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
+        cut = match.end() if match else 0
+    if cut == 0:
+        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 @as_forward
@@ -402,7 +457,8 @@ def main(args):
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, preference_example, tokenizer, args)
     held_out = load_held_out(preference_example, tokenizer, args)
-    check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
+    longest = max(map(pair_length, examples + held_out))
+    check_fit(args.model, examples + held_out, longest, "--max-length")
     gold = load_gold(args, tokenizer, eos_ids)
 
     # the reference's log-probs change no more: they are taken once, and its weights go
@@ -421,7 +477,7 @@ def main(args):
     optimizer = make_optimizer(models, args)
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
-    run = Run(args, models, optimizer, steps)
+    run = Run(args, models, optimizer, steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_preferences(

@@ -35,12 +35,14 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
+    check_length,
     cli,
     clip_gradients,
     completion_batch,
     completion_text,
+    encode_completions,
     fail,
     find_eos_ids,
     generator,
@@ -55,7 +57,7 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
-    prompt_example,
+    prompt_of,
     sample,
     set_learning_rate,
     setup,
@@ -144,6 +146,14 @@ class Args:
     """no gradient from a completion without EOS, whose score still counts (DAPO, section 3.4)"""
     dynamic_sampling: bool = False
     """replace groups of equal rewards by fresh prompts, in 8 rounds at most (DAPO, section 3.2)"""
+
+
+def prompt_example(row, tokenizer, end_id, args):
+    """A prompt; the further columns are the checker's."""
+    prompt = prompt_of(row, args)
+    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
+    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    return {"prompt": prompt, "prompt_ids": prompt_ids}
 
 
 @as_forward
@@ -461,8 +471,9 @@ def main(args):
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    check_context(
+    check_fit(
         args.model,
+        examples + held_out,
         longest_prompt + args.max_completion_length,
         "--max-prompt-length or --max-completion-length",
     )
@@ -481,7 +492,7 @@ def main(args):
     reference = load_policy(args.model, device) if args.kl_coef else None
     models = nn.ModuleDict({"policy": policy})
     optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
-    run = Run(args, models, optimizer, args.steps)
+    run = Run(args, models, optimizer, args.steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate(

@@ -34,12 +34,14 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
+    check_length,
     cli,
     clip_gradients,
     completion_batch,
     completion_text,
+    encode_completions,
     fail,
     find_eos_ids,
     generator,
@@ -56,7 +58,7 @@ from common import (
     load_tokenizer,
     make_optimizer,
     micro_batches,
-    prompt_example,
+    prompt_of,
     same_ids,
     sample,
     set_learning_rate,
@@ -148,6 +150,14 @@ class Args:
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
     """divide rewards by their standard deviation (lmhp does, N+ does not)"""
+
+
+def prompt_example(row, tokenizer, end_id, args):
+    """A prompt; the further columns are the checker's."""
+    prompt = prompt_of(row, args)
+    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
+    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    return {"prompt": prompt, "prompt_ids": prompt_ids}
 
 
 @as_forward
@@ -359,13 +369,18 @@ def load_value_model(args, tokenizer, score, device):
         path = args.reward
     if not same_ids(tokenizer, load_tokenizer(path, "--value-model")):
         fail(f"--value-model {path}: its tokens are not the policy's, so it cannot value them")
+
+    def init(model, has_new_head):
+        if has_new_head:
+            nn.init.zeros_(model.score.weight)
+
     return load_scorer(
         path,
         device,
         "--value-model",
         trainable=True,
         gradient_checkpointing=args.gradient_checkpointing,
-        init_head=nn.init.zeros_,
+        init=init,
     )
 
 
@@ -494,8 +509,9 @@ def main(args):
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    check_context(
+    check_fit(
         args.model,
+        examples + held_out,
         longest_prompt + args.max_completion_length,
         "--max-prompt-length or --max-completion-length",
     )
@@ -515,7 +531,7 @@ def main(args):
     value_model = load_value_model(args, tokenizer, score, device)
     models = nn.ModuleDict({"policy": policy, "value_model": value_model})
     optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
-    run = Run(args, models, optimizer, args.steps)
+    run = Run(args, models, optimizer, args.steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate(

@@ -34,12 +34,14 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
+    check_length,
     cli,
     clip_gradients,
     completion_batch,
     completion_text,
+    encode_completions,
     fail,
     find_eos_ids,
     generator,
@@ -55,7 +57,7 @@ from common import (
     make_optimizer,
     micro_batches,
     on_first_rank,
-    prompt_example,
+    prompt_of,
     read_rows,
     sample,
     set_learning_rate,
@@ -133,6 +135,14 @@ class Args:
     """prompts of one iteration, the next ones of the shuffled data; without it all of them"""
     iterations: int = 1
     """rounds of sampling from the current policy, selecting and training (RAFT: more than 1)"""
+
+
+def prompt_example(row, tokenizer, end_id, args):
+    """A prompt; the further columns are the checker's."""
+    prompt = prompt_of(row, args)
+    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
+    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    return {"prompt": prompt, "prompt_ids": prompt_ids}
 
 
 @as_forward
@@ -448,8 +458,9 @@ def main(args):
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    check_context(
+    check_fit(
         args.model,
+        examples + held_out,
         longest_prompt + args.max_completion_length,
         "--max-prompt-length or --max-completion-length",
     )
@@ -473,7 +484,7 @@ def main(args):
         fail(f"--select-k is {args.select_k}, and an iteration has {M * N} completions")
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
     steps = min(steps, args.steps or steps)  # fewer if some prompts have no score
-    run = Run(args, models, optimizer, steps)
+    run = Run(args, models, optimizer, steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_policy(

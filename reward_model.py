@@ -18,6 +18,8 @@ optional. One epoch: a second learns the pairs by heart. Expect 60 to 75% held-o
 preferences, more in the laptop run."""
 
 import math
+import numbers
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -28,14 +30,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import (
+    PROMPT_COLUMNS,
+    BadRow,
+    DroppedRow,
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
+    check_length,
     cli,
     clip_gradients,
     completion_text,
+    encode_completions,
     find_eos_ids,
     generator,
     in_micro_batches,
@@ -47,10 +54,11 @@ from common import (
     make_optimizer,
     micro_batches,
     pad_rows,
-    preference_example,
+    prompt_of,
     set_learning_rate,
     setup,
     stream,
+    text_or_messages,
 )
 
 
@@ -107,6 +115,53 @@ class Args:
     center_coef: float = 0.0
     """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et
     al. 2023: 0.01)"""
+
+
+def preference_example(row, tokenizer, end_id, args):
+    """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
+    chosen = text_or_messages(row, ["chosen"])
+    rejected = text_or_messages(row, ["rejected"])
+    # UltraFeedback's form: a text, which stands in both conversations, too
+    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
+        prompt = prompt_of(row, args)
+    else:
+        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
+    margin = row.get("margin") or 0.0
+    if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
+        raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
+    prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
+        tokenizer, prompt, [chosen, rejected], end_id
+    )
+    check_length(
+        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
+    )
+    if chosen_ids == rejected_ids:
+        raise DroppedRow("whose chosen and rejected are the same in tokens")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "margin": float(margin),
+    }
+
+
+def split_shared_prefix(chosen, rejected):
+    """chosen and rejected that begin alike -> prompt, chosen, rejected.
+
+    Of messages all equal ones but the last are the prompt; of texts all up to the last "Assistant:"
+    that they share (Anthropic's form), or up to the last white space."""
+    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    cut = is_same.index(False)
+    if isinstance(chosen, list):
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+    else:
+        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
+        cut = match.end() if match else 0
+    if cut == 0:
+        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 @as_forward
@@ -166,6 +221,15 @@ def score_batch(examples, device):
     }
 
 
+def choose_pad(model, tokenizer, eos_ids):
+    """Give a reward model a PAD that is no EOS: transformers scores at the last id but PAD."""
+    if tokenizer.pad_token_id in eos_ids:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
 def of_pairs(values):
     """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
     (B,)."""
@@ -221,12 +285,15 @@ def main(args):
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, preference_example, tokenizer, args)
     held_out = load_held_out(preference_example, tokenizer, args)
-    check_context(args.model, max(map(pair_length, examples + held_out)), "--max-length")
+    longest = max(map(pair_length, examples + held_out))
+    check_fit(args.model, examples + held_out, longest, "--max-length")
 
-    def init_head(weight):
-        """Of variance 1 / (H + 1) (Stiennon et al. 2020)."""
-        std = 1 / math.sqrt(weight.shape[1] + 1)
-        nn.init.normal_(weight, std=std, generator=generator(args.seed, "head"))
+    def init(model, has_new_head):
+        """A head of variance 1 / (H + 1) (Stiennon et al. 2020), a PAD that is no EOS."""
+        if has_new_head:
+            std = 1 / math.sqrt(model.score.in_features + 1)
+            nn.init.normal_(model.score.weight, std=std, generator=generator(args.seed, "head"))
+        choose_pad(model, tokenizer, eos_ids)
 
     model = load_scorer(
         args.model,
@@ -234,14 +301,13 @@ def main(args):
         "--model",
         trainable=True,
         gradient_checkpointing=args.gradient_checkpointing,
-        init_head=init_head,
-        pad_for=(tokenizer, eos_ids),
+        init=init,
     )
     models = nn.ModuleDict({"model": model})
     optimizer = make_optimizer(models, args)
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
-    run = Run(args, models, optimizer, steps)
+    run = Run(args, models, optimizer, steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_pairs(

@@ -38,8 +38,8 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_context,
     check_finite,
+    check_fit,
     check_length,
     cli,
     clip_gradients,
@@ -299,7 +299,7 @@ def main(args):
     held_out = load_held_out(sft_example, tokenizer, args)
     longest = max(len(example["ids"]) for example in examples + held_out)
     if args.model is not None:
-        check_context(args.model, longest, "--max-length")
+        check_fit(args.model, examples + held_out, longest, "--max-length")
     gold = load_gold(args, tokenizer, eos_ids)
     if args.model is None:  # new weights
         torch.manual_seed(args.seed)
@@ -316,7 +316,7 @@ def main(args):
     optimizer = make_optimizer(models, args)
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
-    run = Run(args, models, optimizer, steps)
+    run = Run(args, models, optimizer, steps, examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate_answers(

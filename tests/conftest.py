@@ -115,16 +115,17 @@ def sampled(request):
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
-def random_head(weight):
+def random_head(model, has_new_head=True):
     """A head of random weights, as reward_model.py's."""
-    torch.nn.init.normal_(weight, std=0.2, generator=common.generator(1, "head"))
+    if has_new_head:
+        torch.nn.init.normal_(model.score.weight, std=0.2, generator=common.generator(1, "head"))
 
 
 @pytest.fixture(scope="session")
 def scorers(tiny_dirs):
     """Architecture -> model with a scalar head of random weights, in training."""
     return {
-        name: common.load_scorer(path, CPU, "--model", trainable=True, init_head=random_head)
+        name: common.load_scorer(path, CPU, "--model", trainable=True, init=random_head)
         for name, path in tiny_dirs.items()
     }
 

@@ -33,8 +33,8 @@ CHATML = (
 SPECIAL = ["[PAD]", "[EOS]", "[UNK]", "<s>", "<|im_start|>", "<|im_end|>"]
 MAKE_EXAMPLE = {
     "sft": sft.sft_example,
-    "preference": common.preference_example,
-    "prompt": common.prompt_example,
+    "preference": dpo.preference_example,
+    "prompt": grpo.prompt_example,
 }
 
 
@@ -514,8 +514,8 @@ def test_a_conversation_that_goes_on_where_the_other_ends():
     """Both keep an answer, though all of the shorter is the beginning of the longer."""
     long = talk("hi", "yes", "so?", "no")
     short = talk("hi", "yes")
-    assert common.split_shared_prefix(long, short) == (long[:1], long[1:], short[1:])
-    assert common.split_shared_prefix(short, long) == (long[:1], short[1:], long[1:])
+    assert dpo.split_shared_prefix(long, short) == (long[:1], long[1:], short[1:])
+    assert dpo.split_shared_prefix(short, long) == (long[:1], short[1:], long[1:])
 
 
 def test_messages_that_begin_differently(load, refused):

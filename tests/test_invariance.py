@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import CPU, distance, gradients, precise, ragged_batch, ragged_ids
+from conftest import CPU, distance, gradients, precise, ragged_batch, ragged_ids, random_head
 
 import common
 import dpo
@@ -121,8 +121,14 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_budget(tiny_dirs, scorers
     with torch.no_grad():
         scores = reward_model.sequence_scores(scorers["llama"], whole)
     for budget in BUDGETS:
-        args = SimpleNamespace(reward=str(tmp_path), micro_batch_tokens=budget)
-        score = common.RewardModel(args, tokenizer, [1], CPU, contextlib.nullcontext)
+        args = SimpleNamespace(
+            reward=str(tmp_path),
+            micro_batch_tokens=budget,
+            max_completion_length=1,
+        )
+        score = common.RewardModel(
+            args, [], tokenizer, [1], device=CPU, autocast=contextlib.nullcontext
+        )
         torch.testing.assert_close(score(examples, completions), scores, **close)
 
 
@@ -505,9 +511,8 @@ def test_dropout_is_off(name, gradient_checkpointing, dropouts):
     inputs = dict(input_ids=batch["inputs"], attention_mask=batch["attention_mask"])
     assert not torch.equal(as_it_comes(**inputs).logits, as_it_comes(**inputs).logits)
     options = dict(trainable=True, gradient_checkpointing=gradient_checkpointing)
-    head = torch.nn.init.ones_
-    scorer = common.load_scorer(path, CPU, "--model", init_head=head, **options)
-    frozen = common.load_scorer(path, CPU, "--model", init_head=head)
+    scorer = common.load_scorer(path, CPU, "--model", init=random_head, **options)
+    frozen = common.load_scorer(path, CPU, "--model", init=random_head)
     policy = common.load_policy(path, CPU, **options)
     reference = common.load_policy(path, CPU)
     for model, still, function in [(policy, reference, logprobs_of), (scorer, frozen, heads_of)]:
@@ -533,7 +538,7 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32(tiny_llama, tmp_path):
         CPU,
         "--model",
         trainable=True,
-        init_head=torch.nn.init.zeros_,
+        init=lambda model, has_new_head: torch.nn.init.zeros_(model.score.weight),
     )
     for model in (common.load_policy(str(tmp_path), CPU, trainable=True), scorer):
         assert {p.dtype for p in model.parameters()} == {torch.float32}

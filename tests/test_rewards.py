@@ -14,6 +14,8 @@ import transformers
 from conftest import CPU, random_head
 
 import common
+import dpo
+import reward_model as reward_model_script
 import sft
 from reward_model import sequence_scores
 
@@ -108,7 +110,7 @@ def reward_model(path, tokenizer, budget=64):
 
 def load_reward(reward, examples, tokenizer=None, eos_ids=(1,), budget=64):
     return common.load_reward(
-        types.SimpleNamespace(reward=reward, micro_batch_tokens=budget),
+        types.SimpleNamespace(reward=reward, micro_batch_tokens=budget, max_completion_length=20),
         examples,
         tokenizer or sft.tiny_tokenizer(),
         eos_ids,
@@ -185,7 +187,7 @@ def test_function_that_is_not_there(file, refused):
 
 @pytest.mark.parametrize("reward", ["runs/reward_model", "./model", "someone/some-model", "/x/y.z"])
 def test_any_other_name_is_a_model(reward, monkeypatch):
-    monkeypatch.setattr(common, "RewardModel", lambda args, *others: f"the model {args.reward}")
+    monkeypatch.setattr(common, "RewardModel", lambda args, *_, **more: f"the model {args.reward}")
     assert load_reward(reward, []) == f"the model {reward}"
 
 
@@ -422,7 +424,7 @@ def test_another_tokenizer_scores_what_reward_model_py_trains_on(save, tmp_path,
     path = str(tmp_path / "rows.jsonl")
     Path(path).write_text(json.dumps(dict(prompt=prompt, chosen="ba", rejected="bb")))
     args = types.SimpleNamespace(prompt_template="{prompt}", seed=1, max_length=99)
-    (trained,) = common.load_examples(path, common.preference_example, other, args)
+    (trained,) = common.load_examples(path, dpo.preference_example, other, args)
     model = reward_model(save(other), policy)
     score = model([example(policy, prompt)], [policy("ba[EOS]").input_ids])
     expected = scored_alone(model.model, [trained["prompt_ids"] + trained["chosen_ids"]])
@@ -531,18 +533,16 @@ def test_reward_model_is_frozen(save):
 
 
 # ---------------------------------------------------------------- PAD, EOS, new heads
-def load_new_scorer(path, pad_for=None):
-    return common.load_scorer(
-        path, CPU, "--model", trainable=True, init_head=random_head, pad_for=pad_for
-    )
+def load_new_scorer(path):
+    return common.load_scorer(path, CPU, "--model", trainable=True, init=random_head)
 
 
 def test_new_head(save):
     """A language model gets a head that the caller fills; a model that has one keeps it."""
     path = save(sft.tiny_tokenizer(), "LlamaForCausalLM")
     model = load_new_scorer(path)
-    expected = torch.zeros(1, 16)
-    random_head(expected)
+    draw = common.generator(1, "head")
+    expected = torch.nn.init.normal_(torch.zeros(1, 16), std=0.2, generator=draw)
     assert torch.equal(model.score.weight, expected) and expected.abs().min() > 0
     body = transformers.AutoModelForCausalLM.from_pretrained(path).model.state_dict()
     assert all(torch.equal(model.model.state_dict()[name], body[name]) for name in body)
@@ -584,7 +584,7 @@ def test_choose_pad(save, tokens, spare, expected, rows):
     path = save(tokenizer, "LlamaForCausalLM", vocab_size=len(tokenizer) + spare)
     model = load_new_scorer(path)
     before = model.get_input_embeddings().weight.detach().clone()
-    common.choose_pad(model, tokenizer, [tokenizer.eos_token_id])
+    reward_model_script.choose_pad(model, tokenizer, [tokenizer.eos_token_id])
     assert tokenizer.pad_token == expected and tokenizer.eos_token == "[EOS]"
     assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
     assert model.get_input_embeddings().num_embeddings == rows > tokenizer.pad_token_id
@@ -596,7 +596,8 @@ def test_choose_pad_avoids_every_eos(save):
     tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = "[UNK]"
     eos_ids = [tokenizer.eos_token_id, tokenizer.unk_token_id]
-    model = load_new_scorer(save(tokenizer, "LlamaForCausalLM"), pad_for=(tokenizer, eos_ids))
+    model = load_new_scorer(save(tokenizer, "LlamaForCausalLM"))
+    reward_model_script.choose_pad(model, tokenizer, eos_ids)
     assert tokenizer.pad_token == "[PAD]"
     assert model.config.pad_token_id == tokenizer.pad_token_id not in eos_ids
 
@@ -606,7 +607,8 @@ def test_choose_pad_beyond_the_embedding(save):
     tokenizer = sft.tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     path = save(tokenizer, "LlamaForCausalLM", vocab_size=30, pad_token_id=0)
-    model = load_new_scorer(path, pad_for=(tokenizer, [tokenizer.eos_token_id]))
+    model = load_new_scorer(path)
+    reward_model_script.choose_pad(model, tokenizer, [tokenizer.eos_token_id])
     assert tokenizer.pad_token_id < model.get_input_embeddings().num_embeddings
 
 
@@ -622,7 +624,8 @@ def test_saved_scores_are_those_of_transformers(save, tmp_path, tokens, pad_is_e
     path = save(policy, "LlamaForCausalLM")
     tokenizer = common.load_tokenizer(path)
     eos_ids = common.find_eos_ids(tokenizer, path)
-    model = load_new_scorer(path, pad_for=(tokenizer, eos_ids))
+    model = load_new_scorer(path)
+    reward_model_script.choose_pad(model, tokenizer, eos_ids)
     out = str(tmp_path / "reward_model")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

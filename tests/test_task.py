@@ -7,14 +7,16 @@ import random
 import pytest
 
 import common
+import dpo
+import grpo
 import ppo
 import reward_model
 import sft
 
 MAKERS = {
     "sft": sft.sft_example,
-    "preference": common.preference_example,
-    "prompt": common.prompt_example,
+    "preference": dpo.preference_example,
+    "prompt": grpo.prompt_example,
 }
 KINDS = list(MAKERS)
 
@@ -98,28 +100,11 @@ def test_wrong_answers_of_every_sort_and_never_the_right_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chat_form_gives_messages(kind):
-    """The same letters as in the plain form."""
-    rows = common.task_rows(kind, False, 1, chat=True)
-    for row, plain in zip(rows, common.task_rows(kind, False, 1), strict=True):
-        [message] = row["prompt"]
-        assert message["role"] == "user" and letters(row) == letters(plain)
-        assert row | {"prompt": ""} == plain | {"prompt": ""}
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}{{ '>' if m.role == 'user' else '[EOS]' }}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chat", [False, True])
-def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, monkeypatch):
+def test_every_row_goes_through_the_tokenizer(kind, capsys, monkeypatch):
     """As the scripts read them: none is dropped, none is held out and trained on."""
     monkeypatch.setitem(common.TASK_ROWS, kind, 300)
     monkeypatch.setitem(common.TASK_ROWS, "held out", 100)
     tokenizer = sft.tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE if chat else None
     args = {"sft": sft.Args, "preference": reward_model.Args, "prompt": ppo.Args}[kind](model="x")
     args.max_length = args.max_prompt_length = 64
     examples = common.load_examples(common.TASK, MAKERS[kind], tokenizer, args)
@@ -129,12 +114,12 @@ def test_every_row_goes_through_the_tokenizer(kind, chat, capsys, monkeypatch):
     assert not {letters(e["row"]) for e in examples} & {letters(e["row"]) for e in held_out}
     answer_key = {"sft": "ids", "preference": "chosen_ids", "prompt": None}[kind]
     for example in examples[:20] + held_out[:20]:
-        assert isinstance(example["prompt"], list if chat else str)
+        assert isinstance(example["prompt"], str)
         assert tokenizer.decode(example["prompt_ids"]).endswith(letters(example["row"]) + ">")
         if answer_key is not None:
             ids = example[answer_key]
             assert tokenizer.decode(ids).endswith(example["row"]["answer"] + "[EOS]")
-            assert chat or tokenizer.unk_token_id not in ids
+            assert tokenizer.unk_token_id not in ids
 
 
 # ---------------------------------------------------------------- checkers
