@@ -67,8 +67,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "token = draw(logits.float(), temperature, noise[row, t])",
-        "token = draw(logits.float(), temperature, noise[: len(row), t])",
+        "token = choose(logits.float(), noise=noise[row, t])",
+        "token = choose(logits.float(), noise=noise[: len(row), t])",
         "noise belongs to the place in the batch, so that dropping finished rows changes tokens",
         "test_sampler.py::test_logprobs_are_those_of_the_training_forward[llama-1.0]",
     ),
@@ -81,8 +81,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "cache.batch_select_indices(unfinished)",
-        "cache.batch_select_indices(torch.arange(len(unfinished)))",
+        "cache.reorder_cache(unfinished)",
+        "cache.reorder_cache(torch.arange(len(unfinished)))",
         "rows that are left go on with the keys of those that have ended",
         "test_sampler.py::test_logprobs_are_those_of_the_training_forward[llama-1.0]",
     ),
