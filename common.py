@@ -365,7 +365,7 @@ def load_policy(path, device, trainable=False, gradient_checkpointing=False):
     """A causal language model with float32 weights, on its device."""
     config = from_pretrained(AutoConfig, path, "--model")
     model = load_weights(AutoModelForCausalLM, path, "--model", config)
-    check_head(model)
+    check_policy(model)
     return prepare(model, device, trainable, gradient_checkpointing)
 
 
@@ -435,23 +435,29 @@ def head_logits(model, hidden):
 
 
 @torch.no_grad()
-def check_head(model):
-    """Stop if head_logits or left padding gives other log-probs than the model's own forward."""
-    name = type(model).__name__
-    if model.base_model is model:
-        fail(f"{name} does not say which part of it is without the head (base_model)")
-    ids = torch.arange(1, 5)[None]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    attention_mask = F.pad(torch.ones_like(ids), (2, 0))
-    logits = model(
-        input_ids=F.pad(ids, (2, 0)),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).logits[0, 2:]
-    difference = head_logits(model, hidden).log_softmax(-1) - logits.float().log_softmax(-1)
-    if difference.abs().max() > 1e-3:
-        fail(f"{name} scales logits or counts positions in a way that is not known here")
+def check_policy(model):
+    """Stop unless training (right padding, head_logits) and sampling (left padding, a cache whose
+    rows are moved and dropped) have the logits of the model's own forward without any."""
+    rows = torch.arange(1, 28).view(3, 9)  # no token twice: its number says where it stands
+    prompts = [ids[:n] for ids, n in zip(rows.tolist(), (6, 1, 4))]
+    completions = torch.tensor([[7, 8, 9], [11, 12, 13], [23, 24, 25]])
+    mask = torch.ones_like(rows).tril(5)  # of 6, 7 and 8 tokens
+    check = functools.partial(
+        torch.testing.assert_close, rtol=1e-3, atol=1e-3, msg="padding, cache or head change logits"
+    )
+
+    def choose(logits, noise):
+        """The noise is the token itself."""
+        check(logits, own.flatten(0, 1)[noise - 2])
+        return noise
+
+    try:
+        own = model(input_ids=rows, use_cache=False).logits
+        sample_rows(model, prompts, completions, choose, eos_ids=torch.tensor([7]))
+        outputs = model.base_model(input_ids=rows * mask, attention_mask=mask, use_cache=False)
+        check(head_logits(model, outputs.last_hidden_state)[mask > 0], own[mask > 0])
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        fail(f"{type(model).__name__} cannot be sampled from and trained here ({str(e)!r:.200})")
 
 
 # ---------------------------------------------------------------- 4. the built-in task
@@ -892,7 +898,7 @@ def sample(
                 model,
                 [prompts[i] for i in indices],
                 noise[indices].flatten(0, 1).to(model.device),
-                temperature,
+                functools.partial(draw, temperature=temperature),
                 torch.tensor(eos_ids, device=model.device),
             )
             tokens[indices] = rows.view(len(indices), num_generations, max_new_tokens)
@@ -900,12 +906,12 @@ def sample(
     return [cut_at_eos(ids, eos_ids) for ids in tokens]
 
 
-def sample_rows(model, prompts, noise, temperature, eos_ids):
+def sample_rows(model, prompts, noise, choose, eos_ids):
     """P prompts, noise (B, max_new_tokens) -> tokens (B, max_new_tokens), anything after an EOS.
 
-    Each prompt, left-padded, goes through the model once; its generations start from copies of its
-    keys and values. Rows that have ended leave the batch when they are a quarter of it: each time
-    copies the cache."""
+    choose: logits (b, V), noise (b,) -> tokens (b,). Each prompt, left-padded, goes through the
+    model once; its generations start from copies of its keys, values and states. Rows that have
+    ended leave the batch when they are a quarter of it: each time copies the cache."""
     device = noise.device
     B, max_new_tokens = noise.shape
     num_generations = B // len(prompts)
@@ -918,20 +924,24 @@ def sample_rows(model, prompts, noise, temperature, eos_ids):
     row = torch.arange(B, device=device)  # which row of `tokens` each row of the cache belongs to
     is_finished = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logits = model(
-            input_ids=inputs,
+        # each model's own way: Mamba, say, takes no mask after the prompt
+        step = model.prepare_inputs_for_generation(
+            inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+            is_first_iteration=t == 0,
+        )
+        logits = model(**step).logits[:, -1]
         if t == 0:
-            cache.batch_repeat_interleave(num_generations)
-            logits = logits.repeat_interleave(num_generations, 0)
-            attention_mask = attention_mask.repeat_interleave(num_generations, 0)
-            position_ids = position_ids[:, -1:].repeat_interleave(num_generations, 0)
-        token = draw(logits.float(), temperature, noise[row, t])
+            prompt = row // num_generations
+            cache.reorder_cache(prompt)
+            logits = logits[prompt]
+            attention_mask = attention_mask[prompt]
+            position_ids = position_ids[prompt, -1:]
+        token = choose(logits.float(), noise=noise[row, t])
         tokens[row, t] = token
         is_finished = is_finished | torch.isin(token, eos_ids)
         num_finished = int(is_finished.sum())
@@ -941,7 +951,7 @@ def sample_rows(model, prompts, noise, temperature, eos_ids):
         position_ids = position_ids + 1
         if num_finished >= len(row) / 4:
             unfinished = (~is_finished).nonzero()[:, 0]
-            cache.batch_select_indices(unfinished)
+            cache.reorder_cache(unfinished)
             attention_mask = attention_mask[unfinished]
             position_ids = position_ids[unfinished]
             token = token[unfinished]
