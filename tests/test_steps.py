@@ -6,6 +6,7 @@ math is called. Models are GPT-2s of two layers, in float64 apart from what main
 compared at the weights that the run had then, since the second depends on the first."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -29,7 +30,6 @@ UNJUDGED = 29  # a completion that begins with z has no score
 WIDTH = 16
 G = 3
 EXACT = 1e-4  # of the norm of what is compared: main computes in float32
-SEEN = []
 
 pytestmark = pytest.mark.usefixtures("cut_by_budget_alone")
 
@@ -224,6 +224,7 @@ def watch(script, patch, models):
         patch.setattr(script, "sample", fake_sample(record.samples))
     if hasattr(script, "load_reward"):
         patch.setattr(script, "load_reward", lambda *args, **kwargs: fake_checker(score_of))
+    if hasattr(script, "load_gold"):
         patch.setattr(script, "load_gold", lambda *args, **kwargs: fake_checker(gold_of))
     return record
 
@@ -260,8 +261,6 @@ def check_gradient(update, loss):
     exact = torch.cat([gradient.flatten() for gradient in gradients])
     off = difference(flat(update.gradient), exact)
     assert off < EXACT, f"the gradient is off by {off:.1e} of its norm"
-    SEEN.append(off)
-    return off
 
 
 def check_updates(updates, args, rates, eps):
@@ -686,6 +685,7 @@ GRPO_FLAGS = {
     "kl2 loss": dict(
         kl_estimator="k2",
         scale_rewards="batch",
+        epsilon=0.08,
         loss_aggregation="token",
         epsilon_high=None,
         max_grad_norm=0.0,
@@ -799,3 +799,440 @@ def test_rloo(models, tmp_path, monkeypatch, baseline):
         }
         check_logged(step.row, expected)
         check_count(step.row["clip_fraction"], clipped)
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, rloo])
+def test_ratio_max_dev(models, tmp_path, monkeypatch, script):
+    """Of the first update alone: where the forward that trains gives log-probs 0.03 above those
+    that were taken before, it is exp(0.03) - 1."""
+    inner = script.token_logprobs_and_entropy
+
+    def forward(model, batch, temperature):
+        logprobs, entropy = inner(model, batch, temperature)
+        shift = 0.03 if torch.is_grad_enabled() else 0.0
+        return logprobs + shift * batch["mask"], entropy
+
+    monkeypatch.setattr(script, "token_logprobs_and_entropy", forward)
+    record = run(script, online_args(script, models, tmp_path), monkeypatch, models)
+    for row in record.rows:
+        assert row["ratio_max_dev"] == pytest.approx(math.exp(0.03) - 1, rel=1e-2)
+
+
+# ---------------------------------------------------------------- data sets
+def offline_args(script, model, folder, rows, held_out, **flags):
+    settings = dict(
+        model=str(model),
+        dataset=write_rows(folder / "rows.jsonl", rows),
+        eval_dataset=write_rows(folder / "held_out.jsonl", held_out),
+        output_dir=str(folder / "run"),
+        epochs=2,
+        batch_size=4,
+        micro_batch_tokens=24,
+        learning_rate=2e-3,
+        warmup_steps=1,
+        max_grad_norm=0.5,
+        weight_decay=0.1,
+    )
+    return script.Args(**settings | flags)
+
+
+def check_offline(record, args, taken, data):
+    """What holds of sft, reward_model and dpo, with what their steps took: batches of two epochs,
+    the last one smaller; the schedule; the updates."""
+    n = len(data)
+    size = args.batch_size
+    assert [len(batch) for batch in taken] == [min(size, 2 * n - i) for i in range(0, 2 * n, size)]
+    # (within a batch micro-batches have an order of their own)
+    batches = [sorted(batch) for batch in taken]
+    assert sorted(sum(batches, [])) == sorted([*data, *data])
+    first_epoch = sum(batches[: n // size], [])
+    assert len(set(first_epoch)) == len(first_epoch), "no row comes again before all have come"
+    assert batches[0] != sorted(data[:size]), "in an order that is not the file's"
+    if n % size == 0:
+        assert not any(batch in batches[: n // size] for batch in batches[n // size :])
+    rates = [row["learning_rate"] for row in record.rows]
+    check_rates(rates, args)
+    check_updates(record.updates, args, rates, eps=1e-8)
+    for row, update in zip(record.rows, record.updates, strict=True):
+        check_logged(row, {"grad_norm": update.norm})
+
+
+def check_completions(record, row, policy=None, reference=None):
+    """A greedy and a sampled completion of each held-out prompt; the sampler's temperature is 1."""
+    greedy, sampled = record.samples[:2]
+    assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
+    assert (sampled.num_generations, sampled.temperature) == (1, 1.0)
+    pairs = list(zip(sampled.prompts, sampled.completions, strict=True))
+    golds = list(zip(greedy.prompts, greedy.completions, strict=True))
+    expected = {
+        "eval/gold": mean(gold_of(*pair) for pair in pairs),
+        "eval/gold_greedy": mean(gold_of(*pair) for pair in golds),
+        "eval/eos_rate": mean(completion[-1] == EOS for _, completion in pairs),
+        "eval/completion_length": mean(len(completion) for _, completion in pairs),
+    }
+    if policy is not None:
+        with torch.no_grad():
+            expected["eval/kl"] = mean(
+                (token_log_probs(policy, *pair) - token_log_probs(reference, *pair)).sum()
+                for pair in pairs
+            )
+    check_logged(row, expected)
+
+
+# ---------------------------------------------------------------- sft
+CONVERSATIONS = [
+    [("ab", "ba")],
+    [("c", "defghijk")],
+    [("lmn", "o"), ("p", "qrstuv")],
+    [("w", "xyzab"), ("cd", "e")],
+    [("fghij", "")],
+    [("k", "lm"), ("no", "pqr"), ("s", "t")],
+    [("uv", "wx")],
+    [("yzabcd", "efg"), ("h", "ijklm")],
+    [("n", "opq")],
+]
+HELD_OUT_CONVERSATIONS = [
+    [("ab", "c")],
+    [("defg", "hijklmnopq"), ("r", "st")],
+    [("u", "vwxyz")],
+]
+
+
+def masked_ids(turns, train_on):
+    """A conversation's ids, and 1 where they are trained: on EOS, too."""
+    ids = []
+    mask = []
+    for i, (prompt, completion) in enumerate(turns):
+        prompt_ids = ids_of(f"{prompt}>")
+        completion_ids = ids_of(f"{completion}$")
+        is_trained = train_on == "all" or i == len(turns) - 1
+        ids += prompt_ids + completion_ids
+        mask += [0] * len(prompt_ids) + [int(is_trained)] * len(completion_ids)
+    return tuple(ids), mask
+
+
+def messages_of(turns):
+    messages = []
+    for prompt, completion in turns:
+        messages.append(dict(role="user", content=prompt))
+        messages.append(dict(role="assistant", content=completion))
+    return dict(messages=messages)
+
+
+def trained_nlls(model, ids, mask):
+    """(n,): of the tokens of a sequence that are trained."""
+    logps = token_log_probs(model, ids[:1], ids[1:])
+    return -logps[torch.tensor(mask[1:]).bool()]
+
+
+@pytest.mark.parametrize("form, train_on", [("text", "last"), ("chat", "last"), ("chat", "all")])
+def test_sft(models, tmp_path, monkeypatch, form, train_on):
+    """The gradient of every step, and every metric: means over the tokens of the batch, in the
+    evaluation over those of all held-out rows."""
+    conversations = CONVERSATIONS
+    model = models / "chat"
+    rows = [messages_of(turns) for turns in conversations]
+    if form == "text":
+        conversations = [turns[-1:] for turns in conversations]
+        model = models / "policy"
+        rows = [dict(prompt=f"{p}>", completion=c) for ((p, c),) in conversations]
+    held_out = [messages_of(turns) for turns in HELD_OUT_CONVERSATIONS]
+    held_out_conversations = HELD_OUT_CONVERSATIONS
+    if form == "text":
+        held_out_conversations = [turns[-1:] for turns in HELD_OUT_CONVERSATIONS]
+        held_out = [dict(prompt=f"{p}>", completion=c) for ((p, c),) in held_out_conversations]
+    flags = dict(train_on=train_on)
+    if form == "text":
+        flags |= dict(weight_decay=0.0, max_grad_norm=0.0, batch_size=3)
+    args = offline_args(sft, model, tmp_path, rows, held_out, **flags)
+    record = run(sft, args, monkeypatch, models)
+    masks = dict(masked_ids(turns, train_on) for turns in conversations)
+    check_offline(record, args, [update.sequences for update in record.updates], list(masks))
+    for row, update in zip(record.rows, record.updates):
+        nlls = [trained_nlls(update.exact, ids, masks[ids]) for ids in update.sequences]
+        loss = torch.cat(nlls).mean()
+        check_gradient(update, loss)
+        check_logged(row, {"loss": loss})
+    with torch.no_grad():
+        policy = record.updates[0].exact
+        nlls = [
+            trained_nlls(policy, *masked_ids(turns, train_on)) for turns in held_out_conversations
+        ]
+    check_logged(record.before, {"eval/loss": torch.cat(nlls).mean()})
+    check_completions(record, record.before)
+
+
+# ---------------------------------------------------------------- pairs
+PAIRS = [  # prompt, chosen, rejected, margin
+    ("ab", "ba", "cdefgh", 0.0),
+    ("c", "defghijk", "a", 0.5),
+    ("lmn", "o", "pq", 1.5),
+    ("w", "xyzab", "b", 0.0),
+    ("fghij", "", "kl", 0.25),
+    ("k", "lm", "mlkji", 0.0),
+    ("uv", "wx", "", -0.75),
+    ("yzabcd", "efg", "gfe", 0.0),
+    ("n", "opq", "opqrstu", 2.0),
+]
+HELD_OUT_PAIRS = [("ab", "c", "dc", 0.0), ("defg", "hi", "jklmnopq", 1.0), ("u", "vwxy", "", 0.5)]
+
+
+def pair_rows(pairs):
+    return [dict(prompt=f"{p}>", chosen=c, rejected=r, margin=m) for p, c, r, m in pairs]
+
+
+def pair_ids(pair):
+    """Ids of the prompt, the chosen and the rejected completion."""
+    prompt, chosen, rejected, _ = pair
+    return ids_of(f"{prompt}>"), ids_of(f"{chosen}$"), ids_of(f"{rejected}$")
+
+
+def pairs_of(update):
+    """The pairs that an update saw; chosen and rejected side by side."""
+    known = {}
+    for pair in PAIRS:
+        prompt, chosen, rejected = pair_ids(pair)
+        known[(*prompt, *chosen), (*prompt, *rejected)] = pair
+    sequences = update.sequences
+    return [known[pair] for pair in zip(sequences[0::2], sequences[1::2], strict=True)]
+
+
+def log_sigmoid(x):
+    return -(1 + (-x).exp()).log()
+
+
+def is_ahead(chosen, rejected):
+    """A tie counts half."""
+    return 0.5 if chosen == rejected else float(chosen > rejected)
+
+
+def binomial_error(share, n):
+    return math.sqrt(share * (1 - share) / n)
+
+
+# ---------------------------------------------------------------- reward_model
+def pair_scores(model, pair):
+    """Of chosen and rejected: the head at the last token, EOS."""
+    prompt, chosen, rejected = pair_ids(pair)
+    head = model.score.weight[0]
+    return [hidden_states(model, prompt + ids)[-1] @ head for ids in (chosen, rejected)]
+
+
+@pytest.mark.parametrize("center_coef", [0.0, 0.3])
+def test_reward_model(models, tmp_path, monkeypatch, center_coef):
+    """The gradient of every step, and every metric; the head that it starts from."""
+    flags = dict(center_coef=center_coef)
+    if center_coef == 0.0:
+        flags |= dict(weight_decay=0.0, max_grad_norm=0.0, batch_size=3)
+    rows = pair_rows(PAIRS)
+    held_out = pair_rows(HELD_OUT_PAIRS)
+    args = offline_args(reward_model, models / "policy", tmp_path, rows, held_out, **flags)
+    record = run(reward_model, args, monkeypatch, models)
+    taken = [pairs_of(update) for update in record.updates]
+    check_offline(record, args, taken, PAIRS)
+
+    head = record.updates[0].weights["score.weight"]
+    of_one = torch.empty(1, WIDTH)
+    of_one.normal_(generator=reward_model.generator(args.seed, "head"))
+    assert torch.allclose(head, of_one.double() / math.sqrt(WIDTH + 1), rtol=1e-4)
+
+    for row, update, pairs in zip(record.rows, record.updates, taken):
+        losses = []
+        differences = []
+        ahead = []
+        for pair in pairs:
+            chosen, rejected = pair_scores(update.exact, pair)
+            loss = -log_sigmoid(chosen - rejected - pair[3])
+            losses.append(loss + center_coef * (chosen + rejected) ** 2)
+            differences.append(chosen - rejected)
+            ahead.append(is_ahead(chosen, rejected))
+        check_gradient(update, mean(losses))
+        expected = {"loss": mean(losses), "margin": mean(differences), "accuracy": mean(ahead)}
+        check_logged(row, expected)
+
+    with torch.no_grad():
+        scores = [pair_scores(record.updates[0].exact, pair) for pair in HELD_OUT_PAIRS]
+    both = [score.item() for pair in scores for score in pair]
+    accuracy = mean(is_ahead(chosen, rejected) for chosen, rejected in scores)
+    expected = {
+        "eval/loss": mean(-log_sigmoid(c - r - p[3]) for (c, r), p in zip(scores, HELD_OUT_PAIRS)),
+        "eval/accuracy": accuracy,
+        "eval/accuracy_stderr": binomial_error(accuracy, len(scores)),
+        "eval/margin": mean(c - r for c, r in scores),
+        "eval/score_mean": mean(both),
+        "eval/score_std": math.sqrt(variance(both)),
+    }
+    check_logged(record.before, expected)
+
+
+# ---------------------------------------------------------------- dpo
+DPO_FLAGS = {
+    "sigmoid": dict(
+        beta=0.3,
+        label_smoothing=0.1,
+        batch_size=3,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+    ),
+    "ipo": dict(beta=0.4, loss_type="ipo"),
+    "simpo": dict(beta=1.5, loss_type="simpo", simpo_margin=0.5),
+    "orpo": dict(loss_type="orpo", beta=0.2),
+    "sft": dict(beta=0.3, sft_coef=0.7),
+}
+
+
+def odds(logp):
+    return logp.exp() / (1 - logp.exp())
+
+
+def preference(policy, reference, pair, args):
+    """Loss of a pair, and what is logged of it, by the papers' formulas."""
+    prompt, chosen, rejected = pair_ids(pair)
+    w, l = (token_log_probs(policy, prompt, ids) for ids in (chosen, rejected))  # noqa: E741
+    with torch.no_grad():
+        ref_w, ref_l = (token_log_probs(reference, prompt, ids) for ids in (chosen, rejected))
+    logratios = (w - ref_w).sum(), (l - ref_l).sum()
+    if args.loss_type == "sigmoid":
+        rewards = args.beta * logratios[0], args.beta * logratios[1]
+        h = rewards[0] - rewards[1] - pair[3]
+        s = args.label_smoothing
+        loss = -(1 - s) * log_sigmoid(h) - s * log_sigmoid(-h)
+    elif args.loss_type == "ipo":
+        means = (w - ref_w).mean(), (l - ref_l).mean()
+        rewards = args.beta * means[0], args.beta * means[1]
+        loss = (means[0] - means[1] - 1 / (2 * args.beta)) ** 2
+    elif args.loss_type == "simpo":
+        rewards = args.beta * w.mean(), args.beta * l.mean()
+        loss = -log_sigmoid(rewards[0] - rewards[1] - args.simpo_margin - pair[3])
+    else:
+        rewards = args.beta * w.mean(), args.beta * l.mean()
+        log_odds_ratio = (odds(w.mean()) / odds(l.mean())).log()
+        loss = -w.mean() - args.beta * log_sigmoid(log_odds_ratio)
+    logged = {
+        "loss": loss - args.sft_coef * w.mean(),
+        "accuracy": is_ahead(*rewards),
+        "margin": rewards[0] - rewards[1],
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
+    }
+    if args.loss_type in ("sigmoid", "ipo"):
+        logged["chosen_logratio"], logged["rejected_logratio"] = logratios
+    return logged
+
+
+def mean_of_each(logged):
+    return {name: mean(values[name] for values in logged) for name in logged[0]}
+
+
+@pytest.mark.parametrize("flags", DPO_FLAGS.values(), ids=DPO_FLAGS)
+def test_dpo(models, tmp_path, monkeypatch, flags):
+    """The gradient of every step, and every metric, with a reference that the policy does not start
+    from."""
+    rows = pair_rows(PAIRS)
+    held_out = pair_rows(HELD_OUT_PAIRS)
+    args = offline_args(dpo, models / "policy", tmp_path, rows, held_out, **flags)
+    record = run(dpo, args, monkeypatch, models)
+    reference = reference_of(models)
+    taken = [pairs_of(update) for update in record.updates]
+    check_offline(record, args, taken, PAIRS)
+    for row, update, pairs in zip(record.rows, record.updates, taken):
+        expected = mean_of_each([preference(update.exact, reference, p, args) for p in pairs])
+        check_gradient(update, expected["loss"])
+        check_logged(row, expected)
+        assert ("chosen_logratio" in row) == ("chosen_logratio" in expected)
+    policy = record.updates[0].exact
+    with torch.no_grad():
+        logged = [preference(policy, reference, pair, args) for pair in HELD_OUT_PAIRS]
+    expected = {f"eval/{name}": value for name, value in mean_of_each(logged).items()}
+    error = binomial_error(expected["eval/accuracy"], len(HELD_OUT_PAIRS))
+    check_logged(record.before, expected | {"eval/accuracy_stderr": error})
+    check_completions(record, record.before, policy, reference)
+
+
+# ---------------------------------------------------------------- rejection_sampling
+def best_of(numbers, values, n):
+    """Mean value of the best of n, over all subsets of n."""
+    subsets = list(itertools.combinations(range(len(numbers)), n))
+    return mean(values[max(subset, key=lambda i: (numbers[i], -i))] for subset in subsets)
+
+
+def selected_of(groups, args):
+    """The completions to be trained, of groups of (ids, score, gold)."""
+    selected = []
+    everything = []
+    for group in groups:
+        usable = [x for x in group if x.score is not None and x.score >= args.min_score]
+        everything += usable
+        if usable:
+            selected.append(max(usable, key=lambda x: x.score))  # the first in a tie
+    if args.select == "top-k":
+        return sorted(everything, key=lambda x: -x.score)[: args.select_k]
+    return selected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(min_score=0.5, max_grad_norm=0.5, weight_decay=0.1),
+        dict(min_score=-0.5, select="top-k", select_k=5, max_grad_norm=0.0),
+    ],
+    ids=["top-per-prompt", "top-k"],
+)
+def test_rejection_sampling(models, tmp_path, monkeypatch, flags):
+    """What each iteration selects and trains, the gradient of every step, and every metric.
+    Training is at temperature 1, sampling and the evaluation's KL at --temperature."""
+    flags = dict(prompts_per_iteration=5, iterations=3, epochs=2, batch_size=3) | flags
+    args = online_args(rejection_sampling, models, tmp_path, **flags)
+    record = run(rejection_sampling, args, monkeypatch, models)
+    check_evaluation(record, record.updates[0].exact, reference_of(models), args)
+    calls = [call for call in record.samples if call.is_rollout]
+    check_order([tuple(prompt) for call in calls for prompt in call.prompts], prompt_ids(PROMPTS))
+    all_rates = [row["learning_rate"] for row in record.rows]
+    check_updates(record.updates, args, all_rates, eps=1e-8)
+    step = 0
+    for iteration, call in enumerate(calls, 1):
+        assert (call.num_generations, call.temperature) == (G, args.temperature)
+        groups = []
+        for i, prompt in enumerate(call.prompts):
+            groups.append(
+                [
+                    SimpleNamespace(
+                        ids=(*prompt, *completion),
+                        mask=[0] * len(prompt) + [1] * len(completion),
+                        score=score_of(prompt, completion),
+                        gold=gold_of(prompt, completion),
+                    )
+                    for completion in call.completions[i * G : (i + 1) * G]
+                ]
+            )
+        selected = selected_of(groups, args)
+        num_steps = math.ceil(2 * len(selected) / 3)
+        rows = record.rows[step : step + num_steps]
+        updates = record.updates[step : step + num_steps]
+        assert [row["iteration"] for row in rows] == [iteration] * num_steps
+        check_rates([row["learning_rate"] for row in rows], args)
+        taken = [update.sequences for update in updates]
+        assert sorted(sum(taken, [])) == sorted(2 * [x.ids for x in selected])
+        masks = {x.ids: x.mask for x in selected}
+        for row, update in zip(rows, updates):
+            nlls = [trained_nlls(update.exact, ids, masks[ids]) for ids in update.sequences]
+            loss = torch.cat(nlls).mean()
+            check_gradient(update, loss)
+            check_logged(row, {"loss": loss, "grad_norm": update.norm})
+        judged = [x for group in groups for x in group if x.score is not None]
+        expected = {
+            "score": mean(x.score for x in judged),
+            "gold": mean(x.gold for x in judged),
+            "selected_score": mean(x.score for x in selected),
+            "selected_gold": mean(x.gold for x in selected),
+        }
+        whole = [group for group in groups if all(x.score is not None for x in group)]
+        for n in (1, 2):
+            for name in ("score", "gold"):
+                expected[f"best_of_{n}/{name}"] = mean(
+                    best_of([x.score for x in g], [getattr(x, name) for x in g], n) for g in whole
+                )
+        check_logged(rows[0], expected)
+        assert not any("score" in row for row in rows[1:])
+        step += num_steps
+    assert step == len(record.rows)
