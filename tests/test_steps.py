@@ -427,6 +427,10 @@ def check_minibatches(steps, args):
         assert all(cut not in cuts[:i] for i, cut in enumerate(cuts)), "cut as before"
 
 
+def groups_of(rollouts):
+    return [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
+
+
 def check_shared_metrics(row, rollouts, args):
     """Those that have one definition in ppo, rloo and grpo."""
     num_sampled = args.prompts_per_step * G
@@ -532,6 +536,9 @@ def online_steps(script, models, folder, patch, **flags):
                 update.logps[rollout.ids] = logps[range(len(logps)), rollout.completion]
                 entropies += [-(row.exp() * row).sum().item() for row in logps]
         check_shared_metrics(row, rollouts, args)
+        if script is not ppo:
+            equal = [len({rollout.reward for rollout in g}) == 1 for g in groups_of(rollouts)]
+            check_logged(row, {"zero_std_groups": mean(equal)})
         expected = {
             "entropy": mean(entropies),
             "grad_norm": mean(update.norm for update in updates),
@@ -615,7 +622,7 @@ PPO_FLAGS = {
         weight_decay=0.0,
         missing_eos_penalty=-0.6,
     ),
-    "without KL": dict(kl_coef=0.0, num_minibatches=1, temperature=1.0),
+    "no-kl": dict(kl_coef=0.0, num_minibatches=1, temperature=1.0),
 }
 
 
@@ -671,33 +678,30 @@ def kl_of(rollout):
     return sum(rollout.old) - sum(rollout.ref)
 
 
-def groups_of(rollouts):
-    return [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
-
-
 def deviation(numbers):
     """With Bessel's correction."""
     return math.sqrt(sum((x - mean(numbers)) ** 2 for x in numbers) / (len(numbers) - 1))
 
 
 GRPO_FLAGS = {
-    "kl3 loss": dict(),
-    "kl2 loss": dict(
+    "kl3-loss": dict(),
+    "kl2-loss": dict(
         kl_estimator="k2",
         scale_rewards="batch",
         epsilon=0.08,
+        num_minibatches=1,
         loss_aggregation="token",
         epsilon_high=None,
         max_grad_norm=0.0,
     ),
-    "kl1 reward": dict(
+    "kl1-reward": dict(
         kl_estimator="k1",
         kl_in="reward",
         scale_rewards="none",
         loss_aggregation="constant",
         mask_truncated=True,
     ),
-    "without KL": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
+    "no-kl": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
 }
 
 
@@ -756,21 +760,24 @@ def test_grpo(models, tmp_path, monkeypatch, flags):
             loss = grpo_loss(update.minibatch, token_losses, args)
             check_gradient(update, loss)
             step_losses.append(loss)
-        equal = [len({rollout.reward for rollout in g}) == 1 for g in groups_of(step.rollouts)]
         expected = {
             "loss": mean(step_losses),
             "reward": mean(rollout.total_reward for rollout in step.rollouts),
-            "zero_std_groups": mean(equal),
         }
         check_logged(step.row, expected)
         check_count(step.row["clip_fraction"], clipped)
 
 
-@pytest.mark.parametrize("baseline", ["leave-one-out", "none"])
-def test_rloo(models, tmp_path, monkeypatch, baseline):
+RLOO_FLAGS = {
+    "leave-one-out": dict(epsilon=0.2),
+    "none": dict(baseline="none", kl_coef=0.0, num_minibatches=1, epsilon_high=None),
+}
+
+
+@pytest.mark.parametrize("flags", RLOO_FLAGS.values(), ids=RLOO_FLAGS)
+def test_rloo(models, tmp_path, monkeypatch, flags):
     """The gradient of every step, and every metric. A completion is one action: its ratio is a
     factor, and the clip takes its gradient away whole."""
-    flags = dict(baseline=baseline, epsilon=0.2)
     args, steps = online_steps(rloo, models, tmp_path, monkeypatch, **flags)
     for step in steps:
         for group in groups_of(step.rollouts):
@@ -779,7 +786,7 @@ def test_rloo(models, tmp_path, monkeypatch, baseline):
             for rollout in group:
                 others = [other.total_reward for other in group if other is not rollout]
                 rollout.advantage = rollout.total_reward
-                if baseline == "leave-one-out":
+                if args.baseline == "leave-one-out":
                     rollout.advantage -= mean(others)
         step_losses = []
         clipped = []
