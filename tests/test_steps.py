@@ -315,6 +315,7 @@ def number(value):
 
 
 def check_logged(row, expected):
+    assert expected.keys() <= row.keys()
     for name, value in expected.items():
         assert row[name] == pytest.approx(number(value), rel=1e-4, abs=2e-5), name
 
@@ -473,10 +474,19 @@ def surrogate(ratio, advantage, args):
     return min(ratio * advantage, limited * advantage)
 
 
-def check_evaluation(record, policy, reference, args):
-    """Before the first step: a greedy completion, and G at --temperature, whose KL is at that
-    temperature, too."""
-    greedy, sampled = [call for call in record.samples if not call.is_rollout][:2]
+def check_evaluations(record, reference, args):
+    """Before the first step and after the last, with the weights of then: a greedy completion, and
+    G at --temperature, whose KL is at that temperature, too."""
+    of_policy = [update for update in record.updates if not hasattr(update.model, "score")]
+    calls = [call for call in record.samples if not call.is_rollout]
+    before = of_policy[0].exact
+    after = float64_copy(of_policy[0].model)
+    check_evaluation(record.before, calls[:2], before, reference, args)
+    check_evaluation(record.rows[-1], calls[-2:], after, reference, args)
+
+
+def check_evaluation(row, calls, policy, reference, args):
+    greedy, sampled = calls
     assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
     assert (sampled.num_generations, sampled.temperature) == (G, args.temperature)
     expected = {}
@@ -497,7 +507,7 @@ def check_evaluation(record, policy, reference, args):
             ).sum()
             for pair in pairs
         )
-    check_logged(record.before, expected)
+    check_logged(row, expected)
 
 
 def online_steps(script, models, folder, patch, **flags):
@@ -516,7 +526,7 @@ def online_steps(script, models, folder, patch, **flags):
     check_updates(of_policy, args, rates_of_updates, eps=1e-5)
     if script is ppo:
         check_updates(of_values, args, rates_of_updates, eps=1e-5)
-    check_evaluation(record, of_policy[0].exact, reference, args)
+    check_evaluations(record, reference, args)
     calls = [call for call in record.samples if call.is_rollout]
     check_order([tuple(prompt) for call in calls for prompt in call.prompts], prompt_ids(PROMPTS))
     steps = []
@@ -611,7 +621,7 @@ def variance(numbers):
 
 
 PPO_FLAGS = {
-    "all": dict(gamma=0.9, gae_lambda=0.8, value_clip=0.05, value_coef=0.3),
+    "all": dict(gamma=0.9, gae_lambda=0.8, value_clip=0.05, value_coef=0.3, num_minibatches=5),
     "whitened": dict(
         whiten_rewards=True,
         gae_lambda=0.6,
@@ -864,9 +874,19 @@ def check_offline(record, args, taken, data):
         check_logged(row, {"grad_norm": update.norm})
 
 
-def check_completions(record, row, policy=None, reference=None):
+def evaluations_of(record):
+    """Before the first step and after the last: row, calls of `sample`, and the weights of then."""
+    before = record.updates[0].exact
+    after = float64_copy(record.updates[0].model)
+    return [
+        (record.before, record.samples[:2], before),
+        (record.rows[-1], record.samples[-2:], after),
+    ]
+
+
+def check_completions(row, calls, policy=None, reference=None):
     """A greedy and a sampled completion of each held-out prompt; the sampler's temperature is 1."""
-    greedy, sampled = record.samples[:2]
+    greedy, sampled = calls
     assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
     assert (sampled.num_generations, sampled.temperature) == (1, 1.0)
     pairs = list(zip(sampled.prompts, sampled.completions, strict=True))
@@ -960,13 +980,12 @@ def test_sft(models, tmp_path, monkeypatch, form, train_on):
         loss = torch.cat(nlls).mean()
         check_gradient(update, loss)
         check_logged(row, {"loss": loss})
-    with torch.no_grad():
-        policy = record.updates[0].exact
-        nlls = [
-            trained_nlls(policy, *masked_ids(turns, train_on)) for turns in held_out_conversations
-        ]
-    check_logged(record.before, {"eval/loss": torch.cat(nlls).mean()})
-    check_completions(record, record.before)
+    held_out = [masked_ids(turns, train_on) for turns in held_out_conversations]
+    for row, calls, policy in evaluations_of(record):
+        with torch.no_grad():
+            nlls = [trained_nlls(policy, ids, mask) for ids, mask in held_out]
+        check_logged(row, {"eval/loss": torch.cat(nlls).mean()})
+        check_completions(row, calls)
 
 
 # ---------------------------------------------------------------- pairs
@@ -1057,19 +1076,21 @@ def test_reward_model(models, tmp_path, monkeypatch, center_coef):
         expected = {"loss": mean(losses), "margin": mean(differences), "accuracy": mean(ahead)}
         check_logged(row, expected)
 
-    with torch.no_grad():
-        scores = [pair_scores(record.updates[0].exact, pair) for pair in HELD_OUT_PAIRS]
-    both = [score.item() for pair in scores for score in pair]
-    accuracy = mean(is_ahead(chosen, rejected) for chosen, rejected in scores)
-    expected = {
-        "eval/loss": mean(-log_sigmoid(c - r - p[3]) for (c, r), p in zip(scores, HELD_OUT_PAIRS)),
-        "eval/accuracy": accuracy,
-        "eval/accuracy_stderr": binomial_error(accuracy, len(scores)),
-        "eval/margin": mean(c - r for c, r in scores),
-        "eval/score_mean": mean(both),
-        "eval/score_std": math.sqrt(variance(both)),
-    }
-    check_logged(record.before, expected)
+    for row, _, model in evaluations_of(record):
+        with torch.no_grad():
+            scores = [pair_scores(model, pair) for pair in HELD_OUT_PAIRS]
+        losses = [-log_sigmoid(c - r - p[3]) for (c, r), p in zip(scores, HELD_OUT_PAIRS)]
+        both = [score.item() for pair in scores for score in pair]
+        accuracy = mean(is_ahead(chosen, rejected) for chosen, rejected in scores)
+        expected = {
+            "eval/loss": mean(losses),
+            "eval/accuracy": accuracy,
+            "eval/accuracy_stderr": binomial_error(accuracy, len(scores)),
+            "eval/margin": mean(c - r for c, r in scores),
+            "eval/score_mean": mean(both),
+            "eval/score_std": math.sqrt(variance(both)),
+        }
+        check_logged(row, expected)
 
 
 # ---------------------------------------------------------------- dpo
@@ -1147,13 +1168,13 @@ def test_dpo(models, tmp_path, monkeypatch, flags):
         check_gradient(update, expected["loss"])
         check_logged(row, expected)
         assert ("chosen_logratio" in row) == ("chosen_logratio" in expected)
-    policy = record.updates[0].exact
-    with torch.no_grad():
-        logged = [preference(policy, reference, pair, args) for pair in HELD_OUT_PAIRS]
-    expected = {f"eval/{name}": value for name, value in mean_of_each(logged).items()}
-    error = binomial_error(expected["eval/accuracy"], len(HELD_OUT_PAIRS))
-    check_logged(record.before, expected | {"eval/accuracy_stderr": error})
-    check_completions(record, record.before, policy, reference)
+    for row, calls, policy in evaluations_of(record):
+        with torch.no_grad():
+            logged = [preference(policy, reference, pair, args) for pair in HELD_OUT_PAIRS]
+        expected = {f"eval/{name}": value for name, value in mean_of_each(logged).items()}
+        error = binomial_error(expected["eval/accuracy"], len(HELD_OUT_PAIRS))
+        check_logged(row, expected | {"eval/accuracy_stderr": error})
+        check_completions(row, calls, policy, reference)
 
 
 # ---------------------------------------------------------------- rejection_sampling
@@ -1191,7 +1212,7 @@ def test_rejection_sampling(models, tmp_path, monkeypatch, flags):
     flags = dict(prompts_per_iteration=5, iterations=3, epochs=2, batch_size=3) | flags
     args = online_args(rejection_sampling, models, tmp_path, **flags)
     record = run(rejection_sampling, args, monkeypatch, models)
-    check_evaluation(record, record.updates[0].exact, reference_of(models), args)
+    check_evaluations(record, reference_of(models), args)
     calls = [call for call in record.samples if call.is_rollout]
     check_order([tuple(prompt) for call in calls for prompt in call.prompts], prompt_ids(PROMPTS))
     all_rates = [row["learning_rate"] for row in record.rows]
