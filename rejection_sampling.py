@@ -543,7 +543,7 @@ def main(args):
         }
         selection |= best_of_n_metrics(rewards, rewards, "score")
         if gold is not None:
-            selection["gold"] = golds.mean()
+            selection["gold"] = golds[~rewards.isnan()].mean()  # of those behind `score`
             selection["selected_gold"] = golds[rows, columns].mean()
             selection |= best_of_n_metrics(rewards, golds, "gold")
         without_score = int(rewards.isnan().all(1).sum())
