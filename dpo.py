@@ -8,9 +8,8 @@ reward, goes into the Bradley-Terry likelihood: no reward model, no sampling. Lo
 over the completion, EOS included. Its relatives are --loss-type, a line or three each in
 preference_loss. Left out: making the pairs, a learnt or scheduled beta, LoRA.
 
-    python dpo.py                     laptop run, after `python sft.py`: three quarters of a minute,
-    two cores python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset
-    held_out_pairs.jsonl
+    python dpo.py                     after sft.py: three quarters of a minute, two cores
+    python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
 
 Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin`
 optional. Expect `accuracy` and `margin` to rise from 0.5 and 0, the loss to fall from log 2."""
@@ -236,7 +235,7 @@ def preference_loss(  # noqa: PLR0917
     ipo: (difference of log-ratios - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
     simpo: - log sigmoid(h) (Meng et al. 2024, equation 6)
     orpo: - log pi(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)) (Hong et al. 2024,
-        equations 6 and 7)
+        equations 6 and 7; of the answer, where the authors' code has prompt and answer)
     ipo and orpo have no margin. One line away: hinge (SLiC, Zhao et al. 2023), relu(1 - h); robust
     DPO (Chowdhury et al. 2024), sigmoid's with + s for - s and divided by 1 - 2s; REBEL (Gao et al.
     2024), (h - (score of chosen - score of rejected))^2."""
@@ -460,6 +459,11 @@ def main(args):
     longest = max(map(pair_length, examples + held_out))
     check_fit(args.model, examples + held_out, longest, "--max-length")
     gold = load_gold(args, tokenizer, eos_ids)
+    num_margins = sum(example["margin"] != 0 for example in examples)
+    if num_margins and args.loss_type in ("ipo", "orpo"):
+        print(f"{num_margins} rows have a `margin`, which --loss-type {args.loss_type} leaves out")
+    elif num_margins:
+        print(f"{num_margins} rows have a `margin`, taken off h (ODPO, Amini et al. 2024)")
 
     # the reference's log-probs change no more: they are taken once, and its weights go
     if args.loss_type not in REFERENCE_FREE:

@@ -12,7 +12,7 @@ kl_penalty). Later work is one flag each. Dr. GRPO (Liu et al. 2025): --scale-re
 one update per rollout, the default, no ratio leaves 1 and no clip is at work). Left out: a value
 model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
 
-    python grpo.py                    laptop run, after sft.py: two minutes, two cores
+    python grpo.py                    after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
@@ -138,6 +138,8 @@ class Args:
     """estimate of the KL (see kl_penalty; k3: DeepSeekMath)"""
     kl_in: Literal["loss", "reward"] = "loss"
     """the KL is a loss of its own, by k2 or k3 (DeepSeekMath), or part of the reward, by k1"""
+    kl_ratio: bool = False
+    """k3 times the ratio: the gradient of KL(policy || reference) off-policy too (DeepSeek-V3.2)"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide advantages by the standard deviation of the group, of the batch, or not (Dr. GRPO)"""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
@@ -235,8 +237,10 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     Where they lead with --scale-rewards none: k1 in the reward to pi_ref exp(r / beta) / Z. k2 as a
     loss, on one-token completions, there too, with b = beta G / (G-1) for beta, since a group's
     mean includes the sample. k3 as a loss, GRPO's, on one-token completions to another law, b
-    pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). Not offered: k1 as a loss (does
-    not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point)."""
+    pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). All this at ratio 1: once the
+    policy has left the one that sampled, the gradients of k2 and k3 are those of no KL, and only
+    ratio * k3 (--kl-ratio) still has that of KL(pi || pi_ref). Not offered: k1 as a loss (does not
+    regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point)."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -380,6 +384,8 @@ def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
                 )
                 if is_kl_loss:
                     kl_loss = kl_penalty(mb_logprobs, mb_ref_logprobs, args.kl_estimator)
+                    if args.kl_ratio:
+                        kl_loss = kl_loss * (mb_logprobs - mb_old_logprobs).clamp(max=20).exp()
                     loss = loss + args.kl_coef * (mb["weights"] * kl_loss).sum()
                     totals["kl"] += (mb_old_logprobs - mb_ref_logprobs).sum()
                 loss.backward()
@@ -461,6 +467,8 @@ def main(args):
         fail("--num-generations is 1, and a group of one has no advantage: give at least 2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
         fail(f"--kl-estimator {args.kl_estimator}: k1 is for --kl-in reward, k2, k3 for loss")
+    if args.kl_ratio and args.kl_estimator != "k3":
+        fail(f"--kl-ratio is for --kl-estimator k3, not {args.kl_estimator}")
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")

@@ -10,8 +10,8 @@ surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. L
 KL coefficient (later work fixes it), reward scaling, the pretraining loss of PPO-ptx, a trunk
 shared by policy and value model, generation engines, LoRA.
 
-    python ppo.py                     laptop run, after sft.py and reward_model.py: two minutes, two
-    cores python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
+    python ppo.py                     after sft.py and reward_model.py: two minutes, two cores
+    python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
 the data set has an exact checker of its own, `gold` is logged beside the score: the reward model is

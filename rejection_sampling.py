@@ -12,9 +12,9 @@ training on one's own samples at a temperature below 1 sharpens a policy by itse
 also give best-of-N without any training, with a bound on its KL, and each prompt's solve rate. Left
 out: data of earlier iterations (Llama 2 mixes it in), LoRA.
 
-    python rejection_sampling.py      laptop run, after sft.py and reward_model.py: 90 seconds, two
-    cores python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model --dataset
-    prompts.jsonl
+    python rejection_sampling.py      after sft.py and reward_model.py: 90 seconds, two cores
+    python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model \\
+        --dataset prompts.jsonl
 
 Data: rows of prompt, and any columns that a checker reads. Expect one iteration to raise
 `eval/score` by a part of what best-of-N promises. rollouts.jsonl holds all that was sampled, with

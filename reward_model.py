@@ -9,9 +9,8 @@ scalar head on the hidden state of the last real token, EOS. Left out: ensembles
 scores to mean 0 after training (Stiennon et al. do): a constant changes no advantage once PPO's
 values have learnt it. `eval/score_mean` is logged.
 
-    python reward_model.py            laptop run, after `python sft.py`: three quarters of a minute,
-    two cores python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset
-    held_out_pairs.jsonl
+    python reward_model.py            after sft.py: three quarters of a minute, two cores
+    python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
 
 Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin`
 optional. One epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human

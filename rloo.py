@@ -10,7 +10,7 @@ The loss is - advantage * log pi(completion), stepped on once per rollout. More 
 since the policy has moved. Left out: a value model, reward and advantage normalisation, generation
 engines, LoRA.
 
-    python rloo.py                    laptop run, after sft.py: two minutes, two cores
+    python rloo.py                    after sft.py: two minutes, two cores
     python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where

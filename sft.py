@@ -9,9 +9,8 @@ al. 2024 train them too); EOS is, so that the model learns to stop. Left out: pa
 into one sequence (sorting by length saves most of the padding), LoRA and 8-bit optimisers (a few
 lines of peft or bitsandbytes at load_policy).
 
-    python sft.py                     laptop run: a tiny model from scratch, a quarter of a minute,
-    two cores python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset
-    held_out.jsonl
+    python sft.py                     a tiny model from scratch: a quarter of a minute, two cores
+    python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
 
 Data: rows of prompt and completion (or instruction and output, question and answer), or of
 messages. Expect the held-out loss to fall, and to rise again once the rows are learnt by heart:

@@ -151,7 +151,8 @@ def slow_loss(logps, old, ref, advantages, mask, args):  # noqa: PLR0917
             if args.kl_in == "loss":
                 x = logps[i, t] - ref[i, t]
                 penalties = {"k2": x * x / 2, "k3": math.exp(-x) - 1 + x}
-                total += args.kl_coef * penalties[args.kl_estimator]
+                factor = ratio if args.kl_ratio else 1.0
+                total += args.kl_coef * factor * penalties[args.kl_estimator]
         if tokens:
             sums.append(total)
             counts.append(len(tokens))
@@ -242,6 +243,37 @@ def test_reinforce_loss_later_has_the_gradient_of_a_clipped_sequence_ratio(high)
     assert torch.allclose(ours, expected * mask, atol=1e-12)
     rows = clipped.any(1)
     assert 0 < rows.sum() < 5 and clipped[rows].sum() == mask[rows].sum() and not ours[rows].any()
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0])
+def test_only_k3_times_the_ratio_has_the_gradient_of_the_kl(distance):
+    """All five tokens enumerated, drawn from a policy that the present one has left or not: the
+    expected gradient of ratio * k3 is that of KL(policy || reference); k2's only at ratio 1, where
+    k3's is that of KL(reference || policy)."""
+    start, step, ref = (draw(seed, 5).double() for seed in (1, 2, 3))
+    old_logprobs = start.log_softmax(0)
+    logits = (start + distance * step).requires_grad_()
+    logprobs = logits.log_softmax(0)
+    ref_logprobs = ref.log_softmax(0)
+    ratio = (logprobs - old_logprobs).exp()
+    probabilities = old_logprobs.exp()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    def error(loss, expected):
+        return ((gradient(loss) - expected).norm() / expected.norm()).item()
+
+    k2, k3 = (grpo.kl_penalty(logprobs, ref_logprobs, name) for name in ("k2", "k3"))
+    forward = gradient((logprobs.exp() * (logprobs - ref_logprobs)).sum())
+    backward = gradient((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
+    assert error((probabilities * ratio * k3).sum(), forward) < 1e-14
+    plain = error((probabilities * k2).sum(), forward), error((probabilities * k3).sum(), backward)
+    if distance == 0:
+        assert max(plain) < 1e-14
+    else:
+        assert min(plain) > 0.3
+        assert error((probabilities * k3).sum(), forward) > 0.3
 
 
 # ---------------------------------------------------------------- rollouts
