@@ -365,7 +365,8 @@ def load_policy(path, device, trainable=False, gradient_checkpointing=False):
     """A causal language model with float32 weights, on its device."""
     config = from_pretrained(AutoConfig, path, "--model")
     model = load_weights(AutoModelForCausalLM, path, "--model", config)
-    check_policy(model)
+    if trainable:  # a frozen one is the same model again
+        check_policy(model)
     return prepare(model, device, trainable, gradient_checkpointing)
 
 

@@ -711,6 +711,7 @@ GRPO_FLAGS = {
         loss_aggregation="constant",
         mask_truncated=True,
     ),
+    "kl-ratio": dict(kl_ratio=True),
     "no-kl": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
 }
 
@@ -764,7 +765,8 @@ def test_grpo(models, tmp_path, monkeypatch, flags):
                 for t, logp in enumerate(update.logps[rollout.ids]):
                     ratio = (logp - rollout.old[t]).exp()
                     loss = -surrogate(ratio, rollout.advantage, args)
-                    losses.append(loss + grpo_kl_loss(logp - rollout.ref[t], args))
+                    factor = ratio if args.kl_ratio else 1.0
+                    losses.append(loss + factor * grpo_kl_loss(logp - rollout.ref[t], args))
                     clipped.append(is_clipped(ratio, rollout.advantage, args))
                 token_losses.append(losses)
             loss = grpo_loss(update.minibatch, token_losses, args)
