@@ -34,7 +34,6 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_finite,
     check_fit,
     check_length,
     cli,
@@ -56,7 +55,6 @@ from common import (
     load_reward,
     load_scorer,
     load_tokenizer,
-    make_optimizer,
     micro_batches,
     prompt_of,
     same_ids,
@@ -95,7 +93,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """weight decay of AdamW, on matrices only"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -110,8 +108,8 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    track: Literal["none", "wandb", "tensorboard"] = "none"
-    """also send the metrics there"""
+    wandb: bool = False
+    """also send the metrics to Weights & Biases"""
     reward: str | None = None
     """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 512
@@ -200,12 +198,11 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
 def batch_logprobs(model, batch, args, autocast):
     """Log-probs of a whole batch, without gradient -> (B, T)."""
     with autocast():
-        logprobs, _ = in_micro_batches(
-            lambda mb: token_logprobs_and_entropy(model, mb, args.temperature),
+        return in_micro_batches(
+            lambda mb: token_logprobs_and_entropy(model, mb, args.temperature)[0],
             batch,
             args.micro_batch_tokens,
         )
-    return logprobs
 
 
 def masked_mean(x, mask):
@@ -240,12 +237,11 @@ def token_values(model, batch):
 def batch_values(model, batch, args, autocast):
     """The values of a whole batch (B, T), without gradient -> (B, T)."""
     with autocast():
-        (values,) = in_micro_batches(
-            lambda mb: (token_values(model, mb),),
+        return in_micro_batches(
+            lambda mb: token_values(model, mb),
             batch,
             args.micro_batch_tokens,
         )
-    return values
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
@@ -433,7 +429,8 @@ def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
             # the policy down
             grad_norm = clip_gradients(policy, args.max_grad_norm)
             value_grad_norm = clip_gradients(value_model, args.max_grad_norm)
-            check_finite(step + 1, grad_norm=grad_norm, value_grad_norm=value_grad_norm)
+            if not (grad_norm + value_grad_norm).isfinite():
+                fail(f"step {step + 1}: gradient norms {grad_norm}, {value_grad_norm}; no update")
             optimizer.step()
             optimizer.zero_grad()
             totals["grad_norm"] += grad_norm
@@ -475,7 +472,7 @@ def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, ar
             metrics[f"eval/{name}{suffix}"] = values.nanmean()
     if gold is not None and args.num_generations > 1:
         solved = numbers["gold"].view(-1, args.num_generations).amax(1)
-        metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
+        metrics[f"eval/pass@{args.num_generations}"] = solved.nanmean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
     batch = completion_batch(
@@ -530,7 +527,13 @@ def main(args):
     reference = load_policy(args.model, device) if args.kl_coef else None
     value_model = load_value_model(args, tokenizer, score, device)
     models = nn.ModuleDict({"policy": policy, "value_model": value_model})
-    optimizer = make_optimizer(models, args, eps=1e-5)  # B: as OpenAI's PPO has it
+    optimizer = torch.optim.AdamW(
+        models.parameters(),
+        lr=args.learning_rate,
+        eps=1e-5,  # B: as OpenAI's PPO has it
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     run = Run(args, models, optimizer, args.steps, examples)
 
     def evaluate_and_log(step):

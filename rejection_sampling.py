@@ -34,7 +34,6 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_finite,
     check_fit,
     check_length,
     cli,
@@ -54,7 +53,6 @@ from common import (
     load_policy,
     load_reward,
     load_tokenizer,
-    make_optimizer,
     micro_batches,
     on_first_rank,
     prompt_of,
@@ -93,7 +91,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """weight decay of AdamW, on matrices only"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -108,8 +106,8 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    track: Literal["none", "wandb", "tensorboard"] = "none"
-    """also send the metrics there"""
+    wandb: bool = False
+    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -177,12 +175,11 @@ def token_logprobs(model, batch, temperature=1.0):
 def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
     """Log-probs of a whole batch, without gradient -> (B, T)."""
     with autocast():
-        (logprobs,) = in_micro_batches(
-            lambda mb: (token_logprobs(model, mb, temperature),),
+        return in_micro_batches(
+            lambda mb: token_logprobs(model, mb, temperature),
             batch,
             args.micro_batch_tokens,
         )
-    return logprobs
 
 
 def sft_loss(logprobs, weights):
@@ -367,7 +364,8 @@ def fine_tune(
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step - first_step, steps)
         grad_norm = clip_gradients(policy, args.max_grad_norm)
-        check_finite(step + 1, grad_norm=grad_norm)
+        if not grad_norm.isfinite():
+            fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -425,7 +423,7 @@ def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, 
             metrics[f"eval/{name}{suffix}"] = values.nanmean()
     if gold is not None and args.num_generations > 1:
         solved = numbers["gold"].view(-1, args.num_generations).amax(1)
-        metrics[f"eval/pass@{args.num_generations}"] = solved.mean()
+        metrics[f"eval/pass@{args.num_generations}"] = solved.nanmean()
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
     batch = completion_batch(
@@ -477,7 +475,12 @@ def main(args):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     models = nn.ModuleDict({"policy": policy})
-    optimizer = make_optimizer(models, args)
+    optimizer = torch.optim.AdamW(
+        models.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     M = args.prompts_per_iteration or len(examples)
     N = args.num_generations
     if args.select_k is not None and not 1 <= args.select_k <= M * N:

@@ -35,13 +35,13 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_finite,
     check_fit,
     check_length,
     cli,
     clip_gradients,
     completion_text,
     encode_completions,
+    fail,
     find_eos_ids,
     generator,
     in_micro_batches,
@@ -50,7 +50,6 @@ from common import (
     load_held_out,
     load_scorer,
     load_tokenizer,
-    make_optimizer,
     micro_batches,
     pad_rows,
     prompt_of,
@@ -88,7 +87,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """weight decay of AdamW, on matrices only"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -103,8 +102,8 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    track: Literal["none", "wandb", "tensorboard"] = "none"
-    """also send the metrics there"""
+    wandb: bool = False
+    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -243,8 +242,8 @@ def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
     for start in range(0, len(examples), 1000):
         batch = score_batch(examples[start : start + 1000], model.device)
         with autocast():
-            (batch_scores,) = in_micro_batches(
-                lambda mb: (sequence_scores(model, mb),),
+            batch_scores = in_micro_batches(
+                lambda mb: sequence_scores(model, mb),
                 batch,
                 args.micro_batch_tokens,
             )
@@ -303,7 +302,12 @@ def main(args):
         init=init,
     )
     models = nn.ModuleDict({"model": model})
-    optimizer = make_optimizer(models, args)
+    optimizer = torch.optim.AdamW(
+        models.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
     run = Run(args, models, optimizer, steps, examples)
@@ -348,7 +352,8 @@ def main(args):
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        check_finite(step + 1, grad_norm=grad_norm)
+        if not grad_norm.isfinite():
+            fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")
         optimizer.step()
         optimizer.zero_grad()
 

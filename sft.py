@@ -37,7 +37,6 @@ from common import (
     Run,
     all_reduce,
     as_forward,
-    check_finite,
     check_fit,
     check_length,
     cli,
@@ -45,6 +44,7 @@ from common import (
     completion_text,
     context_of,
     encode_completions,
+    fail,
     find_eos_ids,
     generator,
     head_logits,
@@ -56,7 +56,6 @@ from common import (
     load_policy,
     load_tokenizer,
     make_batch,
-    make_optimizer,
     micro_batches,
     prepare,
     prompt_of,
@@ -95,7 +94,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """from the peak down to 0, which would be reached one step after the last; or not"""
     weight_decay: float = 0.0
-    """weight decay of AdamW, on matrices only"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
@@ -110,8 +109,8 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    track: Literal["none", "wandb", "tensorboard"] = "none"
-    """also send the metrics there"""
+    wandb: bool = False
+    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -212,12 +211,11 @@ def token_logprobs(model, batch, temperature=1.0):
 def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
     """Log-probs of a whole batch, without gradient -> (B, T)."""
     with autocast():
-        (logprobs,) = in_micro_batches(
-            lambda mb: (token_logprobs(model, mb, temperature),),
+        return in_micro_batches(
+            lambda mb: token_logprobs(model, mb, temperature),
             batch,
             args.micro_batch_tokens,
         )
-    return logprobs
 
 
 def sft_loss(logprobs, weights):
@@ -312,7 +310,12 @@ def main(args):
             gradient_checkpointing=args.gradient_checkpointing,
         )
     models = nn.ModuleDict({"policy": policy})
-    optimizer = make_optimizer(models, args)
+    optimizer = torch.optim.AdamW(
+        models.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     steps = min(steps, args.steps or steps)
     run = Run(args, models, optimizer, steps, examples)
@@ -354,7 +357,8 @@ def main(args):
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = set_learning_rate(optimizer, args, step, steps)
         grad_norm = clip_gradients(policy, args.max_grad_norm)
-        check_finite(step + 1, grad_norm=grad_norm)
+        if not grad_norm.isfinite():
+            fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")
         optimizer.step()
         optimizer.zero_grad()
 

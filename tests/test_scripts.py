@@ -414,7 +414,7 @@ def test_a_folder_of_other_files_is_not_written_to(chain, tmp_path, capsys):
         (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
         (sft, ["--resume"], ["--resume", "runs/sft holds no run"]),
         (sft, ["--model", "./nowhere"], ["--model ./nowhere", "no directory or Hub id"]),
-        (sft, ["--track", "wandb"], ["--track wandb", "pip install wandb"]),
+        (sft, ["--wandb"], ["--wandb", "pip install wandb"]),
     ],
 )
 def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):  # noqa: PLR0917
