@@ -285,8 +285,7 @@ def check_updates(updates, args, rates, eps):
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             deviation = (second[name] / (1 - 0.999**count)).sqrt()
             step = first[name] / (1 - 0.9**count) / (deviation + eps)
-            if weight.ndim >= 2:
-                step = step + args.weight_decay * weight
+            step = step + args.weight_decay * weight
             expected[name] = -rate * step
         moved = flat(weights) - flat(update.weights)
         assert difference(moved, flat(expected)) < 1e-3, f"update {count} is not AdamW's"
