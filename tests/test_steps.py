@@ -128,6 +128,7 @@ def fake_sample(calls):
                 completions=completions,
                 num_generations=num_generations,
                 temperature=temperature,
+                max_new_tokens=max_new_tokens,
             )
         )
         return completions
@@ -229,16 +230,24 @@ def watch(script, patch, models):
     return record
 
 
+def read_log(args, name):
+    with open(f"{args.output_dir}/{name}.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
 def run(script, args, patch, models):
     """Run it -> what watch records, and `rows`, its lines of metrics.jsonl: of the evaluation
     before the first step, if any, and of the steps."""
     record = watch(script, patch, models)
     script.main(args)
-    path = f"{args.output_dir}/metrics.jsonl"
-    with open(path) as file:
-        lines = [json.loads(line) for line in file]
+    lines = read_log(args, "metrics")
     record.before = next((line for line in lines if line["step"] == 0), None)
     record.rows = [line for line in lines if line["step"] > 0]
+    samples = read_log(args, "samples")
+    evaluated = [line["step"] for line in lines if "eval/kl" in line or "eval/loss" in line]
+    assert list(dict.fromkeys(line["step"] for line in samples)) == evaluated
+    assert evaluated[0] == 0 and evaluated[-1] == lines[-1]["step"]
+    record.samples_before = [line for line in samples if line["step"] == 0]
     return record
 
 
@@ -845,7 +854,7 @@ def offline_args(script, model, folder, rows, held_out, **flags):
         output_dir=str(folder / "run"),
         epochs=2,
         batch_size=4,
-        micro_batch_tokens=24,
+        micro_batch_tokens=24 if script is sft else 60,  # (of pairs, two or more)
         learning_rate=2e-3,
         warmup_steps=1,
         max_grad_norm=0.5,
@@ -885,11 +894,13 @@ def evaluations_of(record):
     ]
 
 
-def check_completions(row, calls, policy=None, reference=None):
-    """A greedy and a sampled completion of each held-out prompt; the sampler's temperature is 1."""
+def check_completions(row, calls, longest, policy=None, reference=None):
+    """A greedy and a sampled completion of each held-out prompt, the latter at temperature 1, as
+    long as the longest that is held out."""
     greedy, sampled = calls
     assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
     assert (sampled.num_generations, sampled.temperature) == (1, 1.0)
+    assert greedy.max_new_tokens == sampled.max_new_tokens == longest
     pairs = list(zip(sampled.prompts, sampled.completions, strict=True))
     golds = list(zip(greedy.prompts, greedy.completions, strict=True))
     expected = {
@@ -986,7 +997,8 @@ def test_sft(models, tmp_path, monkeypatch, form, train_on):
         with torch.no_grad():
             nlls = [trained_nlls(policy, ids, mask) for ids, mask in held_out]
         check_logged(row, {"eval/loss": torch.cat(nlls).mean()})
-        check_completions(row, calls)
+        longest = max(len(turns[-1][1]) + 1 for turns in held_out_conversations)
+        check_completions(row, calls, longest)
 
 
 # ---------------------------------------------------------------- pairs
@@ -1092,6 +1104,12 @@ def test_reward_model(models, tmp_path, monkeypatch, center_coef):
             "eval/score_std": math.sqrt(variance(both)),
         }
         check_logged(row, expected)
+        if row is record.before:
+            kinds = ["chosen", "rejected"] * len(HELD_OUT_PAIRS)
+            assert [line["kind"] for line in record.samples_before] == kinds
+            assert [line["score"] for line in record.samples_before] == pytest.approx(
+                both, abs=1e-4
+            )
 
 
 # ---------------------------------------------------------------- dpo
@@ -1175,7 +1193,8 @@ def test_dpo(models, tmp_path, monkeypatch, flags):
         expected = {f"eval/{name}": value for name, value in mean_of_each(logged).items()}
         error = binomial_error(expected["eval/accuracy"], len(HELD_OUT_PAIRS))
         check_logged(row, expected | {"eval/accuracy_stderr": error})
-        check_completions(row, calls, policy, reference)
+        longest = max(len(ids) for pair in HELD_OUT_PAIRS for ids in pair_ids(pair)[1:])
+        check_completions(row, calls, longest, policy, reference)
 
 
 # ---------------------------------------------------------------- rejection_sampling
