@@ -18,6 +18,7 @@ import numbers
 import os
 import random
 import re
+import runpy
 import signal
 import sys
 import time
@@ -90,7 +91,10 @@ def saved_flags(args):
     path = Path(args.output_dir, "args.json").expanduser()
     if not path.is_file():
         fail(f"--resume: {args.output_dir} holds no run; start it without --resume")
-    return json.loads(path.read_text())
+    saved = json.loads(path.read_text())
+    if saved.keys() != vars(args).keys():
+        fail(f"--resume: {args.output_dir} holds a run of another script, or of an older one")
+    return saved
 
 
 def setup(args):
@@ -104,8 +108,6 @@ def setup(args):
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
     on_first_rank(lambda: check_output_dir(args))
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        fail("--wandb: that package is not installed; run `pip install wandb`")
 
     is_cuda = device.type == "cuda"
     if args.micro_batch_tokens is None:
@@ -1022,8 +1024,9 @@ def checker_reward(function, tokenizer, eos_ids):
             rows.append(example["row"] | {"finished": ids[-1] in eos_ids})
         # (copies: whatever the function does to them, the data stay as they are)
         scores = on_first_rank(
-            lambda: to_list(function(copy.deepcopy(prompts), texts, copy.deepcopy(rows)))
+            lambda: list(function(copy.deepcopy(prompts), texts, copy.deepcopy(rows)))
         )
+        scores = [x.tolist() if hasattr(x, "tolist") else x for x in scores]  # of arrays
         if len(scores) != len(texts):
             fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")
         for value in scores:
@@ -1033,11 +1036,6 @@ def checker_reward(function, tokenizer, eos_ids):
         return torch.tensor([math.nan if value is None else float(value) for value in scores])
 
     return score
-
-
-def to_list(values):
-    """A list, an array or a tensor, or a list of such numbers -> a list of numbers."""
-    return [x.tolist() if hasattr(x, "tolist") else x for x in values]
 
 
 def same_ids(tokenizer, other):
@@ -1073,17 +1071,11 @@ class RewardModel:
         self.has_policy_tokens = same_ids(policy_tokenizer, self.tokenizer)
         self.check_context(examples)
 
-    def sequence(self, example, completion_ids):
-        """Ids of prompt and completion, in this model's tokens."""
-        if self.has_policy_tokens:
-            return example["prompt_ids"] + completion_ids
-        return self.translate(example, completion_ids)
-
     def check_context(self, examples):
         """Stop if prompts and completions are too long for this model."""
         context = min(context_of(self.model.config), self.tokenizer.model_max_length)
         try:
-            longest = max([len(self.sequence(example, [])) for example in examples], default=0)
+            longest = max([len(self.ids_of(example, [])) for example in examples], default=0)
         except BadRow as error:
             fail(f"--reward {self.args.reward}: {error}")
         if longest + self.args.max_completion_length > context:
@@ -1093,7 +1085,7 @@ class RewardModel:
             )
 
     def __call__(self, examples, completions):
-        sequences = [self.sequence(*pair) for pair in zip(examples, completions)]
+        sequences = [self.ids_of(*pair) for pair in zip(examples, completions)]
         # (a model's own forward may look for PAD)
         pad_id = self.model.config.pad_token_id or 0
         batch = {
@@ -1110,8 +1102,10 @@ class RewardModel:
             fail(f"--reward {self.args.reward} gave a score that is not finite")
         return scores.cpu()
 
-    def translate(self, example, completion_ids):
+    def ids_of(self, example, completion_ids):
         """Prompt and completion in this model's own tokens."""
+        if self.has_policy_tokens:
+            return example["prompt_ids"] + completion_ids
         prompt = example["prompt"]
         text = completion_text(self.policy_tokenizer, example["prompt_ids"], completion_ids)
         for token in control_tokens(self.tokenizer):  # as text: else it could end the turn
@@ -1133,24 +1127,14 @@ def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
         fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or file.py:function")
     path, _, name = reward.rpartition(":")
     if path.endswith(".py"):
-        function = load_function(path, name) if Path(path).is_file() else None
-        if function is None:
+        sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
+        functions = runpy.run_path(path) if Path(path).is_file() else {}
+        if name not in functions:
             fail(f"--reward {reward}: no such file, or no function {name} in it")
-        return checker_reward(function, tokenizer, eos_ids)
+        return checker_reward(functions[name], tokenizer, eos_ids)
     if reward in CHECKERS:
         return checker_reward(CHECKERS[reward], tokenizer, eos_ids)
     return RewardModel(args, examples, tokenizer, eos_ids, device=device, autocast=autocast)
-
-
-def load_function(path, name):
-    """A function of a Python file, which may import what lies beside it, and stands in for no
-    module of its name."""
-    sys.path.append(str(Path(path).resolve().parent))
-    spec = importlib.util.spec_from_file_location("reward_file", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reward_file"] = module  # (so that a pool of processes finds its functions)
-    spec.loader.exec_module(module)
-    return getattr(module, name, None)
 
 
 def load_gold(args, tokenizer, eos_ids):
@@ -1161,18 +1145,6 @@ def load_gold(args, tokenizer, eos_ids):
 
 
 # ---------------------------------------------------------------- 9. runs
-def set_learning_rate(optimizer, args, step, steps):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
-    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
-    learning_rate = args.learning_rate * decay[args.lr_schedule] * warmup
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    return learning_rate
-
-
 def is_due(every, step, steps):
     """True after every `every`-th step (0: none of them) and after the last."""
     return step == steps or (every > 0 and step % every == 0)
@@ -1227,11 +1199,6 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
             if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
         }
-        self.wandb = None
-        if args.wandb and rank() == 0:
-            import wandb
-
-            self.wandb = wandb.init(project="onefile-rlhf", config=vars(args))
 
     def make_folder(self):
         """A new folder. An earlier run that is there, as --overwrite allows, gets another name."""
@@ -1338,17 +1305,13 @@ class Run:
         if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.append("metrics.jsonl", [{"step": step} | metrics])
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
-        texts = {name: f"{name} {value:.3g}" for name, value in metrics.items()}
-        shown = ", ".join(texts[name] for name in show if name in texts)
-        held_out = ", ".join(text for name, text in texts.items() if "eval/" in name)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(shown)
-        if shown and self.bar.disable and is_due(self.args.log_every, step, self.steps):
-            tqdm.write(f"step {step}/{self.steps}: {shown}", file=sys.stdout)
+        self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
+        if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
+            print(f"step {step}/{self.steps}: {self.bar.postfix}", flush=True)
+        held_out = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
         if held_out:
-            tqdm.write(f"step {step}/{self.steps}: {held_out}", file=sys.stdout)
+            tqdm.write(f"step {step}/{self.steps}: {', '.join(held_out)}", file=sys.stdout)
 
     def log_samples(self, step, rows):
         """Rows of prompt, completion and numbers go to samples.jsonl; the first three are shown."""

@@ -56,7 +56,6 @@ from common import (
     micro_batches,
     prompt_of,
     sample,
-    set_learning_rate,
     setup,
     stream,
     text_or_messages,
@@ -105,8 +104,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -289,6 +286,15 @@ def pair_batch(examples, device):
     batch["margins"] = torch.tensor(margins, device=device)
     batch["weights"] = torch.full((len(completions),), 1 / len(examples), device=device)
     return batch
+
+
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
 def of_pairs(values):
@@ -521,7 +527,8 @@ def main(args):
             for name, values in logged.items():
                 totals[name] += (mb_weights * values.detach()).sum()
             totals["padded_tokens"] += mb["inputs"].numel()
-        learning_rate = set_learning_rate(optimizer, args, step, steps)
+        learning_rate = scheduled_learning_rate(step, steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         if not grad_norm.isfinite():
             fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")

@@ -57,7 +57,6 @@ from common import (
     micro_batches,
     prompt_of,
     sample,
-    set_learning_rate,
     setup,
     stream,
     take,
@@ -106,8 +105,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     reward: str | None = None
     """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 32
@@ -340,6 +337,15 @@ def replace_equal_groups(rollouts, sample_fresh, group_size):
         rollouts += sample_fresh(attempt, num_equal)
         num_replaced += num_equal
     return rollouts, num_replaced
+
+
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
 def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
@@ -590,7 +596,8 @@ def main(args):
             batch["trained"] = mask * finished[:, None]
 
         # update the weights
-        learning_rate = set_learning_rate(optimizer, args, step, args.steps)
+        learning_rate = scheduled_learning_rate(step, args.steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         totals = grpo_update(
             policy,
             reference,

@@ -59,7 +59,6 @@ from common import (
     prompt_of,
     same_ids,
     sample,
-    set_learning_rate,
     setup,
     stream,
     take,
@@ -108,8 +107,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     reward: str | None = None
     """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
     prompts_per_step: int = 512
@@ -380,6 +377,15 @@ def load_value_model(args, tokenizer, score, device):
     )
 
 
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
+
+
 def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
     """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
     normaliser, however it is cut into micro-batches."""
@@ -609,7 +615,8 @@ def main(args):
         batch["advantages"] = masked_whiten(advantages, mask)
 
         # update the weights
-        learning_rate = set_learning_rate(optimizer, args, step, args.steps)
+        learning_rate = scheduled_learning_rate(step, args.steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         totals = ppo_update(
             policy,
             value_model,

@@ -58,7 +58,6 @@ from common import (
     prompt_of,
     read_rows,
     sample,
-    set_learning_rate,
     setup,
     stream,
 )
@@ -106,8 +105,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -230,6 +227,15 @@ def best_of_n_metrics(scores, values, name):
         metrics[f"best_of_{N}/{name}"] = sum(curve[N] for curve in curves) / len(curves)
         metrics[f"best_of_{N}/kl_bound"] = math.log(N) - (N - 1) / N
     return metrics
+
+
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
 CHUNK = 64  # prompts that are sampled, scored and written at a time
@@ -362,7 +368,8 @@ def fine_tune(
             loss.backward()
             totals["loss"] += loss.detach()
             totals["padded_tokens"] += mb["inputs"].numel()
-        learning_rate = set_learning_rate(optimizer, args, step - first_step, steps)
+        learning_rate = scheduled_learning_rate(step - first_step, steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         if not grad_norm.isfinite():
             fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")

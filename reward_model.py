@@ -53,7 +53,6 @@ from common import (
     micro_batches,
     pad_rows,
     prompt_of,
-    set_learning_rate,
     setup,
     stream,
     text_or_messages,
@@ -102,8 +101,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """pairs per optimiser step"""
     epochs: int = 1
@@ -228,6 +225,15 @@ def choose_pad(model, tokenizer, eos_ids):
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
+
+
 def of_pairs(values):
     """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
     (B,)."""
@@ -350,7 +356,8 @@ def main(args):
             totals["accuracy"] += (mb_weights * pair_accuracy(chosen_scores, rejected_scores)).sum()
             totals["margin"] += (mb_weights * (chosen_scores - rejected_scores).detach()).sum()
             totals["padded_tokens"] += mb["inputs"].numel()
-        learning_rate = set_learning_rate(optimizer, args, step, steps)
+        learning_rate = scheduled_learning_rate(step, steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         grad_norm = clip_gradients(model, args.max_grad_norm)
         if not grad_norm.isfinite():
             fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")

@@ -60,7 +60,6 @@ from common import (
     prepare,
     prompt_of,
     sample,
-    set_learning_rate,
     setup,
     stream,
     text_or_messages,
@@ -109,8 +108,6 @@ class Args:
     """steps between checkpoints; 0: after the last step only"""
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    wandb: bool = False
-    """also send the metrics to Weights & Biases"""
     batch_size: int = 64
     """sequences per optimiser step"""
     epochs: int = 1
@@ -216,6 +213,15 @@ def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
             batch,
             args.micro_batch_tokens,
         )
+
+
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
+    alone."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
 def sft_loss(logprobs, weights):
@@ -355,7 +361,8 @@ def main(args):
             loss.backward()
             totals["loss"] += loss.detach()
             totals["padded_tokens"] += mb["inputs"].numel()
-        learning_rate = set_learning_rate(optimizer, args, step, steps)
+        learning_rate = scheduled_learning_rate(step, steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         if not grad_norm.isfinite():
             fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")

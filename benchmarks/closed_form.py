@@ -42,7 +42,7 @@ def watch(proof, every):
     """Run it -> rows of step and distance, the last after the last update."""
     script, models, rows = proof.script, [], []
     loader = "load_scorer" if hasattr(script, "sequence_scores") else "load_policy"
-    load, set_learning_rate = getattr(script, loader), script.set_learning_rate
+    load, scheduled_learning_rate = getattr(script, loader), script.scheduled_learning_rate
 
     def measure(step, model):
         row = {"step": step, "kl": proof.distance(model)}
@@ -61,18 +61,18 @@ def watch(proof, every):
             models.append(model)
         return model
 
-    def before_update(optimizer, args, step, steps):
+    def before_update(step, steps, args):
         if step % every == 0:
             measure(step, models[0])
-        return set_learning_rate(optimizer, args, step, steps)
+        return scheduled_learning_rate(step, steps, args)
 
     setattr(script, loader, loaded)
-    script.set_learning_rate = before_update
+    script.scheduled_learning_rate = before_update
     try:
         proof.run()
     finally:
         setattr(script, loader, load)
-        script.set_learning_rate = set_learning_rate
+        script.scheduled_learning_rate = scheduled_learning_rate
     lines = (Path(proof.flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     measure(json.loads(lines[-1])["step"], proof.flags["output_dir"])
     return rows

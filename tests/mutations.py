@@ -192,7 +192,7 @@ MUTANTS = [
         "test_data.py::test_stream_is_another_order_in_each_epoch_and_for_each_seed",
     ),
     Mutant(
-        "common.py",
+        "ppo.py",
         "done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)",
         "done = max(0, step - args.warmup_steps) / steps",
         "the learning rate does not go towards 0 at the last step",
@@ -893,8 +893,8 @@ MUTANTS = [
     ),
     Mutant(
         "ppo.py",
-        "        learning_rate = set_learning_rate(optimizer, args, step, args.steps)\n",
-        "        learning_rate = set_learning_rate(optimizer, args, step + 1, args.steps)\n",
+        "learning_rate = scheduled_learning_rate(step, args.steps, args)",
+        "learning_rate = scheduled_learning_rate(step + 1, args.steps, args)",
         "a step has the next one's learning rate",
         "test_steps.py::test_ppo[all]",
     ),
@@ -1088,17 +1088,10 @@ MUTANTS = [
         "test_steps.py::test_sft[text-last]",
     ),
     Mutant(
-        "common.py",
-        '        group["lr"] = learning_rate\n',
-        '        group["lr"] = args.learning_rate\n',
+        "sft.py",
+        '        optimizer.param_groups[0]["lr"] = learning_rate\n',
+        "",
         "the schedule is logged and not used",
-        "test_steps.py::test_sft[chat-last]",
-    ),
-    Mutant(
-        "common.py",
-        "    for group in optimizer.param_groups:\n",
-        "    for group in optimizer.param_groups[:1]:\n",
-        "the schedule is one of matrices only",
         "test_steps.py::test_sft[chat-last]",
     ),
     Mutant(
@@ -1131,8 +1124,8 @@ MUTANTS = [
     ),
     Mutant(
         "sft.py",
-        "learning_rate = set_learning_rate(optimizer, args, step, steps)",
-        "learning_rate = set_learning_rate(optimizer, args, step, steps + 1)",
+        "learning_rate = scheduled_learning_rate(step, steps, args)",
+        "learning_rate = scheduled_learning_rate(step, steps + 1, args)",
         "the learning rate is that of a longer run",
         "test_steps.py::test_sft[chat-last]",
     ),
@@ -1264,8 +1257,8 @@ MUTANTS = [
     ),
     Mutant(
         "rejection_sampling.py",
-        "set_learning_rate(optimizer, args, step - first_step, steps)",
-        "set_learning_rate(optimizer, args, step, steps)",
+        "scheduled_learning_rate(step - first_step, steps, args)",
+        "scheduled_learning_rate(step, steps, args)",
         "the schedule of a later iteration begins at its end",
         "test_steps.py::test_rejection_sampling[top-per-prompt]",
     ),

@@ -262,7 +262,7 @@ def test_right_or_refused(family, tmp_path, capsys, monkeypatch):
         assert not is_needed, error
         pytest.skip(f"not made: {error!r:.100}")
     try:
-        model = common.load_policy(str(tmp_path), CPU)
+        model = common.load_policy(str(tmp_path), CPU, trainable=True)
     except SystemExit as end:
         message = capsys.readouterr().err
         assert not is_needed, message
@@ -293,7 +293,7 @@ def test_what_is_not_right_is_refused(family, word, tmp_path, capsys):
     plain product."""
     save_tiny(family, tmp_path)
     with pytest.raises(SystemExit) as end:
-        common.load_policy(str(tmp_path), CPU)
+        common.load_policy(str(tmp_path), CPU, trainable=True)
     message = capsys.readouterr().err
     assert end.value.code == 2 and word in message
     assert message.startswith("error: ") and message.count("\n") == 1

@@ -1,8 +1,5 @@
-"""README's table of flags is made from Args, its line counts from the files (`python
-tests/test_readme.py` writes them), its commands have flags that exist, and its Python runs on what
-each script saves."""
+"""README's commands have flags that exist, and its Python runs on what each script saves."""
 
-import dataclasses
 import importlib
 import json
 import re
@@ -18,47 +15,10 @@ from test_scripts import chain  # noqa: E402, F401
 
 import sft  # noqa: E402
 
-BEGIN = "<!-- flags, written by tests/test_readme.py -->"
-END = "<!-- end of flags -->"
 # of Python programs in general, of torchrun, and of benchmarks/
 OTHER_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 OTHER_FLAGS |= {"--shutdown-timeout", "--seeds", "--study", "--check", "--growth"}
 FLAG = r"--[a-z][a-z-]*"
-
-
-def table():
-    """One row a flag: name, default (of each script where they differ), what it is."""
-    flags = {}
-    for script in SCRIPTS:
-        defaults = {
-            f.name: f.default for f in dataclasses.fields(importlib.import_module(script).Args)
-        }
-        for name, (_, doc) in field_docs(script).items():
-            flags.setdefault(name, {})[script] = (defaults[name], " ".join(doc.split()))
-    rows = ["| flag | scripts | default | |", "|---|---|---|---|"]
-    for name, uses in flags.items():
-        where = "all" if len(uses) == len(SCRIPTS) else ", ".join(uses)
-        values = [f"`{default}`" for default, _ in uses.values()]
-        docs = [doc for _, doc in uses.values()]
-        default = values[0] if len(set(values)) == 1 else ", ".join(values)
-        text = (
-            docs[0] if len(set(docs)) == 1 else "; ".join(f"{s}: {d}" for s, d in zip(uses, docs))
-        )
-        text = text.replace("|", r"\|")
-        rows.append(f"| `--{name.replace('_', '-')}` | {where} | {default} | {text} |")
-    return "\n".join(rows)
-
-
-def written(text):
-    """README with flags and numbers of lines as they are."""
-    head, _, rest = text.partition(BEGIN)
-
-    def count(match):
-        return f"{match[1]}{len((ROOT / match[2]).read_text().splitlines())} |"
-
-    scripts, cut, head = head.partition("## Read the diff")
-    scripts = re.sub(r"^(\| `(\w+\.py)` \|.*\| )\d+ \|$", count, scripts, flags=re.MULTILINE)
-    return f"{scripts}{cut}{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 def snippet(words):
@@ -96,11 +56,6 @@ def test_flags_of_commands_exist(page):
     assert not set(re.findall(rf"(?<![\w-]){FLAG}", text)) - known
     if page == "README.md":
         assert {script for script, _ in commands(text)} == set(SCRIPTS)
-
-
-def test_flags_and_lines_in_readme():
-    text = (ROOT / "README.md").read_text()
-    assert text == written(text)
 
 
 def test_prompts_that_are_kept(runs, tmp_path, monkeypatch):  # noqa: F811
@@ -151,8 +106,3 @@ def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     readme = (ROOT / "README.md").read_text().splitlines()
     assert len(printed) > 8 and not set(printed) - set(readme)
-
-
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(written(readme.read_text()))

@@ -328,7 +328,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  
     with pytest.raises(SystemExit) as stopped:
         run("sft", chain, tmp_path / "run", **flags)
     assert stopped.value.code == 2
-    refused(capsys, "step 2: grad_norm is nan")
+    refused(capsys, "step 2: ", "nan", "no update")
     assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 2
 
 
@@ -361,7 +361,7 @@ def test_a_weight_that_is_nan_stops_it(  # noqa: PLR0917
     flags = dict(dataset=str(prompts_file(tmp_path)), save_every=1)
     with pytest.raises(SystemExit):
         run(name, chain, tmp_path / "run", **flags)
-    refused(capsys, "step 2: grad_norm is nan")
+    refused(capsys, "step 2: ", "nan", "no update")
     assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 1
 
 

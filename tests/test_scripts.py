@@ -294,8 +294,7 @@ def test_learning_rate_schedules():
 
     def rates(schedule):
         args = SimpleNamespace(learning_rate=2.0, warmup_steps=3, lr_schedule=schedule)
-        optimizer = SimpleNamespace(param_groups=[{}])
-        return [common.set_learning_rate(optimizer, args, step, 7) for step in range(8)]
+        return [ppo.scheduled_learning_rate(step, 7, args) for step in range(8)]
 
     assert rates("constant") == [0.5, 1, 1.5, 2, 2, 2, 2, 2]
     assert rates("linear") == [0.5, 1, 1.5, 2, 1.5, 1, 0.5, 0]
@@ -414,17 +413,12 @@ def test_a_folder_of_other_files_is_not_written_to(chain, tmp_path, capsys):
         (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
         (sft, ["--resume"], ["--resume", "runs/sft holds no run"]),
         (sft, ["--model", "./nowhere"], ["--model ./nowhere", "no directory or Hub id"]),
-        (sft, ["--wandb"], ["--wandb", "pip install wandb"]),
     ],
 )
 def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):  # noqa: PLR0917
     """Exit status 2 and one sentence, before any model loads."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
-    find = common.importlib.util.find_spec
-    monkeypatch.setattr(
-        common.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
-    )
     laptop = dict(overwrite=True) if script is sft else dict(model="runs/sft")
     with pytest.raises(SystemExit) as stopped:
         script.main(common.cli(script.Args, laptop=laptop))
