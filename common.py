@@ -1002,11 +1002,9 @@ def gsm8k_number(text):
 
 
 def gsm8k_checker(prompts, completions, rows):
-    """1.0 where a completion's number is that of column `answer`, else 0.0; None where that has no
-    number (Cobbe et al. 2021)."""
-    answers = [gsm8k_number(str(row.get("answer"))) for row in rows]
-    rights = [gsm8k_number(text) == answer for text, answer in zip(completions, answers)]
-    return [None if a is None else float(right) for a, right in zip(answers, rights)]
+    """1.0 where a completion's number is that of column `answer`, else 0.0 (Cobbe et al. 2021)."""
+    answers = [gsm8k_number(str(row["answer"])) for row in rows]
+    return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
 
 CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # both read the column `answer`
@@ -1133,8 +1131,18 @@ def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
             fail(f"--reward {reward}: no such file, or no function {name} in it")
         return checker_reward(functions[name], tokenizer, eos_ids)
     if reward in CHECKERS:
+        check_answers(examples, reward)
         return checker_reward(CHECKERS[reward], tokenizer, eos_ids)
     return RewardModel(args, examples, tokenizer, eos_ids, device=device, autocast=autocast)
+
+
+def check_answers(examples, reward):
+    """Stop at a row whose own answer a built-in checker does not find right."""
+    for example in examples:
+        answer = example["row"].get("answer")
+        rows = [{"answer": answer, "finished": True}]
+        if CHECKERS[reward]([""], [str(answer)], rows) != [1.0]:
+            fail(f"{example['where']}: --reward {reward} finds no `answer` in {answer!r:.60}")
 
 
 def load_gold(args, tokenizer, eos_ids):

@@ -202,8 +202,9 @@ def test_file_with_a_dataclass(tmp_path):
     assert score([example(sft.tiny_tokenizer(), "ab>")], [[4, 1]]).tolist() == [0.5]
 
 
-def test_built_in_checker():
-    """A row whose own answer has no number cannot be judged."""
+def test_built_in_checker(refused):
+    """A row without an answer that it reads is named, with its file and line, before sampling; a
+    number in JSON is read."""
     tokenizer = sft.tiny_tokenizer()
     good = example(tokenizer, "ab>", answer="ba")
     score = load_reward(common.TASK, [good])
@@ -212,10 +213,21 @@ def test_built_in_checker():
     wrong = tokenizer("ab").input_ids
     completions = [[*right, end], right, [*wrong, end]]
     assert score([good] * 3, completions).tolist() == [1, 0, 0]
-    answers = ["#### 12", 12, "no number at all", None, ["#### 3"]]
-    rows = [{"answer": answer} for answer in answers] + [{"solution": "12"}]
-    texts = ["It is 12."] * len(rows)
-    assert common.gsm8k_checker(texts, texts, rows) == [1.0, 1.0, None, None, 0.0, None]
+    assert callable(load_reward("gsm8k", [good | {"row": {"answer": 12}}]))
+    assert common.gsm8k_checker([""], ["It is 12."], [{"answer": 12}]) == [1.0]
+    for reward, columns in [
+        (common.TASK, dict(solution="ba")),
+        (common.TASK, dict(answer=5)),
+        (common.TASK, dict(answer=None)),
+        ("gsm8k", dict(answer="no number at all")),
+        ("gsm8k", dict(answer=None)),
+        ("gsm8k", dict(solution="#### 3")),
+    ]:
+        fine = good | {"row": {"answer": "ba" if reward == common.TASK else "#### 12"}}
+        assert callable(load_reward(reward, [fine]))
+        bad = example(tokenizer, "ab>", **columns) | {"where": "rows.jsonl line 7"}
+        words = ["rows.jsonl line 7", f"--reward {reward}", "`answer`"]
+        refused(words, load_reward, reward, [fine, bad])
 
 
 def test_gold_is_the_exact_checker_of_data_or_reward():
