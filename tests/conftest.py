@@ -175,3 +175,20 @@ def precise(model):
 def distance(a, b):
     """|a - b| / |b|."""
     return ((a - b).norm() / b.norm()).item()
+
+
+def end_two_of_three(patch, script):
+    """Of what `sample` gives every third completion is left without EOS, and the others end in it,
+    whatever the policy drew."""
+    inner = script.sample
+
+    def sample(*args, **kwargs):
+        completions = []
+        for i, ids in enumerate(inner(*args, **kwargs)):
+            if i % 3 == 0:
+                completions.append([5 if token == 1 else token for token in ids])
+            else:
+                completions.append([*ids[:-1], 1])
+        return completions
+
+    patch.setattr(script, "sample", sample)

@@ -483,7 +483,7 @@ MUTANTS = [
         '("_greedy", 1, 0.0)',
         '("_greedy", 1, 1.0)',
         "what is called greedy is sampled",
-        "test_group.py",
+        "test_group.py::test_pass_at_g",
     ),
     Mutant(
         "grpo.py",

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, end_two_of_three
 from test_scripts import chain, metrics, refused, weights  # noqa: F401 (a fixture)
 
 import common
@@ -538,7 +538,8 @@ def test_what_the_checker_cannot_judge_is_counted(chain, tmp_path, capsys, name)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_missing_eos_is_paid_for(chain, tmp_path, name):  # noqa: F811
+def test_missing_eos_is_paid_for(chain, tmp_path, monkeypatch, name):  # noqa: F811
+    end_two_of_three(monkeypatch, SCRIPTS[name])
     args = run_args(
         SCRIPTS[name],
         chain,
@@ -550,8 +551,8 @@ def test_missing_eos_is_paid_for(chain, tmp_path, name):  # noqa: F811
     )
     SCRIPTS[name].main(args)
     first = metrics(tmp_path / "run")[1]
-    assert 0 < first["eos_rate"] < 1 and first["eos_rate"] != 0.5 and first["score"] == 1
-    assert first["reward"] == pytest.approx(1 - 0.25 * (1 - first["eos_rate"]), abs=1e-5)
+    assert first["eos_rate"] == pytest.approx(21 / 32) and first["score"] == 1
+    assert first["reward"] == pytest.approx(1 - 0.25 * 11 / 32, abs=1e-5)
 
 
 def test_rloo_pays_the_kl_before_the_baseline(chain, tmp_path, monkeypatch):  # noqa: F811
@@ -599,6 +600,7 @@ def test_truncated_completions_are_masked_and_still_counted(chain, tmp_path, mon
     compared = []
     spy(monkeypatch, grpo, "loss_weights", weighed)
     spy(monkeypatch, grpo, "group_advantages", compared)
+    end_two_of_three(monkeypatch, grpo)
     args = run_args(
         grpo,
         chain,
@@ -609,10 +611,9 @@ def test_truncated_completions_are_masked_and_still_counted(chain, tmp_path, mon
         max_completion_length=7,
     )
     grpo.main(args)
-    rate = metrics(tmp_path / "run")[1]["eos_rate"]
     trained, *_ = weighed[0][0]
     rewards, *_ = compared[0][0]
-    assert 0 < rate < 1 and trained.any(1).float().mean().item() == pytest.approx(rate)
+    assert trained.any(1).sum() == 21
     assert len(trained) == len(rewards) == 32
 
 
@@ -643,11 +644,9 @@ def start_from(far, chain, patch, script):  # noqa: F811
     patch.setattr(script, "load_policy", lambda path, *a, **k: load(next(paths), *a, **k))
 
 
-HARD = """import zlib
-scores = []
-for p, c in zip(prompts, completions):
-    unjudged = zlib.crc32((p + c).encode()) % 12 == 1
-    scores.append(None if unjudged else len(set(c)) + 0.1 * ord(p[0]))"""
+HARD = """scores = []
+for i, (p, c) in enumerate(zip(prompts, completions)):
+    scores.append(None if i in (5, 17) else len(set(c)) + 0.1 * ord(p[0]))"""
 
 
 def hard_run(script, chain, far, folder, patch, **flags):  # noqa: F811, PLR0917
@@ -687,6 +686,7 @@ def one_update(name, chain, far, folder, patch, **flags):  # noqa: F811, PLR0917
     of models loaded afresh, and so is which groups were left out."""
     script = SCRIPTS[name]
     number_rows(patch, script)
+    end_two_of_three(patch, script)
     calls = {
         function: []
         for function in (
@@ -759,21 +759,19 @@ def one_update(name, chain, far, folder, patch, **flags):  # noqa: F811, PLR0917
     for i in range(0, 32, G):
         group = [(sampled_prompts[i // G], ids) for ids in sampled[i : i + G]]
         scores = [hard_score(tokenizer, p, c) for p, c in group]
-        if None not in scores:
+        if i // G not in (1, 4):
             expected += group
             update.rewards += [s - 0.4 * (c[-1] != 1) for s, (_, c) in zip(scores, group)]
     assert list(zip(prompts, completions)) == expected
-    assert 8 <= len(expected) < 32 and 0 < update.finished.mean() < 1
+    assert len(expected) == 24 and update.finished.sum() == 15
     assert row["unjudged"] == pytest.approx(1 - len(expected) / 32)
     return args, row, update
 
 
 def hard_score(tokenizer, prompt_ids, completion_ids):
-    """What HARD says."""
+    """What HARD says of what it judges."""
     prompt = tokenizer.decode(prompt_ids)
     text = common.completion_text(tokenizer, prompt_ids, completion_ids)
-    if zlib.crc32((prompt + text).encode()) % 12 == 1:
-        return None
     return len(set(text)) + 0.1 * ord(prompt[0])
 
 

@@ -234,7 +234,10 @@ def trained_on(monkeypatch):
     return steps
 
 
-HALF = "scores = [None if t[:1] < 'k' else float(len(set(t))) for t in completions]"
+# a score for none of the first prompt's three, and for most of the others'
+HALF = (
+    "scores = [float(len(set(t))) if i > 2 and i % 5 else None for i, t in enumerate(completions)]"
+)
 
 
 def test_what_is_selected_is_trained(start, tmp_path, monkeypatch, capsys):
@@ -250,7 +253,7 @@ def test_what_is_selected_is_trained(start, tmp_path, monkeypatch, capsys):
             best = record["ids"][record["scores"].index(max(known))]
             expected.append((tuple(tokenizer(record["row"]["prompt"]).input_ids), tuple(best)))
     trained = [pair for pairs in steps for pair in pairs]
-    assert 0 < len(expected) < 16
+    assert len(expected) == 15
     assert sorted(trained[: len(expected)]) == sorted(trained[len(expected) :]) == sorted(expected)
     said = capsys.readouterr().out
     assert f"{len(expected)} of 48 completions selected; {16 - len(expected)} of 16 prompts" in said

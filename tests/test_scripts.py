@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import end_two_of_three
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
@@ -154,8 +155,9 @@ def test_ppo_raises_an_exact_reward(chain, tmp_path):
     assert sum(scores[-3:]) / 3 > 3 * sum(scores[:3]) / 3 + 0.1
 
 
-def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
+def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path, monkeypatch):
     """With a score of 1 the first reward is 1 less what missing EOS costs; the value loss falls."""
+    end_two_of_three(monkeypatch, ppo)
     args = dict(
         reward=reward_file(tmp_path, "return [1] * len(prompts)"),
         missing_eos_penalty=0.25,
@@ -165,8 +167,8 @@ def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path):
     )
     ppo.main(ppo_args(chain, tmp_path / "run", **args))
     rows = metrics(tmp_path / "run")[1:]
-    assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["eos_rate"] != 0.5, "else a sign might hide"
-    assert rows[0]["reward"] == pytest.approx(1 - 0.25 * (1 - rows[0]["eos_rate"]), abs=1e-5)
+    assert rows[0]["eos_rate"] == pytest.approx(9 / 14)
+    assert rows[0]["reward"] == pytest.approx(1 - 0.25 * 5 / 14, abs=1e-5)
     assert rows[-1]["loss/value"] < 0.5 * rows[0]["loss/value"]
 
 
