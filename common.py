@@ -1014,16 +1014,14 @@ def checker_reward(function, tokenizer, eos_ids):
     """A checker -> score as load_reward has it. Only the first process calls the checker."""
 
     def score(examples, completions):
-        prompts = [example["prompt"] for example in examples]
+        # (copies: whatever the function does to them, the data stay as they are)
+        prompts = [copy.deepcopy(example["prompt"]) for example in examples]
         texts = []
         rows = []
         for example, ids in zip(examples, completions):
             texts.append(completion_text(tokenizer, example["prompt_ids"], ids))
-            rows.append(example["row"] | {"finished": ids[-1] in eos_ids})
-        # (copies: whatever the function does to them, the data stay as they are)
-        scores = on_first_rank(
-            lambda: list(function(copy.deepcopy(prompts), texts, copy.deepcopy(rows)))
-        )
+            rows.append(copy.deepcopy(example["row"]) | {"finished": ids[-1] in eos_ids})
+        scores = on_first_rank(lambda: list(function(prompts, texts, rows)))
         scores = [x.tolist() if hasattr(x, "tolist") else x for x in scores]  # of arrays
         if len(scores) != len(texts):
             fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")
@@ -1221,8 +1219,6 @@ class Run:
             self.lock.release(force=True)
             self.dir.mkdir()
             self.lock = lock(self.dir)
-        flags = json.dumps(vars(self.args) | {"resume": False}, indent=1)
-        replace_file(self.dir / "args.json", lambda file: file.write(flags.encode()))
 
     # ------------------------------------------------ checkpoints
     def checkpoint(self, step):
@@ -1239,9 +1235,7 @@ class Run:
 
     def restore(self):
         """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps
-        done, 0 without a checkpoint."""
-        if not self.args.resume:
-            return 0
+        done, 0 without a checkpoint. Then the flags are written, which are now this run's."""
         path = self.dir / "checkpoint" / "state.pt"
         step = -1  # without a checkpoint the run begins again, and so do its logs
         if path.exists():
@@ -1254,6 +1248,10 @@ class Run:
             set_model_state_dict(self.models, state["models"], options=WHOLE)
             set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=WHOLE)
             step = state["step"]
+        flags = json.dumps(vars(self.args) | {"resume": False}, indent=1)
+        replace_file(self.dir / "args.json", lambda file: file.write(flags.encode()))
+        if not self.args.resume:
+            return 0
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = read_rows(self.dir / name)
             self.rewrite(name, [row for row in rows if row["step"] <= step])
