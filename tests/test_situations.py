@@ -597,19 +597,6 @@ def test_gsm8k_answers_that_are_numbers_in_json():
     rows = [{"answer": answer} for answer in (7, 7.0, -7, "7", "#### 7", 8)]
     scores = common.gsm8k_checker([""] * 6, ["so 7"] * 6, rows)
     assert scores == [1, 1, 0, 1, 1, 0]
-    rows = [{"answer": answer} for answer in (None, "seven", [], "")] + [{}]
-    assert common.gsm8k_checker([""] * 5, ["so 7"] * 5, rows) == [None] * 5
-
-
-@pytest.mark.parametrize("script", [grpo, ppo])
-def test_gsm8k_rows_without_a_number_are_counted(script, tiny_dirs, tmp_path):
-    """Left out of the step, as `unjudged`."""
-    rows = [{"prompt": "ab>", "answer": 7}, {"prompt": "cd>", "answer": "no number"}]
-    data = write_rows(tmp_path / "numbers.jsonl", rows)
-    args = args_of(script, tiny_dirs["llama"], tmp_path, dataset=data, reward="gsm8k")
-    script.main(args)
-    (row,) = metrics(tmp_path / "run")
-    assert row["unjudged"] == 0.5 and row["score"] == row["gold"] == 0
 
 
 # ---------------------------------------------------------------- data
@@ -703,8 +690,8 @@ def test_a_reward_model_of_other_tokens_gets_the_begun_answer_as_one_turn(load, 
     scorer = load_reward(save(theirs), [asked], policy, [end])
     completion = policy("blue", add_special_tokens=False).input_ids
     spelled = theirs(f"{SHOWN}blue<|im_end|>", add_special_tokens=False).input_ids
-    assert scorer.sequence(asked, [*completion, end]) == spelled
-    assert scorer.sequence(asked, completion) == spelled[:-1], "it was cut"
+    assert scorer.ids_of(asked, [*completion, end]) == spelled
+    assert scorer.ids_of(asked, completion) == spelled[:-1], "it was cut"
 
 
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
