@@ -990,15 +990,17 @@ def completion_text(tokenizer, prompt_ids, completion_ids):
 
 
 # ---------------------------------------------------------------- 8. rewards
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?:[-−]\$?|\$[-−]?)?\d[\d,]*(?:\.\d+)?"
 
 
 def gsm8k_number(text):
-    """The answer that a worked solution ends in: the first number after the last `####`, else the
-    last number of all; None without one. Nothing is evaluated."""
-    marked = re.findall(NUMBER, text.rpartition("####")[2])[:1] if "####" in text else []
-    found = marked or re.findall(NUMBER, text)[-1:]
-    return float(re.sub("[$,]", "", found[0])) if found else None
+    """The answer that a worked solution ends in: the first number after the last `####` or in the
+    last \\boxed{}, else the last number of all; None without one. Nothing is evaluated."""
+    text = re.sub(r"\{,\}|\\,|\\!", "", text)  # LaTeX's thousands commas
+    marked = re.findall(r"####([^\n]*)|\\boxed\{([^{}]*)\}", text)
+    found = re.findall(NUMBER, "".join(marked[-1]))[:1] if marked else []
+    found = found or re.findall(NUMBER, text)[-1:]
+    return float(re.sub("[$,]", "", found[0]).replace("−", "-")) if found else None
 
 
 def gsm8k_checker(prompts, completions, rows):

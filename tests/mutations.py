@@ -892,6 +892,13 @@ MUTANTS = [
         "test_steps.py::test_ppo[all]",
     ),
     Mutant(
+        "grpo.py",
+        "kl_loss * (mb_logprobs - mb_old_logprobs).clamp(max=20).exp()",
+        "kl_loss * (mb_logprobs - mb_old_logprobs).detach().clamp(max=20).exp()",
+        "--kl-ratio without the gradient of the ratio",
+        "test_steps.py::test_grpo[kl-ratio]",
+    ),
+    Mutant(
         "ppo.py",
         "learning_rate = scheduled_learning_rate(step, args.steps, args)",
         "learning_rate = scheduled_learning_rate(step + 1, args.steps, args)",
