@@ -1205,11 +1205,10 @@ class Run:
         self.digest = digest_of(examples, models)
         on_first_rank(self.make_folder)
         self.bar = tqdm(total=steps, disable=None if rank() == 0 else True)
-        self.handlers = {
-            number: signal.signal(number, self.interrupt)
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
-        }
+        caught = {signal.SIGINT, signal.SIGTERM}
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.add(signal.SIGHUP)  # (ignored: nohup)
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in caught}
 
     def make_folder(self):
         """A new folder. An earlier run that is there, as --overwrite allows, gets another name."""
