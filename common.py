@@ -719,7 +719,7 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     return prompt_ids, [end_once(tokenizer, ids, end_id, is_chat) for ids in completions]
 
 
-def render_prompt(tokenizer, prompt, completions=()):
+def render_prompt(tokenizer, prompt, completions):
     """Messages up to where the assistant goes on: a new turn, or the one that the prompt begins."""
     is_begun = prompt[-1]["role"] == "assistant" and all(isinstance(c, str) for c in completions)
     options = {"continue_final_message" if is_begun else "add_generation_prompt": True}
