@@ -147,9 +147,10 @@ def check_output_dir(args):
         if not args.overwrite:
             fail(f"{folder} holds a run: --resume goes on, --overwrite sets it aside")
         for name, value in vars(args).items():
-            path = Path(str(value).partition(".py:")[0]).resolve()
-            if folder.resolve() in [path, *path.parents] and name != "output_dir":
-                fail(f"--{name} {value} lies in --output-dir, which --overwrite would move")
+            for path in str(value).split(","):
+                path = Path(path.partition(".py:")[0]).resolve()
+                if folder.resolve() in [path, *path.parents] and name != "output_dir":
+                    fail(f"--{name} {value} lies in --output-dir, which --overwrite would move")
     elif set(names) - {LOCK, "args.json.new"}:
         fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
 
@@ -213,14 +214,9 @@ def all_reduce(value, op="sum"):
     return total if isinstance(value, torch.Tensor) else total.item()
 
 
-def barrier():
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        distributed.barrier()
-
-
 def on_first_rank(function):
-    """What function() returns in the first process, in all of them; the others do not call it."""
+    """What function() returns in the first process, in all of them; the others do not call it, and
+    wait."""
     result = [function() if rank() == 0 else None]
     if world_size() > 1:
         distributed.broadcast_object_list(result)
@@ -469,14 +465,16 @@ def check_policy(model):
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # demonstrations are scarce
-TASK_ROWS = {"sft": 165, "preference": 40_000, "prompt": 20_000, "held out": 500}
+TASK_ROWS = {"sft": 165, "pairs": 40_000, "prompt": 20_000, "held out": 500}
 
 
 def task_rows(kind, held_out, seed):
     """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`.
 
     Whether letters are held out depends on them alone; held-out rows are the same for all seeds."""
-    rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'preference'}")
+    has_pairs = kind not in ("sft", "prompt")
+    kind = "pairs" if has_pairs else kind
+    rng = random.Random(f"{'held out' if held_out else seed}/{has_pairs}")
     rows = []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
         letters = "".join(rng.sample(LETTERS, rng.randint(4, 7)))
@@ -484,7 +482,7 @@ def task_rows(kind, held_out, seed):
             continue
         answer = "".join(sorted(letters))
         row = {"prompt": f"{letters}>", "answer": answer}
-        if kind == "preference":
+        if has_pairs:
             row["chosen"] = answer
             row["rejected"] = wrong_answer(answer, rng)
         rows.append(row)
@@ -492,17 +490,14 @@ def task_rows(kind, held_out, seed):
 
 
 def wrong_answer(answer, rng):
-    """A letter replaced, swapped, left out or put in; like most mistakes of a half-trained model,
-    most answers are in order all the same."""
+    """A letter replaced, put in or left out; like most mistakes of a half-trained model, most
+    answers are in order all the same."""
     wrong = answer
     while wrong == answer:
-        i = rng.randrange(len(wrong))
-        before, here, after = wrong[:i], wrong[i], wrong[i + 1 :]
+        i = rng.randrange(len(answer))
         letter = rng.choice(LETTERS)
-        replaced = before + letter + after
-        swapped = before + after[:1] + here + after[1:]
-        put_in = before + letter + here + after
-        wrong = rng.choice([replaced, replaced, swapped, before + after, put_in])
+        instead = rng.choice([letter, letter + answer[i], ""])
+        wrong = answer[:i] + instead + answer[i + 1 :]
         if rng.random() < 0.6:
             wrong = "".join(sorted(wrong))
     return wrong
@@ -520,6 +515,7 @@ def task_checker(prompts, completions, rows):
 PROMPT_COLUMNS = ["prompt", "instruction", "question"]
 COMPLETION_COLUMNS = ["completion", "output", "answer"]
 READ_COLUMNS = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, "messages", "chosen", "rejected", "margin"}
+COMPARED_COLUMNS = {"completions", "scores", "labels", "finished", "row"}
 
 
 class BadRow(Exception):
@@ -532,7 +528,8 @@ class DroppedRow(Exception):
 
 def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     """Read, check and tokenise a data set -> list of examples: what make_example (sft_example,
-    preference_example or prompt_example) gives, with `row` as in the file and `where` it stands.
+    preference_example, comparison_example or prompt_example) gives, with `row` as in the file and
+    `where` it stands.
 
     A row that cannot be used whole is dropped and counted, never cut."""
     kind = make_example.__name__.removesuffix("_example")
@@ -568,7 +565,8 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     if not examples:
         fail(f"{report}: nothing is left")
     print(report)
-    unread = [name for name in columns - READ_COLUMNS if "{" + name not in args.prompt_template]
+    read = READ_COLUMNS | (COMPARED_COLUMNS if kind in ("comparison", "step") else set())
+    unread = [name for name in columns - read if "{" + name not in args.prompt_template]
     if unread and dataset != TASK:
         use = "for a reward function alone" if kind == "prompt" else "that are not used"
         print(f"{dataset}: columns {use}: {', '.join(sorted(unread))}")
@@ -759,11 +757,6 @@ def check_control_tokens(tokenizer, messages):
         raise DroppedRow("whose messages spell a control token of the tokenizer")
 
 
-def check_length(ids, limit, flag):
-    if len(ids) > limit:
-        raise DroppedRow(f"longer than {flag} {limit}")
-
-
 def stream(examples, seed, start, stop):
     """Examples start to stop - 1 of an endless stream; each pass over the data is shuffled anew."""
     n = len(examples)
@@ -785,27 +778,6 @@ def pad_rows(rows, device, value=0, side="right"):
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side).to(device)
 
 
-def make_batch(sequences, masks, device):
-    """Lists of T+1 ids, and of as many 0 and 1 (trained) -> a batch: a dict of tensors (B, T).
-
-    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
-    target is trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so
-    that PAD, which is never read, may be any id, EOS too."""
-    return {
-        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
-        "targets": pad_rows([ids[1:] for ids in sequences], device),
-        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
-        "mask": pad_rows([mask[1:] for mask in masks], device),
-    }
-
-
-def completion_batch(prompts, completions, device):
-    """Lists of ids -> a batch whose mask is 1 on the completions, EOS included."""
-    sequences = [p + c for p, c in zip(prompts, completions)]
-    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
-    return make_batch(sequences, masks, device)
-
-
 def take(batch, rows):
     """Some rows of every tensor of a batch, those of (B, T) cut to the longest of these rows.
 
@@ -819,31 +791,37 @@ def take(batch, rows):
     return {name: x[rows, :width] if x.ndim == 2 else x[rows] for name, x in batch.items()}
 
 
-def micro_batch_rows(batch, budget, together):
+def micro_batch_rows(batch, budget):
     """Row numbers of the micro-batches of this process: lists, of which the last may be empty."""
-    lengths = batch["attention_mask"].sum(1).view(-1, together).amax(1)
-    groups = lengths.sort(descending=True, stable=True).indices[rank() :: world_size()].tolist()
-    lengths = lengths.tolist()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    groups = {}
+    for row, group in enumerate(
+        batch["group"].tolist() if "group" in batch else range(len(lengths))
+    ):
+        groups.setdefault(group, []).append(row)
+    groups = [(max(lengths[row] for row in rows), rows) for rows in groups.values()]
+    groups.sort(key=lambda group: -group[0])
     lists = []
     longest = 0
-    for group in groups:
-        tokens = longest * (len(lists[-1]) + together) if lists else math.inf
-        is_uneven = lengths[group] < 0.9 * longest and tokens > SMALL_BATCH
+    for length, rows in groups[rank() :: world_size()]:
+        tokens = longest * (len(lists[-1]) + len(rows)) if lists else math.inf
+        is_uneven = length < 0.9 * longest and tokens > SMALL_BATCH
         if tokens > budget or is_uneven:
             lists.append([])
-            longest = lengths[group]
-        lists[-1] += range(group * together, (group + 1) * together)
+            longest = length
+        lists[-1] += rows
     return lists + [[]] * (all_reduce(len(lists), op="max") - len(lists))
 
 
-def micro_batches(batch, budget, together=1):
+def micro_batches(batch, budget):
     """Cut a batch into what goes through a model at once: with padding at most `budget` tokens, or
     one row.
 
-    Rows of about one length stand together, none shorter than nine tenths of the longest unless the
-    micro-batch is small. So many rows as `together` says, side by side, stay together (2: the two
-    of a pair). Each of W processes takes every W-th row, and as many micro-batches as any other."""
-    for rows in micro_batch_rows(batch, budget, together):
+    Rows of one "group" (the two of a pair, the completions of a prompt), where a batch has that
+    column, stay together and in order. Rows of about one length stand together, none shorter than
+    nine tenths of the longest unless the micro-batch is small. Each of W processes takes every W-th
+    row or group, and as many micro-batches as any other."""
+    for rows in micro_batch_rows(batch, budget):
         yield take(batch, rows)
 
 
@@ -851,7 +829,7 @@ def micro_batches(batch, budget, together=1):
 def in_micro_batches(function, batch, budget):
     """function(micro-batch) -> (b, t) or (b,); of a whole batch -> (B, T) or (B,)."""
     result = None
-    for rows in micro_batch_rows(batch, budget, together=1):
+    for rows in micro_batch_rows(batch, budget):
         values = function(take(batch, rows))
         if result is None:
             result = values.new_zeros(batch["inputs"].shape[: values.ndim])
@@ -1016,7 +994,7 @@ CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # both read the column 
 
 
 def checker_reward(function, tokenizer, eos_ids):
-    """A checker -> score as load_reward has it. Only the first process calls the checker."""
+    """A checker -> score as load_rewards has it. Only the first process calls the checker."""
 
     def score(examples, completions):
         # (copies: whatever the function does to them, the data stay as they are)
@@ -1044,31 +1022,57 @@ def same_ids(tokenizer, other):
     return tokenizer.get_vocab().items() <= other.get_vocab().items()
 
 
+@functools.cache
+def token_text(tokenizer, token_id):
+    """What one token spells; nothing for a control token."""
+    return tokenizer.decode([token_id], skip_special_tokens=True)
+
+
+def step_ends(tokenizer, ids, separator):
+    """Where the steps of a completion end: at the tokens in which a separator ends, and at the last
+    token, EOS. Steps of white space are none."""
+    ends = []
+    text = ""
+    for t, token_id in enumerate(ids):
+        text += token_text(tokenizer, token_id)
+        if separator in text.lstrip():
+            ends.append(t)
+            text = text.rpartition(separator)[2]
+    if ends and not text.strip():
+        ends.pop()
+    return [*ends, len(ids) - 1]
+
+
 @as_forward
-def last_token_scores(model, batch):
-    """The scalar head at the last real token, (b, t) -> (b,), as in reward_model.py: transformers
+def scalar_head(model, batch):
+    """The scalar head where the mask is 1, (b, t) -> (b, t), as in reward_model.py: transformers
     pools at the last id that is not PAD, which misreads a sampled PAD. Any other head is read by
     the model's own forward."""
     ids = {"input_ids": batch["inputs"], "attention_mask": batch["attention_mask"]}
     if not has_score_head(model):
-        return model(**ids).logits[:, 0].float()
-    hidden = model.base_model(**ids, use_cache=False).last_hidden_state
-    last = batch["attention_mask"].sum(1) - 1
-    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (b, H)
-    return (hidden.float() * model.score.weight[0]).sum(1)
+        return model(**ids).logits[:, :1].float() * batch["mask"]
+    mask = batch["mask"].bool()
+    hidden = model.base_model(**ids, use_cache=False).last_hidden_state[mask]  # (N, H)
+    scores = (hidden.float() * model.score.weight[0]).sum(-1)
+    return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
 
 
 class RewardModel:
-    """--reward as a model: examples and completions (lists of ids) -> scores (B,) float32 on the
-    CPU. One with another tokenizer gets the text, or messages through its own chat template."""
+    """A reward model: examples and completions (lists of ids) -> scores (B,) float32 on the CPU.
+    One with another tokenizer gets the text, or messages through its own chat template.
 
-    def __init__(self, args, examples, policy_tokenizer, eos_ids, *, device, autocast):
+    The score is the head's at the last token. A process reward model (`reward_model.py --loss
+    process`) gives the log-probability that the worst step is right (Lightman et al. 2023)."""
+
+    def __init__(self, path, args, examples, policy_tokenizer, *, eos_ids, device, autocast):
+        self.path = path
         self.args = args
         self.policy_tokenizer = policy_tokenizer
         self.eos_ids = eos_ids
         self.autocast = autocast
-        self.tokenizer = load_tokenizer(args.reward, "--reward")
-        self.model = load_scorer(args.reward, device, "--reward")
+        self.tokenizer = load_tokenizer(path, "--reward")
+        self.model = load_scorer(path, device, "--reward")
+        self.step_separator = getattr(self.model.config, "step_separator", None)
         self.has_policy_tokens = same_ids(policy_tokenizer, self.tokenizer)
         self.check_context(examples)
 
@@ -1078,30 +1082,43 @@ class RewardModel:
         try:
             longest = max([len(self.ids_of(example, [])) for example in examples], default=0)
         except BadRow as error:
-            fail(f"--reward {self.args.reward}: {error}")
+            fail(f"--reward {self.path}: {error}")
         if longest + self.args.max_completion_length > context:
             fail(
-                f"--reward {self.args.reward}: prompts of {longest} tokens and "
+                f"--reward {self.path}: prompts of {longest} tokens and "
                 f"--max-completion-length do not fit its context of {context}"
             )
 
     def __call__(self, examples, completions):
         sequences = [self.ids_of(*pair) for pair in zip(examples, completions)]
-        # (a model's own forward may look for PAD)
-        pad_id = self.model.config.pad_token_id or 0
+        masks = [self.mask_of(*pair) for pair in zip(examples, sequences)]
+        device = self.model.device
         batch = {
-            "inputs": pad_rows(sequences, self.model.device, value=pad_id),
-            "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], self.model.device),
+            # (a model's own forward may look for PAD)
+            "inputs": pad_rows(sequences, device, value=self.model.config.pad_token_id or 0),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], device),
+            "mask": pad_rows(masks, device),
         }
         with self.autocast():
             scores = in_micro_batches(
-                lambda mb: last_token_scores(self.model, mb),
+                lambda mb: scalar_head(self.model, mb),
                 batch,
                 self.args.micro_batch_tokens,
             )
         if not scores.isfinite().all():
-            fail(f"--reward {self.args.reward} gave a score that is not finite")
-        return scores.cpu()
+            fail(f"--reward {self.path} gave a score that is not finite")
+        if self.step_separator is not None:
+            return (F.logsigmoid(scores) * batch["mask"]).amin(1).cpu()
+        return scores.sum(1).cpu()
+
+    def mask_of(self, example, ids):
+        """1 where the score of a sequence is read: at the last token, or at the end of each step of
+        the completion."""
+        ends = [len(ids) - 1]
+        if self.step_separator is not None:
+            start = len(os.path.commonprefix([self.ids_of(example, []), ids]))
+            ends = [start + t for t in step_ends(self.tokenizer, ids[start:], self.step_separator)]
+        return [int(t in ends) for t in range(len(ids))]
 
     def ids_of(self, example, completion_ids):
         """Prompt and completion in this model's own tokens."""
@@ -1121,22 +1138,35 @@ class RewardModel:
         return ids[:-1] if is_cut and ids[-1] == end_id else ids
 
 
-def load_reward(args, examples, tokenizer, eos_ids, *, device, autocast):
-    """--reward -> score(examples, completions) -> (B,) on the CPU, NaN where it cannot judge."""
-    reward = args.reward
-    if reward is None:
+def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
+    """--reward, the members of an ensemble with commas between -> list of functions (examples,
+    completions) -> scores (B,) on the CPU, NaN where it cannot judge."""
+    if args.reward is None:
         fail(f"--reward is missing: a reward model, {' or '.join(CHECKERS)}, or file.py:function")
-    path, _, name = reward.rpartition(":")
-    if path.endswith(".py"):
-        sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
-        functions = runpy.run_path(path) if Path(path).is_file() else {}
-        if name not in functions:
-            fail(f"--reward {reward}: no such file, or no function {name} in it")
-        return checker_reward(functions[name], tokenizer, eos_ids)
-    if reward in CHECKERS:
-        check_answers(examples, reward)
-        return checker_reward(CHECKERS[reward], tokenizer, eos_ids)
-    return RewardModel(args, examples, tokenizer, eos_ids, device=device, autocast=autocast)
+    rewards = []
+    for reward in args.reward.split(","):
+        path, _, name = os.path.expanduser(reward).rpartition(":")
+        if path.endswith(".py"):
+            sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
+            functions = runpy.run_path(path) if Path(path).is_file() else {}
+            if name not in functions:
+                fail(f"--reward {reward}: no such file, or no function {name} in it")
+            rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
+        elif reward in CHECKERS:
+            check_answers(examples, reward)
+            rewards.append(checker_reward(CHECKERS[reward], tokenizer, eos_ids))
+        else:
+            model = RewardModel(
+                os.path.expanduser(reward),
+                args,
+                examples,
+                tokenizer,
+                eos_ids=eos_ids,
+                device=device,
+                autocast=autocast,
+            )
+            rewards.append(model)
+    return rewards
 
 
 def check_answers(examples, reward):
@@ -1234,8 +1264,8 @@ class Run:
             "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=WHOLE),
         }
         (self.dir / "checkpoint").mkdir(exist_ok=True)
-        replace_file(self.dir / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
-        barrier()
+        path = self.dir / "checkpoint" / "state.pt"
+        on_first_rank(lambda: replace_file(path, lambda file: torch.save(state, file)))
 
     def restore(self):
         """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps
@@ -1340,10 +1370,8 @@ class Run:
         weights = None
         if isinstance(model, FSDPModule):
             weights = get_model_state_dict(model, options=WHOLE)
-        if rank() == 0:
-            model.save_pretrained(self.dir, state_dict=weights)
-            tokenizer.save_pretrained(self.dir)
-        barrier()
+        on_first_rank(lambda: model.save_pretrained(self.dir, state_dict=weights))
+        on_first_rank(lambda: tokenizer.save_pretrained(self.dir))
         if world_size() > 1:  # (not after a failure: it could wait for others)
             atexit.unregister(distributed.destroy_process_group)  # of an earlier run
             atexit.register(distributed.destroy_process_group)

@@ -35,10 +35,8 @@ from common import (
     all_reduce,
     as_forward,
     check_fit,
-    check_length,
     cli,
     clip_gradients,
-    completion_batch,
     completion_text,
     context_of,
     encode_completions,
@@ -54,6 +52,7 @@ from common import (
     load_policy,
     load_tokenizer,
     micro_batches,
+    pad_rows,
     prompt_of,
     sample,
     setup,
@@ -149,9 +148,8 @@ def preference_example(row, tokenizer, end_id, args):
     prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
         tokenizer, prompt, [chosen, rejected], end_id
     )
-    check_length(
-        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
-    )
+    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
     if chosen_ids == rejected_ids:
         raise DroppedRow("whose chosen and rejected are the same in tokens")
     return {
@@ -178,6 +176,22 @@ def split_shared_prefix(chosen, rejected):
     if cut == 0:
         raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
     return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def completion_batch(prompts, completions, device):
+    """Lists of ids -> a batch: a dict of tensors (B, T).
+
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
+    target is a completion's token, EOS included: column t of anything speaks of targets[:, t].
+    Masks come from lengths, so that PAD, which is never read, may be any id, EOS too."""
+    sequences = [p + c for p, c in zip(prompts, completions)]
+    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
+    return {
+        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
+        "targets": pad_rows([ids[1:] for ids in sequences], device),
+        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
+        "mask": pad_rows([mask[1:] for mask in masks], device),
+    }
 
 
 @as_forward
@@ -282,6 +296,7 @@ def pair_batch(examples, device):
         ref_logps += example.get("ref_logps", [0.0, 0.0])
         margins += [example["margin"], example["margin"]]
     batch = completion_batch(prompts, completions, device)
+    batch["group"] = torch.arange(len(examples), device=device).repeat_interleave(2)
     batch["ref_logps"] = torch.tensor(ref_logps, device=device)
     batch["margins"] = torch.tensor(margins, device=device)
     batch["weights"] = torch.full((len(completions),), 1 / len(examples), device=device)
@@ -517,7 +532,7 @@ def main(args):
 
         # update: one normaliser for the whole batch, however it is cut into micro-batches
         totals = Counter()
-        for mb in micro_batches(batch, args.micro_batch_tokens, together=2):
+        for mb in micro_batches(batch, args.micro_batch_tokens):
             with autocast():
                 mb_logprobs = token_logprobs(policy, mb)
             losses, logged = pair_losses(mb_logprobs, mb, args)

@@ -30,15 +30,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    DroppedRow,
     RewardModel,
     Run,
     all_reduce,
     as_forward,
     check_fit,
-    check_length,
     cli,
     clip_gradients,
-    completion_batch,
     completion_text,
     encode_completions,
     fail,
@@ -52,10 +51,11 @@ from common import (
     load_gold,
     load_held_out,
     load_policy,
-    load_reward,
+    load_rewards,
     load_scorer,
     load_tokenizer,
     micro_batches,
+    pad_rows,
     prompt_of,
     same_ids,
     sample,
@@ -108,7 +108,12 @@ class Args:
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     reward: str | None = None
-    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function;
+    several, an ensemble, with commas between"""
+    reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
+    """how several rewards, commas between, make one score (Coste et al. 2023)"""
+    reward_std_coef: float = 1.0
+    """standard deviations that mean-minus-std takes off the mean"""
     prompts_per_step: int = 512
     """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
     num_generations: int = 1
@@ -151,8 +156,25 @@ def prompt_example(row, tokenizer, end_id, args):
     """A prompt; the further columns are the checker's."""
     prompt = prompt_of(row, args)
     prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
-    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    if len(prompt_ids) > args.max_prompt_length:
+        raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids}
+
+
+def completion_batch(prompts, completions, device):
+    """Lists of ids -> a batch: a dict of tensors (B, T).
+
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
+    target is a completion's token, EOS included: column t of anything speaks of targets[:, t].
+    Masks come from lengths, so that PAD, which is never read, may be any id, EOS too."""
+    sequences = [p + c for p, c in zip(prompts, completions)]
+    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
+    return {
+        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
+        "targets": pad_rows([ids[1:] for ids in sequences], device),
+        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
+        "mask": pad_rows([mask[1:] for mask in masks], device),
+    }
 
 
 @as_forward
@@ -313,7 +335,28 @@ def explained_variance(returns, values, mask):
     return 1 - unexplained / variance if variance > 1e-8 else torch.tensor(math.nan)
 
 
-def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
+def combine_scores(member_scores, args):
+    """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
+    lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean = member_scores.mean(0)
+    if args.reward_combine == "min":
+        return member_scores.amin(0)
+    if args.reward_combine == "mean-minus-std":
+        return mean - args.reward_std_coef * member_scores.std(0, correction=0)
+    return mean
+
+
+def member_metrics(member_scores):
+    """What the members of an ensemble say, (k, B) -> metrics; of a single one none."""
+    if len(member_scores) == 1:
+        return {}
+    metrics = {f"score/{i}": scores.nanmean() for i, scores in enumerate(member_scores, 1)}
+    metrics["disagreement"] = member_scores.std(0, correction=0).nanmean()
+    return metrics
+
+
+def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
     """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
     side: its example with completion_ids, finished, score and reward."""
     with autocast():
@@ -329,9 +372,11 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
     # 1. a completion ends with its first EOS, which is kept and trained (N+ samples on, then cuts)
     # 2. it is scored together with its prompt (B)
     examples = [example for example in examples for _ in range(args.num_generations)]
-    scores = score(examples, completions).tolist()
+    member_scores = torch.stack([member(examples, completions) for member in ensemble])  # (k, B)
+    scores = combine_scores(member_scores, args)
     rollouts = []
-    for example, completion_ids, completion_score in zip(examples, completions, scores):
+    for i, (example, completion_ids) in enumerate(zip(examples, completions)):
+        completion_score = scores[i].item()
         finished = completion_ids[-1] in eos_ids
         # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
         reward = completion_score if finished else completion_score - args.missing_eos_penalty
@@ -341,6 +386,7 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
                 "completion_ids": completion_ids,
                 "finished": finished,
                 "score": completion_score,
+                "member_scores": member_scores[:, i],
                 "reward": reward,
             }
         )
@@ -353,13 +399,14 @@ def sample_groups(policy, examples, rng, *, score, eos_ids, args, autocast):
     return judged
 
 
-def load_value_model(args, tokenizer, score, device):
-    """--value-model; without it the reward model (N+) if it has the policy's tokens, else the
-    policy with a head that gives 0 (B)."""
+def load_value_model(args, tokenizer, ensemble, device):
+    """--value-model; without it the first reward model (N+) if it has the policy's tokens, else
+    the policy with a head that gives 0 (B)."""
     path = args.value_model or args.model
-    is_reward_model = isinstance(score, RewardModel) and has_score_head(score.model)
-    if args.value_model is None and is_reward_model and score.has_policy_tokens:
-        path = args.reward
+    reward = ensemble[0]
+    is_reward_model = isinstance(reward, RewardModel) and has_score_head(reward.model)
+    if args.value_model is None and is_reward_model and reward.has_policy_tokens:
+        path = reward.path
     if not same_ids(tokenizer, load_tokenizer(path, "--value-model")):
         fail(f"--value-model {path}: its tokens are not the policy's, so it cannot value them")
 
@@ -449,7 +496,7 @@ def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
 
 
 @torch.no_grad()
-def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
+def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids, args, autocast):
     """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
     prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
     the KL from the reference in nats per completion."""
@@ -471,7 +518,8 @@ def evaluate(policy, reference, examples, *, score, gold, tokenizer, eos_ids, ar
                 rng=generator(args.seed, "evaluate"),
             )
         repeated = [example for example in examples for _ in range(num_generations)]
-        numbers = {"score": score(repeated, completions)}
+        member_scores = torch.stack([member(repeated, completions) for member in ensemble])
+        numbers = {"score": combine_scores(member_scores, args)}
         if gold is not None:
             numbers["gold"] = gold(repeated, completions)
         for name, values in numbers.items():
@@ -520,7 +568,7 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(
+    ensemble = load_rewards(
         args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
     )
     gold = load_gold(args, tokenizer, eos_ids)
@@ -531,7 +579,7 @@ def main(args):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     reference = load_policy(args.model, device) if args.kl_coef else None
-    value_model = load_value_model(args, tokenizer, score, device)
+    value_model = load_value_model(args, tokenizer, ensemble, device)
     models = nn.ModuleDict({"policy": policy, "value_model": value_model})
     optimizer = torch.optim.AdamW(
         models.parameters(),
@@ -547,7 +595,7 @@ def main(args):
             policy,
             reference,
             held_out,
-            score=score,
+            ensemble=ensemble,
             gold=gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
@@ -572,7 +620,7 @@ def main(args):
             policy,
             prompts,
             generator(args.seed, "sample", step),
-            score=score,
+            ensemble=ensemble,
             eos_ids=eos_ids,
             args=args,
             autocast=autocast,
@@ -656,6 +704,7 @@ def main(args):
             metrics["kl"] = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean()
         if gold is not None:
             metrics["gold"] = gold(rollouts, completions).mean()
+        metrics |= member_metrics(torch.stack([x["member_scores"] for x in rollouts], dim=1))
         if held_out and is_due(args.eval_every, step + 1, args.steps):
             metrics |= evaluate_and_log(step + 1)
         run.log(

@@ -31,14 +31,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    DroppedRow,
     Run,
     all_reduce,
     as_forward,
     check_fit,
-    check_length,
     cli,
     clip_gradients,
-    completion_batch,
     completion_text,
     encode_completions,
     fail,
@@ -51,10 +50,11 @@ from common import (
     load_gold,
     load_held_out,
     load_policy,
-    load_reward,
+    load_rewards,
     load_tokenizer,
     micro_batches,
     on_first_rank,
+    pad_rows,
     prompt_of,
     read_rows,
     sample,
@@ -110,7 +110,12 @@ class Args:
     epochs: int = 1
     """passes over the data"""
     reward: str | None = None
-    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function"""
+    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function;
+    several, an ensemble, with commas between"""
+    reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
+    """how several rewards, commas between, make one score (Coste et al. 2023)"""
+    reward_std_coef: float = 1.0
+    """standard deviations that mean-minus-std takes off the mean"""
     num_generations: int = 16
     """completions of each prompt, N"""
     max_prompt_length: int = 512
@@ -136,8 +141,25 @@ def prompt_example(row, tokenizer, end_id, args):
     """A prompt; the further columns are the checker's."""
     prompt = prompt_of(row, args)
     prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
-    check_length(prompt_ids, args.max_prompt_length, "--max-prompt-length")
+    if len(prompt_ids) > args.max_prompt_length:
+        raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids}
+
+
+def completion_batch(prompts, completions, device):
+    """Lists of ids -> a batch: a dict of tensors (B, T).
+
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
+    target is a completion's token, EOS included: column t of anything speaks of targets[:, t].
+    Masks come from lengths, so that PAD, which is never read, may be any id, EOS too."""
+    sequences = [p + c for p, c in zip(prompts, completions)]
+    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
+    return {
+        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
+        "targets": pad_rows([ids[1:] for ids in sequences], device),
+        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
+        "mask": pad_rows([mask[1:] for mask in masks], device),
+    }
 
 
 @as_forward
@@ -229,6 +251,27 @@ def best_of_n_metrics(scores, values, name):
     return metrics
 
 
+def combine_scores(member_scores, args):
+    """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
+    lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean = member_scores.mean(0)
+    if args.reward_combine == "min":
+        return member_scores.amin(0)
+    if args.reward_combine == "mean-minus-std":
+        return mean - args.reward_std_coef * member_scores.std(0, correction=0)
+    return mean
+
+
+def member_metrics(member_scores):
+    """What the members of an ensemble say, (k, B) -> metrics; of a single one none."""
+    if len(member_scores) == 1:
+        return {}
+    metrics = {f"score/{i}": scores.nanmean() for i, scores in enumerate(member_scores, 1)}
+    metrics["disagreement"] = member_scores.std(0, correction=0).nanmean()
+    return metrics
+
+
 def scheduled_learning_rate(step, steps, args):
     """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
     alone."""
@@ -238,10 +281,22 @@ def scheduled_learning_rate(step, steps, args):
     return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
+def nan_to_null(values):
+    """A list as JSON can have it."""
+    return [None if math.isnan(x) else x for x in values]
+
+
+def null_to_nan(rows):
+    """Lists of equal length, from JSON -> tensor (rows, values)."""
+    return torch.tensor([[math.nan if x is None else x for x in values] for values in rows])
+
+
 CHUNK = 64  # prompts that are sampled, scored and written at a time
 
 
-def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_ids, args, autocast):
+def roll_out(
+    policy, examples, iteration, run, *, ensemble, gold, tokenizer, eos_ids, args, autocast
+):
     """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has
     them.
 
@@ -267,12 +322,14 @@ def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_id
                 rng=generator(args.seed, "sample", iteration, first),
             )
         repeated = [example for example in chunk for _ in range(N)]
-        scores = score(repeated, completions).tolist()
+        member_scores = torch.stack([member(repeated, completions) for member in ensemble])
+        scores = combine_scores(member_scores, args).tolist()
         golds = [math.nan] * len(scores) if gold is None else gold(repeated, completions).tolist()
         for i, example in enumerate(chunk):
             row_ids = completions[i * N : (i + 1) * N]
             row_scores = scores[i * N : (i + 1) * N]
             row_golds = golds[i * N : (i + 1) * N]
+            row_members = member_scores[:, i * N : (i + 1) * N].tolist()
             records.append(
                 {
                     "iteration": iteration,
@@ -280,9 +337,11 @@ def roll_out(policy, examples, iteration, run, *, score, gold, tokenizer, eos_id
                     "completions": [
                         completion_text(tokenizer, example["prompt_ids"], ids) for ids in row_ids
                     ],
-                    "scores": [None if math.isnan(x) else x for x in row_scores],
-                    "gold": [None if math.isnan(x) else x for x in row_golds],
+                    "scores": nan_to_null(row_scores),
+                    "member_scores": [nan_to_null(values) for values in row_members],
+                    "gold": nan_to_null(row_golds),
                     "solve_rate": sum(row_golds) / N,
+                    "finished": [ids[-1] in eos_ids for ids in row_ids],
                     "ids": row_ids,
                 }
             )
@@ -401,7 +460,7 @@ def fine_tune(
 
 
 @torch.no_grad()
-def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, autocast):
+def evaluate_policy(policy, examples, *, ensemble, gold, tokenizer, eos_ids, args, autocast):
     """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
     prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
     the KL from the model at the start in nats per completion."""
@@ -423,7 +482,8 @@ def evaluate_policy(policy, examples, *, score, gold, tokenizer, eos_ids, args, 
                 rng=generator(args.seed, "evaluate"),
             )
         repeated = [example for example in examples for _ in range(num_generations)]
-        numbers = {"score": score(repeated, completions)}
+        member_scores = torch.stack([member(repeated, completions) for member in ensemble])
+        numbers = {"score": combine_scores(member_scores, args)}
         if gold is not None:
             numbers["gold"] = gold(repeated, completions)
         for name, values in numbers.items():
@@ -471,7 +531,7 @@ def main(args):
     )
 
     # load the models
-    score = load_reward(
+    ensemble = load_rewards(
         args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
     )
     gold = load_gold(args, tokenizer, eos_ids)
@@ -500,7 +560,7 @@ def main(args):
         metrics, rows = evaluate_policy(
             policy,
             held_out,
-            score=score,
+            ensemble=ensemble,
             gold=gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
@@ -526,7 +586,7 @@ def main(args):
             prompts,
             iteration,
             run,
-            score=score,
+            ensemble=ensemble,
             gold=gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
@@ -535,12 +595,9 @@ def main(args):
         )
         sampling_seconds = time.time() - began
         ids = [record["ids"] for record in records]
-        rewards = torch.tensor(
-            [[math.nan if x is None else x for x in record["scores"]] for record in records]
-        )
-        golds = torch.tensor(
-            [[math.nan if x is None else x for x in record["gold"]] for record in records]
-        )
+        rewards = null_to_nan([record["scores"] for record in records])  # (M, N)
+        golds = null_to_nan([record["gold"] for record in records])
+        member_scores = torch.cat([null_to_nan(x["member_scores"]) for x in records], 1)  # (k, M*N)
 
         # select some of them
         pairs = select(rewards, ids, iteration, args)
@@ -552,6 +609,7 @@ def main(args):
             "seconds/sample": sampling_seconds,
         }
         selection |= best_of_n_metrics(rewards, rewards, "score")
+        selection |= member_metrics(member_scores)
         if gold is not None:
             selection["gold"] = golds[~rewards.isnan()].mean()  # of those behind `score`
             selection["selected_gold"] = golds[rows, columns].mean()

@@ -1,19 +1,29 @@
-"""Reward model (RM): learn from pairs of answers which one people prefer, as one number for any
-answer.
+"""Reward model (RM): learn from what is known of answers, as one number for any answer.
 
-    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected) - margin), mean over pairs
-    (Bradley-Terry)
+    bradley-terry   - log sigmoid(r(chosen) - r(rejected) - margin), mean over a prompt's pairs
+    plackett-luce   - log P(ranking): each answer against all that are ranked below it
+    outcome         cross-entropy of sigmoid(r) against right or wrong
+    process         the same at the end of each step of an answer
 
-The second stage of RLHF (Ouyang et al. 2022, equation 1; Stiennon et al. 2020). The score is a
-scalar head on the hidden state of the last real token, EOS. Left out: ensembles, and shifting the
-scores to mean 0 after training (Stiennon et al. do): a constant changes no advantage once PPO's
-values have learnt it. `eval/score_mean` is logged.
+The second stage of RLHF (Ouyang et al. 2022, equation 1; Stiennon et al. 2020), by default from
+pairs; --loss chooses the others: rankings of K answers (Plackett 1975; Zhu et al. 2023), outcome
+and process reward models (Cobbe et al. 2021; Lightman et al. 2023). All take one form of example, a
+prompt with K completions and a label wherever a score is read, and all completions of a prompt
+stand in one batch: as separate pairs in many batches they are learnt by heart (Ouyang et al.,
+section 3.4). The score is a scalar head on the hidden state of the last real token, EOS. Left out:
+shifting the scores to mean 0 after training (Stiennon et al. do): a constant changes no advantage
+once PPO's values have learnt it. `eval/score_mean` is logged. An ensemble is several runs with
+other seeds, and `--reward a,b,c` in the scripts that use them.
 
     python reward_model.py            after sft.py: three quarters of a minute, two cores
     python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
+    python reward_model.py --model runs/my_sft --loss outcome \\
+        --dataset runs/rejection_sampling/rollouts.jsonl
 
-Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike; `margin`
-optional. One epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human
+Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike, `margin`
+optional; or prompt, completions and scores, two lists, as rejection_sampling.py writes them; or for
+--loss process prompt, completions and labels: the steps of one answer, and whether each is right.
+One epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human
 preferences, more in the laptop run."""
 
 import math
@@ -36,7 +46,6 @@ from common import (
     all_reduce,
     as_forward,
     check_fit,
-    check_length,
     cli,
     clip_gradients,
     completion_text,
@@ -54,9 +63,12 @@ from common import (
     pad_rows,
     prompt_of,
     setup,
+    step_ends,
     stream,
     text_or_messages,
 )
+
+LABEL_LOSSES = ["outcome", "process"]  # the others compare the completions of a prompt
 
 
 @dataclass
@@ -102,14 +114,20 @@ class Args:
     log_every: int = 10
     """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
     batch_size: int = 64
-    """pairs per optimiser step"""
+    """prompts (pairs) per optimiser step, each with all its completions"""
     epochs: int = 1
     """passes over the data"""
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
+    loss: Literal["bradley-terry", "plackett-luce", "outcome", "process"] = "bradley-terry"
+    """from pairs; from rankings; from right or wrong, of answers or of their steps"""
     center_coef: float = 0.0
-    """weight of (score of chosen + score of rejected)^2, which keeps scores near 0 (Eisenstein et
-    al. 2023: 0.01)"""
+    """of pairs and rankings: weight of (score of chosen + score of rejected)^2, which keeps scores
+    near 0 (Eisenstein et al. 2023: 0.01)"""
+    outcome_tokens: Literal["last", "all"] = "last"
+    """where outcome reads the score: at EOS, or at every completion token (Cobbe et al. 2021)"""
+    step_separator: str = "\n"
+    """what stands between the steps of an answer; process saves it with the model"""
 
 
 def preference_example(row, tokenizer, end_id, args):
@@ -128,9 +146,8 @@ def preference_example(row, tokenizer, end_id, args):
     prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
         tokenizer, prompt, [chosen, rejected], end_id
     )
-    check_length(
-        prompt_ids + max(chosen_ids, rejected_ids, key=len), args.max_length, "--max-length"
-    )
+    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
     if chosen_ids == rejected_ids:
         raise DroppedRow("whose chosen and rejected are the same in tokens")
     return {
@@ -159,23 +176,138 @@ def split_shared_prefix(chosen, rejected):
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-@as_forward
-def sequence_scores(model, batch):
-    """The scalar head at the last real token, found by length: neither padding nor a PAD inside the
-    text moves it.
+def comparison_example(row, tokenizer, end_id, args):
+    """A prompt with K completions and a score of each: of prompt, chosen and rejected (1 and 0), or
+    of prompt, completions and scores. rollouts.jsonl has the prompt's own row inside its rows."""
+    margin = 0.0
+    if "completions" in row:
+        if isinstance(row.get("row"), dict):
+            row = row["row"] | row
+        prompt = prompt_of(row, args)
+        completions, scores, finished = scored_completions(row, args)
+        prompt_ids, completion_ids = encode_completions(tokenizer, prompt, completions, end_id)
+        for ids, is_finished in zip(completion_ids, finished):
+            if not is_finished and ids[-1] == end_id:  # cut while it was sampled: no EOS
+                ids.pop()
+    else:
+        pair = preference_example(row, tokenizer, end_id, args)
+        prompt = pair["prompt"]
+        prompt_ids = pair["prompt_ids"]
+        completion_ids = [pair["chosen_ids"], pair["rejected_ids"]]
+        scores = [1.0, 0.0]
+        margin = pair["margin"]
+        if margin and args.loss != "bradley-terry":
+            raise BadRow("`margin` is for --loss bradley-terry alone")
+    if len(prompt_ids) + max(map(len, completion_ids)) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
+    ends = [[len(ids) - 1] for ids in completion_ids]
+    if args.loss == "outcome" and args.outcome_tokens == "all":
+        ends = [list(range(len(ids))) for ids in completion_ids]
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,  # K lists
+        "ends": ends,  # K lists: the tokens of a completion at which its score is read
+        "labels": [[score] * len(tokens) for score, tokens in zip(scores, ends)],  # K lists
+        "margin": margin,
+    }
 
-    batch: inputs, here whole sequences, and attention_mask, (B, T), right-padded -> (B,) float32.
-    The head's product is in float32 under autocast too: in bfloat16 scores near 4 would be 0.03
-    apart at least, and close pairs ties."""
+
+def scored_completions(row, args):
+    """Columns completions, scores and perhaps finished -> three lists, of those with a score."""
+    if "labels" in row and "scores" not in row:
+        raise BadRow("`labels`, of the steps of an answer, are for --loss process")
+    if row.get("margin"):
+        raise BadRow("`margin` is for pairs, chosen and rejected, alone")
+    completions, scores = equal_lists(row, "completions", "scores")
+    completions = [text_or_messages({"completions": x}, ["completions"]) for x in completions]
+    finished = [True] * len(scores)
+    if "finished" in row:
+        _, finished = equal_lists(row, "completions", "finished")
+    for score in scores:
+        if score is not None and not (isinstance(score, numbers.Real) and abs(score) < 1e9):
+            raise BadRow(f"`scores` must be numbers or null, found {score!r:.60}")
+        if args.loss == "outcome" and score not in (0, 1, None):
+            raise BadRow(f"--loss outcome needs `scores` of 0 and 1, found {score!r:.60}")
+    if len(scores) < 2 and args.loss != "outcome":
+        raise BadRow(f"`completions` is one, and --loss {args.loss} compares two or more")
+    scored = [triple for triple in zip(completions, scores, finished) if triple[1] is not None]
+    if args.loss == "outcome" and not scored:
+        raise DroppedRow("without a score")
+    if args.loss != "outcome" and len({score for _, score, _ in scored}) < 2:
+        raise DroppedRow("whose scores are all equal")
+    completions, scores, finished = zip(*scored)
+    return completions, [float(score) for score in scores], finished
+
+
+def step_example(row, tokenizer, end_id, args):
+    """A prompt with one completion and a label at the end of each of its steps: of prompt,
+    completions (the steps) and labels (is it right?)."""
+    steps, labels = equal_lists(row, "completions", "labels")
+    if not all(isinstance(step, str) for step in steps):
+        raise BadRow("`completions` are the steps of an answer, and must be texts")
+    if not all(label in (0, 1) for label in labels):
+        raise BadRow(f"`labels` must be true or false, 1 or 0, found {labels!r:.60}")
+    prompt = prompt_of(row, args)
+    prompt_ids, completion_ids = encode_completions(
+        tokenizer, prompt, [args.step_separator.join(steps)], end_id
+    )
+    ends = step_ends(tokenizer, completion_ids[0], args.step_separator)
+    if len(ends) != len(labels):
+        raise DroppedRow("whose steps, in tokens, do not end at --step-separator")
+    if len(prompt_ids) + len(completion_ids[0]) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "ends": [ends],
+        "labels": [[float(label) for label in labels]],
+        "margin": 0.0,
+    }
+
+
+def equal_lists(row, *names):
+    """Two columns that must be lists of equal length."""
+    for name in names:
+        if not isinstance(row.get(name), list):
+            raise BadRow(f"`{name}` must be a list, found {row.get(name)!r:.60}")
+    first, second = (row[name] for name in names)
+    if len(first) != len(second) or not first:
+        raise BadRow(f"`{names[0]}` has {len(first)} entries and `{names[1]}` {len(second)}")
+    return first, second
+
+
+@as_forward
+def token_scores(model, batch):
+    """The scalar head where the mask is 1.
+
+    batch: inputs, here whole sequences, attention_mask and mask, (B, T), right-padded -> (B, T)
+    float32, 0 outside the mask. The head's product is in float32 under autocast too: in bfloat16
+    scores near 4 would be 0.03 apart at least, and close pairs ties."""
+    mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
         attention_mask=batch["attention_mask"],
         use_cache=False,
     )
-    hidden = outputs.last_hidden_state  # (B, T, H)
-    last = batch["attention_mask"].sum(1) - 1  # (B,)
-    hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, H)
-    return (hidden.float() * model.score.weight[0]).sum(-1)
+    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    scores = (hidden.float() * model.score.weight[0]).sum(-1)
+    return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+
+
+def at_last_token(x, batch):
+    """x (B, T) at the last real token, found by length: neither padding nor a PAD inside the text
+    moves it -> (B,)."""
+    last = batch["attention_mask"].sum(1) - 1
+    return x[torch.arange(len(x), device=x.device), last]
+
+
+def sequence_scores(model, batch):
+    """The score of each whole sequence: inputs and attention_mask (B, T) -> (B,) float32, for those
+    who import it."""
+    scores = token_scores(model, batch | {"mask": batch["attention_mask"]})
+    return at_last_token(scores, batch)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=None):
@@ -193,26 +325,118 @@ def pair_accuracy(chosen, rejected):
     return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
-def pair_length(example):
-    """Tokens of the longer of the two sequences."""
-    return len(example["prompt_ids"]) + max(
-        len(example["chosen_ids"]), len(example["rejected_ids"])
-    )
+def better_pairs(labels, group):
+    """All pairs of a prompt whose labels differ: labels, group (the prompt's number), each (B,) ->
+    rows of the better ones, rows of the worse ones."""
+    is_better = (group[:, None] == group) & (labels[:, None] > labels)
+    return is_better.nonzero(as_tuple=True)
 
 
-def score_batch(examples, device):
-    """B pairs -> a batch of 2B whole sequences, each chosen one followed by its rejected one;
-    margins and weights, those of the mean over pairs, are (2B,), the same for the two."""
+def plackett_luce_loss(scores, labels, group):
+    """Each completion against all of its prompt that are ranked below it: logsumexp of their scores
+    and its own, less its own. scores, labels, group (B,) -> (B,); a prompt's sum is - log P(its
+    ranking) (Plackett 1975; Zhu et al. 2023, K-wise).
+
+    Equal labels share a rank: none of them stands among those that another had to beat."""
+    is_below = (group[:, None] == group) & (labels[:, None] > labels)
+    is_own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    candidates = scores.expand(len(scores), -1).masked_fill(~(is_below | is_own), -torch.inf)
+    return candidates.logsumexp(1) - scores
+
+
+def binary_cross_entropy(scores, labels):
+    """- log P(label), with sigmoid(score) the probability of "right", label 1: any shape (Cobbe et
+    al. 2021; Lightman et al. 2023)."""
+    return -(labels * F.logsigmoid(scores) + (1 - labels) * F.logsigmoid(-scores))
+
+
+def score_batch(examples, device, whole=None):
+    """Prompts with all their completions -> a batch of whole sequences, "group" their prompt's
+    number. mask is 1 where a score is read, labels what is known there, each (B, T).
+
+    Weights carry the normalisers of `whole`, the optimisation batch if `examples` are a part of it:
+    weights (B, T) of a mean over labels; pair_weights (B,), of a pair of that prompt, and
+    prompt_weights (B,) of a mean over prompts, so that one with many completions counts once."""
+    whole = whole or examples
+    num_labels = sum(len(labels) for example in whole for labels in example["labels"])
+    num_compared = sum(count_pairs(example) > 0 for example in whole)
     sequences = []
-    for example in examples:
-        sequences.append(example["prompt_ids"] + example["chosen_ids"])
-        sequences.append(example["prompt_ids"] + example["rejected_ids"])
-    margins = torch.tensor([example["margin"] for example in examples], device=device)
+    masks = []
+    labels = []
+    numbers = []
+    margins = []
+    pair_weights = []
+    for number, example in enumerate(examples):
+        num_pairs = count_pairs(example)
+        for i, completion_ids in enumerate(example["completion_ids"]):
+            sequence = example["prompt_ids"] + completion_ids
+            mask = [0] * len(sequence)
+            row_labels = [0.0] * len(sequence)
+            for t, label in zip(example["ends"][i], example["labels"][i]):
+                mask[len(example["prompt_ids"]) + t] = 1
+                row_labels[len(example["prompt_ids"]) + t] = label
+            sequences.append(sequence)
+            masks.append(mask)
+            labels.append(row_labels)
+            numbers.append(number)
+            margins.append(example["margin"])
+            pair_weights.append(1 / (num_pairs * num_compared) if num_pairs else 0.0)
+    mask = pad_rows(masks, device)
     return {
         "inputs": pad_rows(sequences, device),
         "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], device),
-        "margins": margins.repeat_interleave(2),
-        "weights": torch.full((len(sequences),), 1 / len(examples), device=device),
+        "mask": mask,
+        "labels": pad_rows(labels, device),
+        "weights": mask / num_labels,
+        "group": torch.tensor(numbers, device=device),
+        "margins": torch.tensor(margins, device=device),
+        "pair_weights": torch.tensor(pair_weights, device=device),
+        "prompt_weights": torch.full((len(sequences),), 1 / len(whole), device=device),
+    }
+
+
+def count_pairs(example):
+    """Pairs of completions whose last labels differ."""
+    labels = [completion_labels[-1] for completion_labels in example["labels"]]
+    return sum(a > b for a in labels for b in labels)
+
+
+def weighted_loss(scores, batch, loss_type, center_coef=0.0):
+    """scores (B, T) of a batch or of a part of it -> loss, scalar: a sum whose weights carry the
+    normaliser."""
+    if loss_type in LABEL_LOSSES:
+        return (batch["weights"] * binary_cross_entropy(scores, batch["labels"])).sum()
+    scores = at_last_token(scores, batch)
+    labels = at_last_token(batch["labels"], batch)
+    better, worse = better_pairs(labels, batch["group"])
+    centring = center_coef * (scores[better] + scores[worse]) ** 2
+    pair_weights = batch["pair_weights"][better]
+    if loss_type == "plackett-luce":
+        losses = plackett_luce_loss(scores, labels, batch["group"])
+        return (batch["prompt_weights"] * losses).sum() + (pair_weights * centring).sum()
+    losses = bradley_terry_loss(scores[better], scores[worse], batch["margins"][better])
+    return (pair_weights * (losses + centring)).sum()
+
+
+def pair_metrics(scores, batch):
+    """scores (B, T) -> weighted sums over pairs of completions."""
+    scores = at_last_token(scores, batch)
+    better, worse = better_pairs(at_last_token(batch["labels"], batch), batch["group"])
+    weights = batch["pair_weights"][better]
+    return {
+        "accuracy": (weights * pair_accuracy(scores[better], scores[worse])).sum(),
+        "margin": (weights * (scores[better] - scores[worse])).sum(),
+    }
+
+
+def label_metrics(scores, batch):
+    """scores (B, T) -> weighted sums over labels: how many are on the right side of 1/2, and the
+    Brier score, the squared error of the probability, in which calibration shows."""
+    probabilities = scores.sigmoid()
+    is_right = (probabilities > 0.5) == (batch["labels"] > 0.5)
+    return {
+        "label_accuracy": (batch["weights"] * is_right).sum(),
+        "brier": (batch["weights"] * (probabilities - batch["labels"]) ** 2).sum(),
     }
 
 
@@ -234,50 +458,65 @@ def scheduled_learning_rate(step, steps, args):
     return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
-def of_pairs(values):
-    """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
-    (B,)."""
-    return values[0::2], values[1::2]
-
-
 @torch.no_grad()
-def evaluate_pairs(model, examples, *, tokenizer, args, autocast):
-    """Held-out accuracy (a tie counts half), its binomial standard error, margin and the scores'
-    spread -> metrics, and a row for each sequence of the first 500 pairs with its score."""
+def evaluate_scores(model, examples, *, tokenizer, args, autocast):
+    """Held-out loss; accuracy over pairs of unequal labels (a tie of scores counts half), its
+    binomial standard error as if a prompt were one trial, and margin; for outcome and process
+    accuracy and Brier score of labels; the scores' spread -> metrics, and a row for each completion
+    of the first 500 prompts with its score."""
+    num_compared = sum(count_pairs(example) > 0 for example in examples)
+    totals = Counter()
     scores = []
-    for start in range(0, len(examples), 1000):
-        batch = score_batch(examples[start : start + 1000], model.device)
+    for start in range(0, len(examples), 500):
+        batch = score_batch(examples[start : start + 500], model.device, whole=examples)
         with autocast():
             batch_scores = in_micro_batches(
-                lambda mb: sequence_scores(model, mb),
+                lambda mb: token_scores(model, mb),
                 batch,
                 args.micro_batch_tokens,
             )
-        scores.append(batch_scores)
+        totals["loss"] += weighted_loss(batch_scores, batch, args.loss)
+        if num_compared:
+            totals.update(pair_metrics(batch_scores, batch))
+        if args.loss in LABEL_LOSSES:
+            totals.update(label_metrics(batch_scores, batch))
+        scores.append(batch_scores[batch["mask"] > 0])
     scores = torch.cat(scores)
-    chosen, rejected = of_pairs(scores)
-    margins = torch.tensor([example["margin"] for example in examples], device=scores.device)
-    accuracy = pair_accuracy(chosen, rejected).mean().item()
-    metrics = {
-        "eval/loss": bradley_terry_loss(chosen, rejected, margins).mean(),
-        "eval/accuracy": accuracy,
-        "eval/accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(examples)),
-        "eval/margin": (chosen - rejected).mean(),
-        "eval/score_mean": scores.mean(),
-        "eval/score_std": scores.std(correction=0),
-    }
+    metrics = {f"eval/{name}": total for name, total in totals.items()}
+    metrics["eval/score_mean"] = scores.mean()
+    metrics["eval/score_std"] = scores.std(correction=0)
+
     rows = []
-    for i, example in enumerate(examples[:500]):
-        for kind, score in [("chosen", chosen[i]), ("rejected", rejected[i])]:
-            text = completion_text(tokenizer, example["prompt_ids"], example[f"{kind}_ids"])
-            rows.append(
-                {
-                    "prompt": example["prompt"],
-                    "completion": text,
-                    "kind": kind,
-                    "score": score.item(),
-                }
-            )
+    is_best_right = []
+    scores = iter(scores.tolist())
+    for example in examples:
+        last_scores = []
+        last_labels = []
+        for completion_ids, labels in zip(example["completion_ids"], example["labels"]):
+            completion_scores = [next(scores) for _ in labels]
+            last_scores.append(completion_scores[-1])
+            last_labels.append(labels[-1])
+            if len(rows) < 1000:
+                rows.append(
+                    {
+                        "prompt": example["prompt"],
+                        "completion": completion_text(
+                            tokenizer, example["prompt_ids"], completion_ids
+                        ),
+                        "labels": labels,
+                        "scores": completion_scores,
+                    }
+                )
+        if count_pairs(example):
+            best = last_scores.index(max(last_scores))
+            is_best_right.append(last_labels[best] == max(last_labels))
+    if num_compared:
+        accuracy = totals["accuracy"].item()
+        num_all = sum(math.comb(len(example["labels"]), 2) for example in examples)
+        num_unequal = sum(count_pairs(example) for example in examples)
+        metrics["eval/accuracy_stderr"] = math.sqrt(accuracy * (1 - accuracy) / num_compared)
+        metrics["eval/top1_accuracy"] = sum(is_best_right) / num_compared
+        metrics["eval/tied_pairs"] = 1 - num_unequal / num_all
     return metrics, rows
 
 
@@ -287,17 +526,26 @@ def main(args):
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model)
     eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, preference_example, tokenizer, args)
-    held_out = load_held_out(preference_example, tokenizer, args)
-    longest = max(map(pair_length, examples + held_out))
-    check_fit(args.model, examples + held_out, longest, "--max-length")
+    args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell's '...' gives it
+    make_example = step_example if args.loss == "process" else comparison_example
+    examples = load_examples(args.dataset, make_example, tokenizer, args)
+    held_out = load_held_out(make_example, tokenizer, args)
+    sequences = [
+        {"ids": example["prompt_ids"] + ids}
+        for example in examples + held_out
+        for ids in example["completion_ids"]
+    ]
+    longest = max(len(sequence["ids"]) for sequence in sequences)
+    check_fit(args.model, sequences, longest, "--max-length")
 
     def init(model, has_new_head):
-        """A head of variance 1 / (H + 1) (Stiennon et al. 2020), a PAD that is no EOS."""
+        """A head of variance 1 / (H + 1) (Stiennon et al. 2020), a PAD that is no EOS, and what
+        those who score by the steps of an answer must know."""
         if has_new_head:
             std = 1 / math.sqrt(model.score.in_features + 1)
             nn.init.normal_(model.score.weight, std=std, generator=generator(args.seed, "head"))
         choose_pad(model, tokenizer, eos_ids)
+        model.config.step_separator = args.step_separator if args.loss == "process" else None
 
     model = load_scorer(
         args.model,
@@ -319,7 +567,7 @@ def main(args):
     run = Run(args, models, optimizer, steps, examples)
 
     def evaluate_and_log(step):
-        metrics, rows = evaluate_pairs(
+        metrics, rows = evaluate_scores(
             model,
             held_out,
             tokenizer=tokenizer,
@@ -334,7 +582,7 @@ def main(args):
     if start == 0 and held_out:
         run.log(0, evaluate_and_log(0))
     for step in range(start, steps):
-        # take the next pairs, in an order of its own for every epoch
+        # take the next prompts, in an order of its own for every epoch
         began = time.time()
         first = step * args.batch_size
         last = min(first + args.batch_size, args.epochs * len(examples))
@@ -342,19 +590,16 @@ def main(args):
 
         # update: one normaliser for the whole batch, however it is cut into micro-batches
         totals = Counter()
-        for mb in micro_batches(batch, args.micro_batch_tokens, together=2):
+        for mb in micro_batches(batch, args.micro_batch_tokens):
             with autocast():
-                scores = sequence_scores(model, mb)
-            chosen_scores, rejected_scores = of_pairs(scores)
-            mb_margins, _ = of_pairs(mb["margins"])
-            mb_weights, _ = of_pairs(mb["weights"])
-            losses = bradley_terry_loss(chosen_scores, rejected_scores, mb_margins)
-            losses = losses + args.center_coef * (chosen_scores + rejected_scores) ** 2
-            loss = (mb_weights * losses).sum()
+                scores = token_scores(model, mb)
+            loss = weighted_loss(scores, mb, args.loss, args.center_coef)
             loss.backward()
             totals["loss"] += loss.detach()
-            totals["accuracy"] += (mb_weights * pair_accuracy(chosen_scores, rejected_scores)).sum()
-            totals["margin"] += (mb_weights * (chosen_scores - rejected_scores).detach()).sum()
+            scores = scores.detach()
+            totals.update(
+                label_metrics(scores, mb) if args.loss in LABEL_LOSSES else pair_metrics(scores, mb)
+            )
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = scheduled_learning_rate(step, steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -367,19 +612,20 @@ def main(args):
         # log, evaluate, save
         seconds = time.time() - began
         batch_tokens = batch["attention_mask"].sum()
+        totals = {name: all_reduce(total) for name, total in totals.items()}
         metrics = {
-            "loss": all_reduce(totals["loss"]),
-            "accuracy": all_reduce(totals["accuracy"]),
-            "margin": all_reduce(totals["margin"]),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "padding": 1 - batch_tokens / all_reduce(totals["padded_tokens"]),
+            "padding": 1 - batch_tokens / totals.pop("padded_tokens"),
             "tokens_per_second": batch_tokens / seconds,
             "seconds/train": seconds,
         }
+        metrics = totals | metrics
         if held_out and is_due(args.eval_every, step + 1, steps):
             metrics |= evaluate_and_log(step + 1)
-        run.log(step + 1, metrics, show=["loss", "accuracy", "margin", "grad_norm"])
+        run.log(
+            step + 1, metrics, show=["loss", "accuracy", "label_accuracy", "margin", "grad_norm"]
+        )
         run.checkpoint_if_due(step + 1)
     is_laptop = (
         args.model == "runs/sft"

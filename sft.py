@@ -38,7 +38,6 @@ from common import (
     all_reduce,
     as_forward,
     check_fit,
-    check_length,
     cli,
     clip_gradients,
     completion_text,
@@ -55,8 +54,8 @@ from common import (
     load_held_out,
     load_policy,
     load_tokenizer,
-    make_batch,
     micro_batches,
+    pad_rows,
     prepare,
     prompt_of,
     sample,
@@ -142,7 +141,8 @@ def sft_example(row, tokenizer, end_id, args):
             raise DroppedRow("whose turns the chat template does not render as prefixes")
         mask += [0] * (len(prompt_ids) - len(ids)) + [1] * len(completion_ids)
         ids = prompt_ids + completion_ids
-    check_length(ids, args.max_length, "--max-length")
+    if len(ids) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
 
 
@@ -174,6 +174,20 @@ def tiny_config(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
+
+
+def make_batch(sequences, masks, device):
+    """Lists of T+1 ids, and of as many 0 and 1 (trained) -> a batch: a dict of tensors (B, T).
+
+    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
+    target is trained: column t of anything speaks of targets[:, t]. Masks come from lengths, so
+    that PAD, which is never read, may be any id, EOS too."""
+    return {
+        "inputs": pad_rows([ids[:-1] for ids in sequences], device),
+        "targets": pad_rows([ids[1:] for ids in sequences], device),
+        "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
+        "mask": pad_rows([mask[1:] for mask in masks], device),
+    }
 
 
 @as_forward

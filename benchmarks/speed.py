@@ -218,7 +218,7 @@ def random_batch(vocab, rows, prompt, completion, device):
     """Sequences of one length, trained on their completions."""
     rng = torch.Generator().manual_seed(1)
     ids = torch.randint(2, vocab, (rows, prompt + completion), generator=rng).tolist()
-    return common.completion_batch([x[:prompt] for x in ids], [x[prompt:] for x in ids], device)
+    return grpo.completion_batch([x[:prompt] for x in ids], [x[prompt:] for x in ids], device)
 
 
 def hidden_and_targets(model, batch):

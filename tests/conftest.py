@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import common
+import grpo
 import sft
 
 torch.set_num_threads(1)  # these models are too small to share; on a busy machine it is far faster
@@ -151,7 +152,7 @@ def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
 
 
 def ragged_batch(seed):
-    return common.completion_batch(*ragged_ids(seed), CPU)
+    return grpo.completion_batch(*ragged_ids(seed), CPU)
 
 
 def gradients(model):

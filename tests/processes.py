@@ -23,11 +23,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import common
+import grpo
 
 NAMES = ["sft", "reward_model", "dpo", "rejection_sampling", "ppo", "rloo", "grpo"]
 ONLINE = ["ppo", "rloo", "grpo"]
 CPU = torch.device("cpu")
-TASK_ROWS = {"sft": 64, "preference": 64, "prompt": 64, "held out": 13}
+TASK_ROWS = {"sft": 64, "pairs": 64, "prompt": 64, "held out": 13}
 PROMPTS = [[3, 9, 4], [12, 5, 8, 7, 6, 11, 2], [4], [9, 3, 9, 3], [7, 7]]
 
 
@@ -326,7 +327,7 @@ def logprobs_of(name, folder):
     """Log-probs of fixed rows, of a run's final policy."""
     script = importlib.import_module(name)
     policy = common.load_policy(str(folder), CPU)
-    batch = common.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
+    batch = grpo.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
     if name in ONLINE:
         return script.token_logprobs_and_entropy(policy, batch)[0].detach()
     return script.token_logprobs(policy, batch).detach()
@@ -354,9 +355,8 @@ def halves(folder, chain):
 
 def architectures(folder, chain):
     """Gradients and samples of each of the tiny models, whose folders stand in folder/models."""
-    grpo = importlib.import_module("grpo")
     common.start_processes()
-    batch = common.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
+    batch = grpo.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
     found = {}
     for path in sorted(Path(folder, "models").iterdir()):
         policy = common.load_policy(str(path), CPU, trainable=True)

@@ -44,6 +44,25 @@ GOOD = {
         True,
         lambda i: {"chosen": talk(f"p{i}", "yes"), "rejected": talk(f"p{i}", "no"), "margin": 0.5},
     ),
+    "scores": (
+        "comparison",
+        False,
+        lambda i: {"prompt": f"p{i} ", "completions": ["a", f"b{i}", "c"], "scores": [i, -1, 2.5]},
+    ),
+    "scores messages": (
+        "comparison",
+        True,
+        lambda i: {
+            "prompt": talk(f"p{i}"),
+            "completions": ["a", "b", "c"],
+            "scores": [True, None, 0],
+        },
+    ),
+    "steps": (
+        "step",
+        False,
+        lambda i: {"prompt": f"p{i} ", "completions": ["a", f"b{i}"], "labels": [True, 0]},
+    ),
     "prompts": ("prompt", False, lambda i: {"prompt": f"do {i}", "answer": str(i)}),
     "prompt messages": ("prompt", True, lambda i: {"prompt": talk(f"do {i}"), "answer": str(i)}),
 }

@@ -34,6 +34,8 @@ SPECIAL = ["[PAD]", "[EOS]", "[UNK]", "<s>", "<|im_start|>", "<|im_end|>"]
 MAKE_EXAMPLE = {
     "sft": sft.sft_example,
     "preference": dpo.preference_example,
+    "comparison": reward_model.comparison_example,
+    "step": reward_model.step_example,
     "prompt": grpo.prompt_example,
 }
 
@@ -85,6 +87,9 @@ def flags(**given):
         "seed": 1,
         "max_length": 500,
         "max_prompt_length": 500,
+        "loss": "bradley-terry",
+        "outcome_tokens": "last",
+        "step_separator": "\n",
     }
     return types.SimpleNamespace(**defaults | given)
 
@@ -550,7 +555,7 @@ def test_one_eos_at_the_end_and_trained(load, pad, completion):
     for example in examples:
         assert example["ids"].count(end) == 1
         assert example["ids"][-1] == end and example["mask"][-1] == 1
-    batch = common.make_batch([e["ids"] for e in examples], [e["mask"] for e in examples], "cpu")
+    batch = sft.make_batch([e["ids"] for e in examples], [e["mask"] for e in examples], "cpu")
     is_trained_end = (batch["targets"] == end) & (batch["mask"] == 1)
     assert is_trained_end.sum(1).tolist() == [1, 1]
     assert batch["attention_mask"].sum(1).tolist() == [len(e["ids"]) - 1 for e in examples]

@@ -300,7 +300,7 @@ def test_sft_coef_adds_the_nll_per_token(chain, tmp_path):  # noqa: F811
     policy = common.load_policy(str(chain / "sft"), CPU)
     nlls = []
     for example in load_pairs(chain, run_args(chain, tmp_path), held_out=True):
-        batch = common.completion_batch([example["prompt_ids"]], [example["chosen_ids"]], CPU)
+        batch = dpo.completion_batch([example["prompt_ids"]], [example["chosen_ids"]], CPU)
         with torch.no_grad():
             logprobs = dpo.token_logprobs(policy, batch)
         nlls.append(-logprobs.sum().item() / len(example["chosen_ids"]))

@@ -234,7 +234,7 @@ def check(model, tolerance, monkeypatch):
     )
     assert len(set(map(len, completions))) > 2  # rows leave at different times
     prompts = [prompt for prompt in PROMPTS for _ in range(GENERATIONS)]
-    batch = common.completion_batch(prompts, completions, CPU)
+    batch = grpo.completion_batch(prompts, completions, CPU)
     with torch.no_grad():
         trained, _ = grpo.token_logprobs_and_entropy(model, batch)
     rng = torch.Generator().manual_seed(1)
@@ -280,7 +280,7 @@ def test_states_instead_of_keys(family, tmp_path, monkeypatch):
     grpo.token_logprobs_and_entropy(model, ragged_batch(2))[0].sum().backward()
     ours = gradients(model)
     for prompt, completion in zip(*ragged_ids(2), strict=True):
-        batch = common.completion_batch([prompt], [completion], CPU)
+        batch = grpo.completion_batch([prompt], [completion], CPU)
         grpo.token_logprobs_and_entropy(model, batch)[0].sum().backward()
     assert distance(ours, gradients(model)) < 1e-4
 

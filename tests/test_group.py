@@ -287,7 +287,7 @@ def test_a_group_that_cannot_be_judged_is_left_out_whole(monkeypatch):
         None,
         examples,
         None,
-        score=lambda examples, completions: torch.tensor(scores),
+        ensemble=[lambda examples, completions: torch.tensor(scores)],
         eos_ids=[1],
         args=grpo.Args(num_generations=3, missing_eos_penalty=0.5),
         autocast=contextlib.nullcontext,
@@ -1020,7 +1020,7 @@ def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
         policy,
         None,
         examples,
-        score=common.load_reward(
+        ensemble=common.load_rewards(
             args, examples, tokenizer, eos_ids, device=device, autocast=autocast
         ),
         gold=common.load_gold(args, tokenizer, eos_ids),

@@ -2,6 +2,7 @@
 dropout."""
 
 import contextlib
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -130,14 +131,20 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_budget(tiny_dirs, scorers
             max_completion_length=1,
         )
         score = common.RewardModel(
-            args, [], tokenizer, [1], device=CPU, autocast=contextlib.nullcontext
+            args.reward,
+            args,
+            [],
+            tokenizer,
+            eos_ids=[1],
+            device=CPU,
+            autocast=contextlib.nullcontext,
         )
         torch.testing.assert_close(score(examples, completions), scores, **close)
 
 
 # ---------------------------------------------------------------- gradients
-def micro_batch_list(batch, budget, together=1):
-    return list(common.micro_batches(batch, budget, together))
+def micro_batch_list(batch, budget):
+    return list(common.micro_batches(batch, budget))
 
 
 def assert_gradients_alike(results, most_cuts):
@@ -178,21 +185,32 @@ def pairs_of_uneven_lengths():
     return [dict(zip(keys, row)) for row in zip(prompts, chosen, rejected[::-1], margins)]
 
 
+def compared(prompt_ids, completion_ids, labels, margin=0.0):
+    """An example as reward_model.py has it, scores read at the last tokens."""
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "ends": [[len(ids) - 1] for ids in completion_ids],
+        "labels": [[label] for label in labels],
+        "margin": margin,
+    }
+
+
 def test_reward_model_gradient_does_not_depend_on_the_budget(scorer):
     """Pairs of uneven lengths, with margins and the centering term."""
     scorer = precise(scorer)
-    batch = reward_model.score_batch(pairs_of_uneven_lengths(), CPU)
+    examples = [
+        compared(x["prompt_ids"], [x["chosen_ids"], x["rejected_ids"]], [1.0, 0.0], x["margin"])
+        for x in pairs_of_uneven_lengths()
+    ]
+    batch = reward_model.score_batch(examples, CPU)
     results = []
     for budget in BUDGETS[::-1]:
-        mbs = micro_batch_list(batch, budget, together=2)
+        mbs = micro_batch_list(batch, budget)
         total = 0.0
         for mb in mbs:
-            chosen, rejected = reward_model.of_pairs(reward_model.sequence_scores(scorer, mb))
-            margins, _ = reward_model.of_pairs(mb["margins"])
-            weights, _ = reward_model.of_pairs(mb["weights"])
-            losses = reward_model.bradley_terry_loss(chosen, rejected, margins)
-            losses = losses + 0.01 * (chosen + rejected) ** 2
-            loss = (weights * losses).sum()
+            scores = reward_model.token_scores(scorer, mb)
+            loss = reward_model.weighted_loss(scores, mb, "bradley-terry", center_coef=0.01)
             loss.backward()
             total += loss.item()
         results.append((len(mbs), [total], [gradients(scorer)]))
@@ -210,7 +228,7 @@ def test_dpo_gradient_does_not_depend_on_the_budget(loss_type, policy):
     batch = dpo.pair_batch(examples, CPU)
     results = []
     for budget in BUDGETS[::-1]:
-        mbs = micro_batch_list(batch, budget, together=2)
+        mbs = micro_batch_list(batch, budget)
         total = 0.0
         for mb in mbs:
             losses, _ = dpo.pair_losses(dpo.token_logprobs(policy, mb), mb, args)
@@ -292,8 +310,11 @@ def of_lengths(lengths):
     }
 
 
-def cuts_of(lengths, budget, together=1):
-    return common.micro_batch_rows(of_lengths(lengths), budget, together)
+def cuts_of(lengths, budget, group=None):
+    batch = of_lengths(lengths)
+    if group is not None:
+        batch["group"] = torch.tensor(group)
+    return common.micro_batch_rows(batch, budget)
 
 
 def test_micro_batches_cover_each_row_once_within_the_budget():
@@ -326,18 +347,21 @@ def test_micro_batches_are_rows_of_the_batch():
             assert row.tolist() == batch["inputs"][i, :width].tolist()
 
 
-def test_pairs_stay_together():
-    """together=2: rows 2i and 2i + 1 share a micro-batch, side by side, and count as the longer of
-    the two."""
+def test_rows_of_a_group_stay_together():
+    """They share a micro-batch, side by side and in order, and count as the longest of them."""
     draw = random.Random(3)
     for _ in range(100):
-        lengths = [draw.randint(1, 30) for _ in range(2 * draw.randint(1, 20))]
+        sizes = [draw.randint(1, 5) for _ in range(draw.randint(1, 20))]
+        group = [number for number, size in enumerate(sizes) for _ in range(size)]
+        lengths = [draw.randint(1, 30) for _ in group]
         budget = draw.choice([1, 40, 100, 10**6])
-        cuts = cuts_of(lengths, budget, together=2)
+        cuts = cuts_of(lengths, budget, group)
         assert sorted(i for rows in cuts for i in rows) == list(range(len(lengths)))
         for rows in cuts:
-            assert all(i % 2 == 0 and j == i + 1 for i, j in zip(rows[0::2], rows[1::2]))
-            assert len(rows) == 2 or max(lengths[i] for i in rows) * len(rows) <= budget
+            runs = [list(run) for _, run in itertools.groupby(rows, key=lambda i: group[i])]
+            for run in runs:
+                assert run == [i for i in range(len(group)) if group[i] == group[run[0]]]
+            assert len(runs) == 1 or max(lengths[i] for i in rows) * len(rows) <= budget
 
 
 def test_micro_batches_hold_rows_of_about_one_length(monkeypatch):

@@ -12,6 +12,7 @@ import dpo
 import grpo
 import ppo
 import rejection_sampling
+import reward_model
 import rloo
 
 
@@ -31,17 +32,18 @@ def documented():
 def written(folder):
     """Names in a run's metrics.jsonl, with N and G for numbers."""
     names = {name for row in metrics(folder) for name in row} - {"step"}
-    return {
-        re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@G", name)) for name in names
-    }
+    for number, letter in (("pass@", "G"), ("best_of_", "N"), ("score/", "K")):
+        names = {re.sub(rf"{number}\d+", number + letter, name) for name in names}
+    return names
 
 
 @pytest.fixture(scope="module")
 def runs(chain, tmp_path_factory):  # noqa: F811
-    """script -> its folder, a step or two of each."""
+    """script -> folders of its runs, a step or two of each."""
     folder = tmp_path_factory.mktemp("metrics")
     shared = dict(model=str(chain / "sft"), warmup_steps=0)
-    rewarded = shared | dict(reward=str(chain / "reward_model"), max_completion_length=6)
+    scorer = str(chain / "reward_model")
+    rewarded = shared | dict(reward=f"{scorer},{scorer}", max_completion_length=6)
     online = rewarded | dict(prompts_per_step=3, steps=1)
     groups = online | dict(num_generations=2)
     ppo.main(ppo.Args(**online, output_dir=str(folder / "ppo")))
@@ -56,13 +58,18 @@ def runs(chain, tmp_path_factory):  # noqa: F811
             output_dir=str(folder / "rejection_sampling"),
         )
     )
-    return {name: (chain if name in ("sft", "reward_model") else folder) / name for name in SCRIPTS}
+    outcome = dict(loss="outcome", steps=1, output_dir=str(folder / "outcome"))
+    reward_model.main(reward_model.Args(**shared, **outcome))
+    folders = {name: [folder / name] for name in SCRIPTS}
+    folders["sft"] = [chain / "sft"]
+    folders["reward_model"] = [chain / "reward_model", folder / "outcome"]
+    return folders
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_page_names_what_is_written(runs, name):
     known = documented()[name] - (set() if torch.cuda.is_available() else {"peak_memory_gib"})
-    assert known == written(runs[name])
+    assert known == set().union(*map(written, runs[name]))
 
 
 def test_flags_that_the_page_turns_exist():

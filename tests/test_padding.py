@@ -43,9 +43,7 @@ def test_padding_is_the_share_of_what_the_update_computed(name, tiny_dirs, tmp_p
     """Counted from the micro-batches that were made with gradients on; 0 where each row stands
     alone (the two texts of a pair stand together); below a tenth where the budget is not what
     cuts."""
-    monkeypatch.setattr(
-        common, "TASK_ROWS", {"sft": 32, "preference": 32, "prompt": 32, "held out": 4}
-    )
+    monkeypatch.setattr(common, "TASK_ROWS", {"sft": 32, "pairs": 32, "prompt": 32, "held out": 4})
     masks = []
     take = common.take
 

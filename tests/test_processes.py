@@ -157,18 +157,21 @@ def test_bad_data_is_said_once(chain, tmp_path):  # noqa: F811
 
 # ---------------------------------------------------------------- without starting any
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", [1, 2, 3])
 def test_shares_of_micro_batches(world_size, together, monkeypatch):
     """Every row once, as many micro-batches in each process, about as many rows."""
     lengths = torch.tensor([3, 9, 4, 12, 7, 1, 5, 30, 2, 8, 6, 6, 5, 9, 14, 3, 21, 2])
-    batch = {"attention_mask": (torch.arange(30) < lengths[:, None]).long()}
+    batch = {
+        "attention_mask": (torch.arange(30) < lengths[:, None]).long(),
+        "group": torch.arange(len(lengths)) // together,
+    }
     monkeypatch.setattr(common, "world_size", lambda: world_size)
     numbers = []
 
     def lists_of(rank, most):
         monkeypatch.setattr(common, "rank", lambda: rank)
         monkeypatch.setattr(common, "all_reduce", lambda n, op: numbers.append(n) or most or n)
-        return common.micro_batch_rows(batch, 40, together)
+        return common.micro_batch_rows(batch, 40)
 
     for rank in range(world_size):
         lists_of(rank, None)

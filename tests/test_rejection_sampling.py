@@ -308,7 +308,7 @@ def test_rollouts_hold_each_completions_own_numbers(start, tmp_path, monkeypatch
     def gold(examples, completions):
         return length(examples, completions) / 8
 
-    monkeypatch.setattr(rs, "load_reward", lambda *args, **kwargs: length)
+    monkeypatch.setattr(rs, "load_rewards", lambda *args, **kwargs: [length])
     monkeypatch.setattr(rs, "load_gold", lambda *args: gold)
     rs.main(run_args(start, tmp_path / "run", steps=1))
     records = read_log(tmp_path / "run", "rollouts")
@@ -485,7 +485,7 @@ def test_evaluate_policy(start):
     metrics, rows = rs.evaluate_policy(
         policy,
         examples,
-        score=score,
+        ensemble=[score],
         gold=gold,
         tokenizer=tokenizer,
         eos_ids=eos_ids,

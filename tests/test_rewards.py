@@ -109,7 +109,7 @@ def reward_model(path, tokenizer, budget=64):
 
 
 def load_reward(reward, examples, tokenizer=None, eos_ids=(1,), budget=64):
-    return common.load_reward(
+    (only,) = common.load_rewards(
         types.SimpleNamespace(reward=reward, micro_batch_tokens=budget, max_completion_length=20),
         examples,
         tokenizer or sft.tiny_tokenizer(),
@@ -117,6 +117,7 @@ def load_reward(reward, examples, tokenizer=None, eos_ids=(1,), budget=64):
         device=CPU,
         autocast=contextlib.nullcontext,
     )
+    return only
 
 
 def example(tokenizer, prompt, **columns):
@@ -187,7 +188,7 @@ def test_function_that_is_not_there(file, refused):
 
 @pytest.mark.parametrize("reward", ["runs/reward_model", "./model", "someone/some-model", "/x/y.z"])
 def test_any_other_name_is_a_model(reward, monkeypatch):
-    monkeypatch.setattr(common, "RewardModel", lambda args, *_, **more: f"the model {args.reward}")
+    monkeypatch.setattr(common, "RewardModel", lambda path, *_, **more: f"the model {path}")
     assert load_reward(reward, []) == f"the model {reward}"
 
 

@@ -72,7 +72,7 @@ def check_training_forward(model, prompts, completions, logprobs, temperature):
     """One forward of the right-padded whole gives the same log-probs."""
     generations = len(completions) // len(prompts)
     repeated = [ids for ids in prompts for _ in range(generations)]
-    batch = common.completion_batch(repeated, completions, CPU)
+    batch = ppo.completion_batch(repeated, completions, CPU)
     with torch.no_grad():
         expected, _ = ppo.token_logprobs_and_entropy(model, batch, temperature)
     ours = torch.tensor([x for row in logprobs for x in row])
@@ -291,7 +291,7 @@ def test_pad_may_equal_eos(pad_id, tiny_llama, tmp_path, complete_with_logprobs)
     )
     assert {0, 1} <= {ids[-1] for ids in completions}
     assert not any({0, 1} & set(ids[:-1]) for ids in completions)
-    batch = common.completion_batch([p for p in prompts for _ in range(8)], completions, CPU)
+    batch = ppo.completion_batch([p for p in prompts for _ in range(8)], completions, CPU)
     is_padding = batch["attention_mask"] == 0
     batch["inputs"][is_padding] = pad_id
     batch["targets"][is_padding] = pad_id
@@ -378,7 +378,7 @@ def test_autocast_samples_from_the_autocast_policy(tiny_qwen2, complete_with_log
     prompts = prompts_of(8)
     with torch.autocast("cpu", torch.bfloat16):
         completions, logprobs = complete_with_logprobs(tiny_qwen2, prompts, 4, 12, 1.0, eos_ids=[])
-        batch = common.completion_batch([p for p in prompts for _ in range(4)], completions, CPU)
+        batch = ppo.completion_batch([p for p in prompts for _ in range(4)], completions, CPU)
         with torch.no_grad():
             rounded, _ = ppo.token_logprobs_and_entropy(tiny_qwen2, batch)
     with torch.no_grad():

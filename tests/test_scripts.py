@@ -23,7 +23,7 @@ import rloo
 import sft
 
 CPU = torch.device("cpu")
-SMALL_TASK = {"sft": 64, "preference": 64, "prompt": 64, "held out": 16}
+SMALL_TASK = {"sft": 64, "pairs": 64, "prompt": 64, "held out": 16}
 
 
 @functools.cache

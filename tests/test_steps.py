@@ -148,7 +148,7 @@ def gold_of(prompt, completion):
 
 
 def fake_checker(function):
-    """What load_reward or load_gold gives, of a function of ids."""
+    """What load_rewards or load_gold gives, of a function of ids."""
 
     def score(examples, completions):
         values = [function(e["prompt_ids"], ids) for e, ids in zip(examples, completions)]
@@ -182,7 +182,7 @@ def watch(script, patch, models):
     sequences = []
 
     def forward_name():
-        names = ("token_logprobs_and_entropy", "token_logprobs", "sequence_scores")
+        names = ("token_logprobs_and_entropy", "token_logprobs", "token_scores")
         return next(name for name in names if hasattr(script, name))
 
     inner_forward = getattr(script, forward_name())
@@ -223,8 +223,8 @@ def watch(script, patch, models):
         patch.setattr(script, "load_policy", load)
     if hasattr(script, "sample"):
         patch.setattr(script, "sample", fake_sample(record.samples))
-    if hasattr(script, "load_reward"):
-        patch.setattr(script, "load_reward", lambda *args, **kwargs: fake_checker(score_of))
+    if hasattr(script, "load_rewards"):
+        patch.setattr(script, "load_rewards", lambda *args, **kwargs: [fake_checker(score_of)])
     if hasattr(script, "load_gold"):
         patch.setattr(script, "load_gold", lambda *args, **kwargs: fake_checker(gold_of))
     return record
@@ -1099,17 +1099,192 @@ def test_reward_model(models, tmp_path, monkeypatch, center_coef):
             "eval/loss": mean(losses),
             "eval/accuracy": accuracy,
             "eval/accuracy_stderr": binomial_error(accuracy, len(scores)),
+            "eval/top1_accuracy": accuracy,
+            "eval/tied_pairs": 0.0,
             "eval/margin": mean(c - r for c, r in scores),
             "eval/score_mean": mean(both),
             "eval/score_std": math.sqrt(variance(both)),
         }
         check_logged(row, expected)
         if row is record.before:
-            kinds = ["chosen", "rejected"] * len(HELD_OUT_PAIRS)
-            assert [line["kind"] for line in record.samples_before] == kinds
-            assert [line["score"] for line in record.samples_before] == pytest.approx(
-                both, abs=1e-4
+            lines = record.samples_before
+            assert [line["labels"] for line in lines] == [[1.0], [0.0]] * len(HELD_OUT_PAIRS)
+            scores = [score for line in lines for score in line["scores"]]
+            assert scores == pytest.approx(both, abs=1e-4)
+
+
+# ---------------------------------------------------------------- reward_model, other data
+COMPARED = [  # a prompt, completions and their scores; None: not judged
+    ("ab", {"ba": 3.0, "cdefgh": 1.0, "x": 2.0}),
+    ("c", {"defghijk": 0.5, "a": -2.0}),
+    ("lmn", {"o": 1.0, "pq": 0.0, "rs": None, "tuvw": 1.0, "q": 0.0}),
+    ("w", {"xyzab": 0.0, "b": 7.0, "": 0.0}),
+    ("fghij", {"": 1.0, "kl": 0.0}),
+    ("k", {"lm": 4.0, "mlkji": 3.0, "n": 2.0, "op": 1.0}),
+    ("uv", {"wx": -1.0, "": 5.0, "vu": None}),
+    ("yzabcd", {"efg": 1.0, "gfe": 0.0, "feg": 0.0}),
+    ("n", {"opq": 0.0, "opqrstu": 1.0}),
+]
+HELD_OUT_COMPARED = [
+    ("ab", {"c": 1.0, "dc": 0.0, "cd": 1.0}),
+    ("defg", {"hi": 2.0, "jklmnopq": 0.0, "x": 1.0}),
+    ("u", {"vwxy": 1.0, "": 0.0}),
+]
+STEPS = [  # a prompt, the steps of an answer and whether each is right; j stands between steps
+    ("ab", {"ba": True, "cdefgh": False, "x": False}),
+    ("c", {"defghi": True}),
+    ("lmn", {"o": True, "pq": True, "rs": False, "tuvw": True}),
+    ("w", {"xyzab": False, "b": True}),
+    ("fghi", {"kl": False}),
+    ("k", {"lm": True, "mlki": False}),
+    ("uv", {"wx": True, "vu": True}),
+    ("yzabcd", {"efg": True, "gfe": False, "feg": False}),
+    ("n", {"opq": False, "opqrstu": True}),
+]
+HELD_OUT_STEPS = [("ab", {"c": True, "dc": False}), ("defg", {"hi": False}), ("u", {"vwxy": True})]
+COMPARISONS = {
+    "bradley-terry": dict(center_coef=0.3),
+    "plackett-luce": dict(center_coef=0.3, batch_size=3, weight_decay=0.0, max_grad_norm=0.0),
+    "outcome": dict(),
+    "outcome, all tokens": dict(outcome_tokens="all", batch_size=3),
+    "process": dict(step_separator="j", batch_size=3),
+}
+
+
+def judged(comparisons, args):
+    """Prompts as rows of a file, and each as its known completions: ids, where their scores are
+    read, what is known there."""
+    rows = []
+    prompts = []
+    for prompt, answers in comparisons:
+        if args["loss"] == "outcome":
+            answers = {text: score and float(score > 0) for text, score in answers.items()}
+        row = {"prompt": f"{prompt}>", "completions": list(answers)}
+        values = list(answers.values())
+        rows.append(row | {"labels" if args["loss"] == "process" else "scores": values})
+        start = len(ids_of(f"{prompt}>"))
+        if args["loss"] == "process":
+            whole = "j".join(answers) + "$"
+            ends = [i for i, letter in enumerate(whole) if letter in "j$"]
+            labels = [float(value) for value in values]
+            known = [(ids_of(f"{prompt}>{whole}"), [start + i for i in ends], labels)]
+        else:
+            known = []
+            for text, score in answers.items():
+                ids = ids_of(f"{prompt}>{text}$")
+                first = start if args.get("outcome_tokens") == "all" else len(ids) - 1
+                read = list(range(first, len(ids)))
+                if score is not None:
+                    known.append((ids, read, [score] * len(read)))
+        prompts.append(known)
+    return rows, prompts
+
+
+def read_scores(model, prompts):
+    """Of each completion of each prompt: scores where they are read."""
+    head = model.score.weight[0]
+    return [
+        [[hidden_states(model, ids)[i] @ head for i in read] for ids, read, _ in known]
+        for known in prompts
+    ]
+
+
+def pairs_by_rank(scores, known):
+    """(better, worse) scores of a prompt, at last tokens."""
+    labels = [labels[-1] for _, _, labels in known]
+    n = range(len(labels))
+    return [(scores[i][-1], scores[j][-1]) for i in n for j in n if labels[i] > labels[j]]
+
+
+def comparison_loss(loss_type, scores, prompts, center_coef):
+    """As the papers have it, prompt by prompt."""
+    if loss_type in ("outcome", "process"):
+        losses = []
+        for prompt_scores, known in zip(scores, prompts):
+            for row, (_, _, labels) in zip(prompt_scores, known):
+                for score, label in zip(row, labels):
+                    losses.append(-log_sigmoid(score if label else -score))
+        return mean(losses)
+    losses = []
+    for prompt_scores, known in zip(scores, prompts):
+        pairs = pairs_by_rank(prompt_scores, known)
+        loss = center_coef * mean((a + b) ** 2 for a, b in pairs)
+        if loss_type == "bradley-terry":
+            loss = loss - mean(log_sigmoid(a - b) for a, b in pairs)
+        else:
+            for own, (_, _, labels) in zip(prompt_scores, known):
+                below = [s[-1].exp() for s, x in zip(prompt_scores, known) if x[2][-1] < labels[-1]]
+                loss = loss - (own[-1].exp() / (own[-1].exp() + sum(below))).log()
+        losses.append(loss)
+    return mean(losses)
+
+
+def comparison_metrics(loss_type, scores, prompts, is_held_out):
+    metrics = {}
+    pairs = [pairs_by_rank(*each) for each in zip(scores, prompts)]
+    pairs = [each for each in pairs if each]
+    if loss_type in ("outcome", "process"):
+        read = [s for prompt_scores in scores for row in prompt_scores for s in row]
+        labels = [label for known in prompts for _, _, row in known for label in row]
+        metrics["label_accuracy"] = mean(float((s > 0) == (x == 1)) for s, x in zip(read, labels))
+        metrics["brier"] = mean((1 / (1 + (-s).exp()) - x) ** 2 for s, x in zip(read, labels))
+    if pairs and (is_held_out or "label_accuracy" not in metrics):
+        metrics["accuracy"] = mean(mean(is_ahead(*pair) for pair in each) for each in pairs)
+        metrics["margin"] = mean(mean(a - b for a, b in each) for each in pairs)
+    return metrics
+
+
+@pytest.mark.parametrize("flags", COMPARISONS.values(), ids=COMPARISONS)
+def test_reward_model_of_more_than_pairs(models, tmp_path, monkeypatch, request, flags):
+    """The gradient of every step, and every metric, of several completions of a prompt, or of the
+    steps of one; what is not judged counts for nothing."""
+    flags = dict(loss=request.node.callspec.id.split(",")[0]) | flags
+    if flags["loss"] == "process":
+        rows, prompts = judged(STEPS, flags)
+        held_out_rows, held_out = judged(HELD_OUT_STEPS, flags)
+    else:
+        rows, prompts = judged(COMPARED, flags)
+        held_out_rows, held_out = judged(HELD_OUT_COMPARED, flags)
+    args = offline_args(reward_model, models / "policy", tmp_path, rows, held_out_rows, **flags)
+    record = run(reward_model, args, monkeypatch, models)
+    number_of = {tuple(ids): n for n, known in enumerate(prompts) for ids, _, _ in known}
+    taken = []
+    for update in record.updates:
+        numbers = {number_of[ids] for ids in update.sequences}
+        everything = sorted(tuple(ids) for n in numbers for ids, _, _ in prompts[n])
+        assert sorted(update.sequences) == everything, "all of a prompt's, once each"
+        taken.append(sorted(numbers))
+    check_offline(record, args, taken, list(range(len(prompts))))
+
+    for row, update, numbers in zip(record.rows, record.updates, taken):
+        batch = [prompts[n] for n in numbers]
+        scores = read_scores(update.exact, batch)
+        loss = comparison_loss(args.loss, scores, batch, args.center_coef)
+        check_gradient(update, loss)
+        expected = comparison_metrics(args.loss, scores, batch, is_held_out=False)
+        check_logged(row, {"loss": loss} | expected)
+
+    for row, _, model in evaluations_of(record):
+        with torch.no_grad():
+            scores = read_scores(model, held_out)
+        expected = comparison_metrics(args.loss, scores, held_out, is_held_out=True)
+        expected["loss"] = comparison_loss(args.loss, scores, held_out, 0.0)
+        if args.loss != "process":
+            best = [max(range(len(s)), key=lambda i, s=s: s[i][-1]) for s in scores]
+            labels = [[labels[-1] for _, _, labels in known] for known in held_out]
+            expected["top1_accuracy"] = mean(
+                float(each[i] == max(each)) for i, each in zip(best, labels)
             )
+            expected["tied_pairs"] = (2 if args.loss == "outcome" else 1) / 7
+            error = binomial_error(expected["accuracy"], len(held_out))
+            expected["accuracy_stderr"] = error
+        read = [number(s) for each in scores for row_scores in each for s in row_scores]
+        expected["score_mean"] = mean(read)
+        expected["score_std"] = math.sqrt(variance(read))
+        check_logged(row, {f"eval/{name}": value for name, value in expected.items()})
+        if row is record.before:
+            lines = record.samples_before
+            assert [x for line in lines for x in line["scores"]] == pytest.approx(read, abs=1e-4)
 
 
 # ---------------------------------------------------------------- dpo

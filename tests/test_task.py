@@ -19,13 +19,14 @@ MAKERS = {
     "prompt": grpo.prompt_example,
 }
 KINDS = list(MAKERS)
+ROWS_OF = {"sft": "sft", "preference": "pairs", "prompt": "prompt"}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Fewer rows, to save time."""
     for kind in KINDS:
-        monkeypatch.setitem(common.TASK_ROWS, kind, 2000)
+        monkeypatch.setitem(common.TASK_ROWS, ROWS_OF[kind], 2000)
 
 
 def letters(row):
@@ -46,7 +47,7 @@ def check(row, completion, finished=True):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_rows(kind, held_out):
     rows = common.task_rows(kind, held_out, seed=1)
-    assert len(rows) == common.TASK_ROWS["held out" if held_out else kind]
+    assert len(rows) == common.TASK_ROWS["held out" if held_out else ROWS_OF[kind]]
     for row in rows:
         assert {"prompt", "answer"} <= row.keys()
         assert row["prompt"].endswith(">")
@@ -89,20 +90,20 @@ def test_chosen_is_right_and_rejected_is_not(held_out):
 
 
 def test_wrong_answers_of_every_sort_and_never_the_right_one():
-    """Letters replaced, swapped, left out and put in; also where most of that changes nothing."""
+    """Letters replaced, put in and left out; also where most of that changes nothing."""
     rng = random.Random(0)
     for answer in ("abcd", "aaaa", "ab"):
         wrong = [common.wrong_answer(answer, rng) for _ in range(500)]
         assert answer not in wrong
         assert {len(text) - len(answer) for text in wrong} >= {-1, 0, 1}
     wrong = [common.wrong_answer("abcd", rng) for _ in range(500)]
-    assert {"bacd", "abdc", "bcd", "abc"} <= set(wrong)
+    assert {"bcd", "abc"} <= set(wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_goes_through_the_tokenizer(kind, capsys, monkeypatch):
     """As the scripts read them: none is dropped, none is held out and trained on."""
-    monkeypatch.setitem(common.TASK_ROWS, kind, 300)
+    monkeypatch.setitem(common.TASK_ROWS, ROWS_OF[kind], 300)
     monkeypatch.setitem(common.TASK_ROWS, "held out", 100)
     tokenizer = sft.tiny_tokenizer()
     args = {"sft": sft.Args, "preference": reward_model.Args, "prompt": ppo.Args}[kind](model="x")
