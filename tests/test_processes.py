@@ -22,12 +22,15 @@ CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train", "padding")
 
 
 def assert_close(run, other):
-    """Final weights and Adam's state, to rounding."""
+    """Final weights and Adam's state, to rounding, by their norms: where a gradient is nearly 0
+    Adam can take a single weight another way."""
     a = states(run)
     b = states(other)
     assert a.keys() == b.keys()
     for key in a:
-        assert a[key].shape == b[key].shape and torch.allclose(a[key], b[key], atol=1e-5), key
+        ours, theirs = a[key].double(), b[key].double()
+        assert ours.shape == theirs.shape, key
+        assert (ours - theirs).norm() <= 5e-5 * theirs.norm(), key
 
 
 def everything(number, folder, chain, tiny_dirs):  # noqa: F811

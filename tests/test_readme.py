@@ -62,7 +62,7 @@ def test_prompts_that_are_kept(runs, tmp_path, monkeypatch):  # noqa: F811
     """The lines that take prompts by their solve rate run on a run's rollouts."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/rejection_sampling").symlink_to(runs["rejection_sampling"])
+    Path("runs/rejection_sampling").symlink_to(runs["rejection_sampling"][0])
     exec(snippet("rollouts.jsonl").replace("0.2 <=", "0.0 <="), {})
     rollouts = Path("runs/rejection_sampling/rollouts.jsonl").read_text().splitlines()
     rows = [json.loads(line)["row"] for line in rollouts]
@@ -73,7 +73,7 @@ def test_prompts_that_are_kept(runs, tmp_path, monkeypatch):  # noqa: F811
 def test_plain_transformers_opens_it(runs, name, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/ppo").symlink_to(runs[name])
+    Path("runs/ppo").symlink_to(runs[name][0])
     exec(snippet("AutoModelForCausalLM"), {})
     assert capsys.readouterr().out.strip().startswith("dbca>")
 
