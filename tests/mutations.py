@@ -1338,7 +1338,7 @@ MUTANTS = [
         '"weights": mask / num_labels,',
         '"weights": mask / len(sequences),',
         "outcome over all tokens: the weights are those of sequences",
-        "test_steps.py::test_reward_model_of_more_than_pairs[outcome, all tokens]",
+        "test_steps.py::test_reward_model_of_more_than_pairs[outcome-all]",
     ),
     Mutant(
         "reward_model.py",

@@ -1146,7 +1146,7 @@ COMPARISONS = {
     "bradley-terry": dict(center_coef=0.3),
     "plackett-luce": dict(center_coef=0.3, batch_size=3, weight_decay=0.0, max_grad_norm=0.0),
     "outcome": dict(),
-    "outcome, all tokens": dict(outcome_tokens="all", batch_size=3),
+    "outcome-all": dict(outcome_tokens="all", batch_size=3),
     "process": dict(step_separator="j", batch_size=3),
 }
 
@@ -1238,7 +1238,7 @@ def comparison_metrics(loss_type, scores, prompts, is_held_out):
 def test_reward_model_of_more_than_pairs(models, tmp_path, monkeypatch, request, flags):
     """The gradient of every step, and every metric, of several completions of a prompt, or of the
     steps of one; what is not judged counts for nothing."""
-    flags = dict(loss=request.node.callspec.id.split(",")[0]) | flags
+    flags = dict(loss=request.node.callspec.id.removesuffix("-all")) | flags
     if flags["loss"] == "process":
         rows, prompts = judged(STEPS, flags)
         held_out_rows, held_out = judged(HELD_OUT_STEPS, flags)
