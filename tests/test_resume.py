@@ -188,9 +188,9 @@ def test_a_rollout_goes_on_where_it_ended(end, chain, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_killed_ten_times(tmp_path):
-    """SIGKILL at random moments, every third in the middle of writing a checkpoint; then it ends as
-    an undisturbed run does. Real processes: `python sft.py`."""
+def test_killed_five_times(tmp_path):
+    """SIGKILL at random moments, every other one in the middle of writing a checkpoint; then it
+    ends as an undisturbed run does. Real processes: `python sft.py`."""
     command = [sys.executable, sft.__file__, "--steps", "40", "--save-every", "1", "--seed", "3"]
     command += ["--micro-batch-tokens", "600", "--eval-every", "10"]
     quiet = dict(
@@ -211,13 +211,13 @@ def test_killed_ten_times(tmp_path):
         except FileNotFoundError:  # none yet
             return 0
 
-    for kill in range(10):
+    for kill in range(5):
         resume = ["--resume"] if kill else []
         process = subprocess.Popen([*command, "--output-dir", folder, *resume], **quiet)
         try:
             while process.poll() is None and last_saved() == saved[-1]:
                 time.sleep(0.002)
-            if kill % 3 == 0:
+            if kill % 2 == 0:
                 while process.poll() is None and not half_written.exists():
                     pass
             else:
@@ -228,7 +228,7 @@ def test_killed_ten_times(tmp_path):
         writing += half_written.exists()
         half_written.unlink(missing_ok=True)
         saved.append(last_saved())
-    assert saved == sorted(saved) and saved[0] < saved[-1] and writing >= 3
+    assert saved == sorted(saved) and saved[0] < saved[-1] and writing >= 2
     subprocess.run([*command, "--output-dir", folder, "--resume"], check=True, **quiet)
     assert_same_run(tmp_path / "whole", folder)
     print(f"killed after steps {saved}, {writing} times while a checkpoint was being written")
