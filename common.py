@@ -308,14 +308,32 @@ def load_weights(cls, path, flag, config, has_new_head=False):
     return model
 
 
-def load_tokenizer(path, flag="--model"):
-    """The tokenizer of a directory or Hub id. Without a PAD of its own it pads with EOS."""
+def load_tokenizer(path, flag="--model", template_kwargs=None):
+    """The tokenizer of a directory or Hub id. Without a PAD of its own it pads with EOS.
+
+    template_kwargs, JSON, become the first lines of its chat template, so that whoever opens what
+    is saved has them too."""
     tokenizer = from_pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None and flag == "--model":
         fail(f"{flag} {path}: its tokenizer has no EOS token, so nothing could end; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template_kwargs is not None:
+        if tokenizer.chat_template is None:
+            fail(f"--chat-template-kwargs: the tokenizer of {path} has no chat template")
+        tokenizer.chat_template = template_lines(template_kwargs) + tokenizer.chat_template
     return tokenizer
+
+
+def template_lines(template_kwargs):
+    """A JSON object -> lines of a chat template that set these variables."""
+    try:
+        lines = ""
+        for name, value in json.loads(template_kwargs).items():
+            lines += f"{{% set {name} = {'none' if value is None else json.dumps(value)} %}}"
+        return lines
+    except (ValueError, AttributeError) as error:
+        fail(f"--chat-template-kwargs {template_kwargs!r}: wanted a JSON object ({error})")
 
 
 @functools.cache
@@ -465,14 +483,14 @@ def check_policy(model):
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # demonstrations are scarce
-TASK_ROWS = {"sft": 165, "pairs": 40_000, "prompt": 20_000, "held out": 500}
+TASK_ROWS = {"sft": 165, "ptx": 165, "pairs": 40_000, "prompt": 20_000, "held out": 500}
 
 
 def task_rows(kind, held_out, seed):
     """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`.
 
     Whether letters are held out depends on them alone; held-out rows are the same for all seeds."""
-    has_pairs = kind not in ("sft", "prompt")
+    has_pairs = kind not in ("sft", "ptx", "prompt")
     kind = "pairs" if has_pairs else kind
     rng = random.Random(f"{'held out' if held_out else seed}/{has_pairs}")
     rows = []
@@ -711,7 +729,11 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     if not prompt_ids:
         raise DroppedRow("whose prompt is empty")
     if any(ids[: len(prompt_ids)] != prompt_ids for ids in sequences):
-        cause = " (the chat template writes an answer's turn in another way)" if is_chat else ""
+        cause = (
+            " (the chat template writes an answer's turn in another way, as those do that open or "
+            "strip a think block: look for a variable for --chat-template-kwargs)"
+        )
+        cause = cause if is_chat else ""
         raise DroppedRow(f"whose prompt is, in tokens, no prefix of prompt and completion{cause}")
     completions = [ids[len(prompt_ids) :] for ids in sequences]
     return prompt_ids, [end_once(tokenizer, ids, end_id, is_chat) for ids in completions]
@@ -1152,6 +1174,8 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
             if name not in functions:
                 fail(f"--reward {reward}: no such file, or no function {name} in it")
             rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
+        elif reward == "none":  # for distillation, where the KL is all
+            rewards.append(lambda examples, completions: torch.zeros(len(completions)))
         elif reward in CHECKERS:
             check_answers(examples, reward)
             rewards.append(checker_reward(CHECKERS[reward], tokenizer, eos_ids))

@@ -71,6 +71,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/dpo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -110,13 +113,13 @@ class Args:
     max_length: int = 1024
     """tokens of prompt and completion; longer rows are dropped and counted"""
     beta: float | None = None
-    """of the loss; without it 0.1, for simpo 2 (Rafailov et al.; Hong et al.; Meng et al.; ipo:
-    TRL)"""
-    loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
+    """of the loss; without it 0.1, for simpo 2, for sigmoid-norm 5 (Rafailov et al.; Hong et al.;
+    Meng et al.; Lambert et al.; ipo: TRL)"""
+    loss_type: Literal["sigmoid", "sigmoid-norm", "ipo", "simpo", "orpo"] = "sigmoid"
     """preference_loss has the formula and the paper of each; simpo and orpo train without
     reference"""
     label_smoothing: float = 0.0
-    """sigmoid: probability that a label is wrong (cDPO, Mitchell 2023)"""
+    """sigmoid, sigmoid-norm: probability that a label is wrong (cDPO, Mitchell 2023)"""
     simpo_margin: float | None = None
     """simpo: how far the chosen reward should lead; without it 1 (Meng et al. 2024)"""
     sft_coef: float = 0.0
@@ -125,10 +128,10 @@ class Args:
 
 # log-probs are means over a completion's tokens for these, as their papers or, for ipo, its authors
 # have it
-LENGTH_AVERAGED = ("ipo", "simpo", "orpo")
+LENGTH_AVERAGED = ("sigmoid-norm", "ipo", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 # ipo's is TRL's, the others their papers'
-BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
+BETA = {"sigmoid": 0.1, "sigmoid-norm": 5.0, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 SIMPO_MARGIN = 1.0
 
 
@@ -241,6 +244,8 @@ def preference_loss(  # noqa: PLR0917
     sigmoid: - (1-s) log sigmoid(h) - s log sigmoid(-h) (Rafailov et al. 2023, equation 7; s > 0:
     cDPO,
         Mitchell 2023; a margin: ODPO, Amini et al. 2024)
+    sigmoid-norm: the same of means over tokens, so that a longer answer is not preferred for its
+        length (Lambert et al. 2024, Tulu 3, equation 6)
     ipo: (difference of log-ratios - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
     simpo: - log sigmoid(h) (Meng et al. 2024, equation 6)
     orpo: - log pi(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)) (Hong et al. 2024,
@@ -251,7 +256,7 @@ def preference_loss(  # noqa: PLR0917
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     h = chosen_rewards - rejected_rewards - margin
-    if loss_type in ("sigmoid", "simpo"):
+    if loss_type in ("sigmoid", "sigmoid-norm", "simpo"):
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     elif loss_type == "ipo":
         difference = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
@@ -470,7 +475,7 @@ def main(args):
         fail(f"--beta is to be above 0, --label-smoothing {args.label_smoothing} at most 0.5")
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, preference_example, tokenizer, args)
     held_out = load_held_out(preference_example, tokenizer, args)

@@ -8,9 +8,12 @@ PPO's clipped surrogate is averaged over the tokens of each completion, then ove
 KL is a second loss, the k3 estimate (its gradient is not quite that of the objective: see
 kl_penalty). Later work is one flag each. Dr. GRPO (Liu et al. 2025): --scale-rewards none
 --loss-aggregation constant --kl-coef 0. DAPO (Yu et al. 2025): --loss-aggregation token
---epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and --mask-truncated (with
-one update per rollout, the default, no ratio leaves 1 and no clip is at work). Left out: a value
-model, process rewards, DAPO's soft overlong punishment, generation engines, LoRA.
+--epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and --mask-truncated or
+--overlong-buffer (with one update per rollout, the default, no ratio leaves 1 and no clip is at
+work). GSPO (Zheng et al. 2025): --ratio sequence --epsilon 3e-4 --epsilon-high 4e-4
+--num-minibatches 4 --kl-coef 0. On-policy distillation (Agarwal et al. 2024, GKD; Lu 2025):
+--reference TEACHER --reward none --kl-coef 1 --scale-rewards none --kl-estimator k1 --kl-in reward.
+Left out: a value model, process rewards, generation engines, LoRA.
 
     python grpo.py                    after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -56,6 +59,7 @@ from common import (
     micro_batches,
     pad_rows,
     prompt_of,
+    same_ids,
     sample,
     setup,
     stream,
@@ -73,6 +77,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/grpo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -124,6 +131,9 @@ class Args:
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.04
     """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
+    reference: str | None = None
+    """the model that the KL is from; without it the start. A teacher, with --reward none, makes it
+    on-policy distillation (Agarwal et al. 2024, GKD)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -148,6 +158,11 @@ class Args:
     """no gradient from a completion without EOS, whose score still counts (DAPO, section 3.4)"""
     dynamic_sampling: bool = False
     """replace groups of equal rewards by fresh prompts, in 8 rounds at most (DAPO, section 3.2)"""
+    overlong_buffer: int = 0
+    """tokens before --max-completion-length over which the reward falls by 1 (DAPO, section 3.4)"""
+    ratio: Literal["token", "sequence"] = "token"
+    """of each token, or one of the completion, for which --epsilon is far smaller (GSPO, Zheng et
+    al. 2025: 3e-4, and --epsilon-high 4e-4)"""
 
 
 def prompt_example(row, tokenizer, end_id, args):
@@ -256,7 +271,11 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). All this at ratio 1: once the
     policy has left the one that sampled, the gradients of k2 and k3 are those of no KL, and only
     ratio * k3 (--kl-ratio) still has that of KL(pi || pi_ref). Not offered: k1 as a loss (does not
-    regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point)."""
+    regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point).
+
+    With --reward none, from another --reference: k1 in the reward gives the gradient of KL(policy
+    || reference) of whole completions on the policy's own samples (times (G-1)/G); k2 as a loss
+    that of each next token's KL, which ignores that a token changes the next ones."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -302,6 +321,21 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
     loss = (weights * torch.max(pg_loss1, pg_loss2)).sum()
     clipped = (pg_loss2 > pg_loss1) & (weights > 0)
     return loss, clipped
+
+
+def sequence_logprobs(logprobs, old_logprobs, mask):
+    """Log-probs that give every token of a completion one ratio, exp of the mean over its tokens of
+    log pi / pi_old, whatever its length (GSPO, Zheng et al. 2025, equation 7). All (B, T)."""
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    log_ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True) / lengths
+    return (old_logprobs + log_ratio) * mask
+
+
+def overlong_penalty(lengths, max_completion_length, buffer):
+    """0 up to `buffer` tokens before the limit, then in a straight line to -1 at the limit (DAPO,
+    Yu et al. 2025, equation 13). lengths (B,), in tokens -> (B,)."""
+    tokens_over = lengths - (max_completion_length - buffer)
+    return -(tokens_over / buffer).clamp(0, 1)
 
 
 def combine_scores(member_scores, args):
@@ -385,6 +419,19 @@ def replace_equal_groups(rollouts, sample_fresh, group_size):
     return rollouts, num_replaced
 
 
+def load_reference(args, tokenizer, device):
+    """--reference, or the start; None where --kl-coef is 0."""
+    if not args.kl_coef:
+        if args.reference:
+            fail(f"--reference {args.reference} counts for nothing, since --kl-coef is 0")
+        return None
+    path = args.reference or args.model
+    other = load_tokenizer(path, "--reference")
+    if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
+        fail(f"--reference {path}: its tokens are not those of --model, so it cannot judge them")
+    return load_policy(path, device)
+
+
 def scheduled_learning_rate(step, steps, args):
     """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
     alone."""
@@ -423,8 +470,11 @@ def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
                     )
                 # where a rollout is stepped on once, its old log-probs are the update's own
                 mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
+                pg_logprobs = mb_logprobs
+                if args.ratio == "sequence":
+                    pg_logprobs = sequence_logprobs(mb_logprobs, mb_old_logprobs, mb["mask"])
                 loss, clipped = policy_loss(
-                    mb_logprobs,
+                    pg_logprobs,
                     mb_old_logprobs,
                     mb["advantages"],
                     mb["weights"],
@@ -518,6 +568,10 @@ def main(args):
         fail("--num-generations is 1, and a group of one has no advantage: give at least 2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
         fail(f"--kl-estimator {args.kl_estimator}: k1 is for --kl-in reward, k2, k3 for loss")
+    if args.ratio == "sequence" and args.loss_aggregation != "sequence":
+        fail(f"--ratio sequence is for --loss-aggregation sequence, not {args.loss_aggregation}")
+    if not 0 <= args.overlong_buffer <= args.max_completion_length:
+        fail(f"--overlong-buffer {args.overlong_buffer}: not within --max-completion-length")
     if args.kl_ratio and args.kl_estimator != "k3":
         fail(f"--kl-ratio is for --kl-estimator k3, not {args.kl_estimator}")
     batch_size = args.prompts_per_step * args.num_generations
@@ -525,7 +579,7 @@ def main(args):
         fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
@@ -548,7 +602,7 @@ def main(args):
         trainable=True,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    reference = load_policy(args.model, device) if args.kl_coef else None
+    reference = load_reference(args, tokenizer, device)
     models = nn.ModuleDict({"policy": policy})
     optimizer = torch.optim.AdamW(
         models.parameters(),
@@ -628,6 +682,11 @@ def main(args):
         if is_kl_reward or not is_stepped_on_once:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
+        if args.overlong_buffer:
+            lengths = mask.sum(1)
+            rewards = rewards + overlong_penalty(
+                lengths, args.max_completion_length, args.overlong_buffer
+            )
         zero_std_groups = equal_groups(rewards, args.num_generations).float().mean()
         # 6. with --kl-in reward a completion's KL is part of its reward, before the group's mean
         if is_kl_reward:

@@ -7,8 +7,8 @@ The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al
 is an action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last
 token. A value model predicts what is still to come, GAE turns both into advantages, and the clipped
 surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. Left out: an adaptive
-KL coefficient (later work fixes it), reward scaling, the pretraining loss of PPO-ptx, a trunk
-shared by policy and value model, generation engines, LoRA.
+KL coefficient (later work fixes it), reward scaling, a trunk shared by policy and value model,
+generation engines, LoRA.
 
     python ppo.py                     after sft.py and reward_model.py: two minutes, two cores
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    COMPLETION_COLUMNS,
     DroppedRow,
     RewardModel,
     Run,
@@ -62,6 +63,7 @@ from common import (
     setup,
     stream,
     take,
+    text_or_messages,
 )
 
 
@@ -75,6 +77,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/ppo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -150,6 +155,10 @@ class Args:
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
     """divide rewards by their standard deviation (lmhp does, N+ does not)"""
+    ptx_dataset: str | None = None
+    """rows of prompt and completion, as for sft.py, that the policy must not forget (PPO-ptx)"""
+    ptx_coef: float = 0.0
+    """weight of their loss, nats per token, in every update (Ouyang et al. 2022: 27.8)"""
 
 
 def prompt_example(row, tokenizer, end_id, args):
@@ -159,6 +168,18 @@ def prompt_example(row, tokenizer, end_id, args):
     if len(prompt_ids) > args.max_prompt_length:
         raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids}
+
+
+def ptx_example(row, tokenizer, end_id, args):
+    """A prompt and a completion."""
+    prompt = prompt_of(row, args)
+    completion = text_or_messages(row, COMPLETION_COLUMNS)
+    prompt_ids, (completion_ids,) = encode_completions(tokenizer, prompt, [completion], end_id)
+    if len(prompt_ids) > args.max_prompt_length:
+        raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
+    if len(completion_ids) > args.max_completion_length:
+        raise DroppedRow(f"longer than --max-completion-length {args.max_completion_length}")
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "completion_ids": completion_ids}
 
 
 def completion_batch(prompts, completions, device):
@@ -325,6 +346,12 @@ def value_loss(values, old_values, returns, weights, value_clip):
     return loss, clipped
 
 
+def sft_loss(logprobs, weights):
+    """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole
+    batch, their mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
+    return -(weights * logprobs).sum()
+
+
 def explained_variance(returns, values, mask):
     """1 - variance of (returns - values) / variance of returns, over the mask; all (B, T) ->
     scalar, NaN where the returns do not vary. 1: the values predict them; 0: no better than their
@@ -433,11 +460,13 @@ def scheduled_learning_rate(step, steps, args):
     return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
-def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
+def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, args, autocast):
     """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
     normaliser, however it is cut into micro-batches."""
     totals = Counter()
     ratio_max_dev = 0.0
+    ptx_batch_size = args.prompts_per_step * args.num_generations // args.num_minibatches
+    num_updates = args.update_epochs * args.num_minibatches
     for epoch in range(args.update_epochs):
         order = torch.randperm(
             len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
@@ -478,6 +507,22 @@ def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
                 if totals["updates"] == 0:
                     ratio = (mb_logprobs - mb["old_logprobs"]).detach().exp()
                     ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
+            # with --ptx-coef as many of its rows join the update, with a normaliser of their own
+            if args.ptx_coef:
+                first = (step * num_updates + totals["updates"]) * ptx_batch_size
+                rows = stream(ptx_examples, f"{args.seed} ptx", first, first + ptx_batch_size)
+                ptx_batch = completion_batch(
+                    [row["prompt_ids"] for row in rows],
+                    [row["completion_ids"] for row in rows],
+                    policy.device,
+                )
+                ptx_batch["weights"] = ptx_batch["mask"] / ptx_batch["mask"].sum()
+                for mb in micro_batches(ptx_batch, args.micro_batch_tokens):
+                    with autocast():
+                        mb_logprobs, _ = token_logprobs_and_entropy(policy, mb)
+                    ptx_loss = sft_loss(mb_logprobs, mb["weights"])
+                    (args.ptx_coef * ptx_loss).backward()
+                    totals["ptx_loss"] += ptx_loss.detach()
             # 9. the two norms are clipped apart: with one for both the value loss would slow
             # the policy down
             grad_norm = clip_gradients(policy, args.max_grad_norm)
@@ -489,7 +534,7 @@ def ppo_update(policy, value_model, optimizer, batch, *, step, args, autocast):
             totals["grad_norm"] += grad_norm
             totals["value_grad_norm"] += value_grad_norm
             totals["updates"] += 1
-    for name in ("policy_loss", "value_loss", "entropy", "clipped", "padded_tokens"):
+    for name in ("policy_loss", "value_loss", "ptx_loss", "entropy", "clipped", "padded_tokens"):
         totals[name] = all_reduce(totals[name])
     totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
     return totals
@@ -553,16 +598,21 @@ def main(args):
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
+    if bool(args.ptx_coef) != bool(args.ptx_dataset):
+        fail(f"--ptx-coef {args.ptx_coef}, --ptx-dataset {args.ptx_dataset}: each needs the other")
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
-    longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
+    ptx_examples = []
+    if args.ptx_coef:
+        ptx_examples = load_examples(args.ptx_dataset, ptx_example, tokenizer, args)
+    longest_prompt = max(len(x["prompt_ids"]) for x in examples + held_out + ptx_examples)
     check_fit(
         args.model,
-        examples + held_out,
+        examples + held_out + ptx_examples,
         longest_prompt + args.max_completion_length,
         "--max-prompt-length or --max-completion-length",
     )
@@ -588,7 +638,7 @@ def main(args):
         weight_decay=args.weight_decay,
         fused=True,
     )
-    run = Run(args, models, optimizer, args.steps, examples)
+    run = Run(args, models, optimizer, args.steps, examples + ptx_examples)
 
     def evaluate_and_log(step):
         metrics, rows = evaluate(
@@ -670,6 +720,7 @@ def main(args):
             value_model,
             optimizer,
             batch,
+            ptx_examples,
             step=step,
             args=args,
             autocast=autocast,
@@ -700,6 +751,9 @@ def main(args):
             "seconds/sample": sampling_seconds,
             "seconds/train": time.time() - began - sampling_seconds,
         }
+        if args.ptx_coef:
+            metrics["loss/ptx"] = totals["ptx_loss"] / updates
+            metrics["loss"] = metrics["loss"] + args.ptx_coef * metrics["loss/ptx"]
         if reference is not None:
             metrics["kl"] = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean()
         if gold is not None:

@@ -73,6 +73,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/rejection_sampling"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -518,7 +521,7 @@ def main(args):
         fail(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it")
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)

@@ -81,6 +81,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/reward_model"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -524,7 +527,7 @@ def main(args):
     device, autocast = setup(args)
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell's '...' gives it
     make_example = step_example if args.loss == "process" else comparison_example

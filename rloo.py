@@ -7,8 +7,10 @@ action. Its reward is score - kl_coef * (log pi - log pi_ref), summed over its t
 baseline: the mean reward of the other completions of its prompt, which keeps the gradient unbiased.
 The loss is - advantage * log pi(completion), stepped on once per rollout. More steps
 (--update-epochs, --num-minibatches) add to it a clipped importance ratio of the whole completion,
-since the policy has moved. Left out: a value model, reward and advantage normalisation, generation
-engines, LoRA.
+since the policy has moved. On-policy distillation (Agarwal et al. 2024, GKD; Lu 2025): --reference
+TEACHER --reward none --kl-coef 1; the update is then the gradient of KL(policy || teacher) of whole
+completions, on the policy's own samples. Left out: a value model, reward and advantage
+normalisation, generation engines, LoRA.
 
     python rloo.py                    after sft.py: two minutes, two cores
     python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -54,6 +56,7 @@ from common import (
     micro_batches,
     pad_rows,
     prompt_of,
+    same_ids,
     sample,
     setup,
     stream,
@@ -71,6 +74,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/rloo"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -122,6 +128,9 @@ class Args:
     """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.03
     """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
+    reference: str | None = None
+    """the model that the KL is from; without it the start. A teacher, with --reward none, makes it
+    on-policy distillation (Agarwal et al. 2024, GKD)"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -307,6 +316,19 @@ def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
     return judged
 
 
+def load_reference(args, tokenizer, device):
+    """--reference, or the start; None where --kl-coef is 0."""
+    if not args.kl_coef:
+        if args.reference:
+            fail(f"--reference {args.reference} counts for nothing, since --kl-coef is 0")
+        return None
+    path = args.reference or args.model
+    other = load_tokenizer(path, "--reference")
+    if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
+        fail(f"--reference {path}: its tokens are not those of --model, so it cannot judge them")
+    return load_policy(path, device)
+
+
 def scheduled_learning_rate(step, steps, args):
     """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
     alone."""
@@ -428,7 +450,7 @@ def main(args):
         fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
@@ -451,7 +473,7 @@ def main(args):
         trainable=True,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    reference = load_policy(args.model, device) if args.kl_coef else None
+    reference = load_reference(args, tokenizer, device)
     models = nn.ModuleDict({"policy": policy})
     optimizer = torch.optim.AdamW(
         models.parameters(),

@@ -75,6 +75,9 @@ class Args:
     """held-out data in the same forms; the built-in task brings its own"""
     prompt_template: str = "{prompt}"
     """how columns make a text prompt: {column} stands for a column"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
+    are saved in the template"""
     output_dir: str = "runs/sft"
     """folder of the run: model, logs, samples, checkpoint"""
     resume: bool = False
@@ -138,7 +141,10 @@ def sft_example(row, tokenizer, end_id, args):
     for prompt, completion in pairs:
         prompt_ids, (completion_ids,) = encode_completions(tokenizer, prompt, [completion], end_id)
         if prompt_ids[: len(ids)] != ids:
-            raise DroppedRow("whose turns the chat template does not render as prefixes")
+            raise DroppedRow(
+                "whose turns the chat template rewrites once others follow (it strips reasoning, "
+                "say): use --train-on last"
+            )
         mask += [0] * (len(prompt_ids) - len(ids)) + [1] * len(completion_ids)
         ids = prompt_ids + completion_ids
     if len(ids) > args.max_length:
@@ -310,7 +316,9 @@ def main(args):
     device, autocast = setup(args)
 
     # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model) if args.model else tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
+    if args.model:
+        tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model) if args.model else [tokenizer.eos_token_id]
     examples = load_examples(args.dataset, sft_example, tokenizer, args)
     held_out = load_held_out(sft_example, tokenizer, args)
