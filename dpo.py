@@ -467,8 +467,8 @@ def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, au
 
 def main(args):
     device, autocast = setup(args)
-    if args.label_smoothing and args.loss_type != "sigmoid":
-        fail(f"--label-smoothing is for --loss-type sigmoid, not {args.loss_type}")
+    if args.label_smoothing and not args.loss_type.startswith("sigmoid"):
+        fail(f"--label-smoothing is for sigmoid and sigmoid-norm, not {args.loss_type}")
     if args.simpo_margin is not None and args.loss_type != "simpo":
         fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
     if (args.beta is not None and args.beta <= 0) or args.label_smoothing > 0.5:

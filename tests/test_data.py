@@ -810,3 +810,63 @@ def test_stream_is_one_however_it_is_cut(size):
     ]
     assert all(batches)
     assert sum(batches, []) == common.stream(range(7), seed=5, start=0, stop=50)
+
+
+# ---------------------------------------------------------------- variables of the chat template
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_chat_template_kwargs(load, tmp_path, capsys):
+    """Qwen3's switch: with it rows are trained that were dropped, the message of which names the
+    flag; the saved tokenizer has it too, for whoever opens it."""
+    letters(chat=True, template=THINKING).save_pretrained(tmp_path / "model")
+    row = {"prompt": talk("hi"), "completion": "yo"}
+    with pytest.raises(SystemExit):
+        load([row], tokenizer=common.load_tokenizer(str(tmp_path / "model")))
+    assert "--chat-template-kwargs" in capsys.readouterr().err
+    tokenizer = common.load_tokenizer(
+        str(tmp_path / "model"), template_kwargs='{"enable_thinking": false, "tools": null}'
+    )
+    (example,) = load([row], tokenizer=tokenizer)
+    assert tokenizer.decode(example["ids"]) == turns("hi", tail=ASKED) + "yo<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    asked = again.apply_chat_template(talk("hi"), add_generation_prompt=True, tokenize=False)
+    assert asked == turns("hi", tail=ASKED)
+
+
+@pytest.mark.parametrize("text", ["{enable_thinking: false}", "[1]", "false", "{"])
+def test_chat_template_kwargs_that_are_no_object(text, tmp_path, capsys):
+    letters(chat=True).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as stopped:
+        common.load_tokenizer(str(tmp_path / "model"), template_kwargs=text)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--chat-template-kwargs {text!r}: wanted a JSON object" in line
+
+
+def test_chat_template_kwargs_without_a_template(tmp_path, capsys):
+    letters().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "model"), template_kwargs="{}")
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_template_that_strips_reasoning_of_earlier_turns(load, capsys):
+    """As Qwen3's and gpt-oss's: --train-on all cannot be had, and the message says what can."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last else m.content.split('/')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = letters(chat=True, template=template)
+    row = {"messages": talk("hi", "hm/yo", "so?", "oh/no")}
+    (example,) = load([row], tokenizer=tokenizer)
+    assert trained(tokenizer, example).startswith("oh/no")
+    with pytest.raises(SystemExit):
+        load([row], tokenizer=tokenizer, train_on="all")
+    assert "use --train-on last" in capsys.readouterr().err

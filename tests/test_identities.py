@@ -75,9 +75,9 @@ def near(a, b, rtol=1e-12):
     return (a - b).norm() <= rtol * b.norm()
 
 
-def in_pairs(advantages, penalty=BETA):
+def in_pairs(advantages, penalty=BETA, rewards=REWARDS):
     """Advantages of script for all pairs, the k1 of the completion in the reward -> (K * K, 2)."""
-    rewards = REWARDS - penalty * grpo.kl_penalty(LOGPS.detach(), REF_LOGPS, "k1").sum(1)
+    rewards = rewards - penalty * grpo.kl_penalty(LOGPS.detach(), REF_LOGPS, "k1").sum(1)
     return advantages(rewards[PAIRS.flatten()], 2).view(-1, 2)
 
 
@@ -187,6 +187,18 @@ def test_unscaled_grpo_is_unbiased_but_for_its_factor():
     """A baseline that includes the sample itself shrinks the gradient by 1 - 1/G, here 1/2."""
     advantages = in_pairs(lambda *x: grpo.group_advantages(*x, "none"))
     assert near(expected_gradient(advantages), TRUTH / 2)
+
+
+def test_distillation_is_the_gradient_of_the_kl_from_the_teacher():
+    """--reward none: what is left is KL(policy || reference) of whole completions, on the policy's
+    own samples; GRPO's is shrunk by 1 - 1/G."""
+    logp = LOGPS.sum(1)
+    kl = gradient((logp.exp() * (logp - REF_LOGPS.sum(1))).sum())
+    nothing = torch.zeros(K, dtype=torch.float64)
+    ours = moments(reinforce_gradients(in_pairs(rloo.leave_one_out_advantages, rewards=nothing)))[0]
+    assert near(ours, -BETA * kl)
+    advantages = in_pairs(lambda *x: grpo.group_advantages(*x, "none"), rewards=nothing)
+    assert near(expected_gradient(advantages), -BETA * kl / 2)
 
 
 def test_variance_under_a_shift_of_the_rewards():

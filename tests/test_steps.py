@@ -400,6 +400,12 @@ def judged_rollouts(call, args, policy, reference):
             continue
         for completion, score in zip(completions, scores):
             finished = completion[-1] == EOS
+            reward = score if finished else score - args.missing_eos_penalty
+            if getattr(args, "overlong_buffer", 0):  # Yu et al. 2025, equation 13
+                limit = args.max_completion_length
+                start = limit - args.overlong_buffer
+                if len(completion) > start:
+                    reward += (start - len(completion)) / args.overlong_buffer
             with torch.no_grad():
                 old = token_log_probs(policy, prompt, completion, args.temperature)
                 ref = token_log_probs(reference, prompt, completion, args.temperature)
@@ -411,7 +417,7 @@ def judged_rollouts(call, args, policy, reference):
                     score=score,
                     gold=gold_of(prompt, completion),
                     finished=finished,
-                    reward=score if finished else score - args.missing_eos_penalty,
+                    reward=reward,
                     old=old.tolist(),
                     ref=ref.tolist(),
                 )
@@ -545,6 +551,8 @@ def online_steps(script, models, folder, patch, **flags):
         of_ids = {rollout.ids: rollout for rollout in rollouts}
         entropies = []
         for update in updates:
+            update.others = [ids for ids in update.sequences if ids not in of_ids]
+            update.sequences = [ids for ids in update.sequences if ids in of_ids]
             update.minibatch = [of_ids[ids] for ids in update.sequences]
             update.logps = {}
             for rollout in update.minibatch:
@@ -641,13 +649,26 @@ PPO_FLAGS = {
         missing_eos_penalty=-0.6,
     ),
     "no-kl": dict(kl_coef=0.0, num_minibatches=1, temperature=1.0),
+    "ptx": dict(ptx_coef=0.6, num_minibatches=3, temperature=0.7),
 }
+PTX = [("qr", "stuvw"), ("y", "z"), ("tuv", ""), ("zyxw", "vut"), ("qq", "rsrsr")]
+
+
+def ptx_loss(update, args):
+    """Mean NLL, at temperature 1, over the tokens of the rows of --ptx-dataset that it saw."""
+    rows = {tuple(ids_of(f"{p}>{c}$")): (ids_of(f"{p}>"), ids_of(f"{c}$")) for p, c in PTX}
+    assert len(update.others) == args.prompts_per_step * G // args.num_minibatches
+    nlls = [-token_log_probs(update.exact, *rows[ids]) for ids in update.others]
+    return torch.cat(nlls).mean()
 
 
 @pytest.mark.parametrize("flags", PPO_FLAGS.values(), ids=PPO_FLAGS)
 def test_ppo(models, tmp_path, monkeypatch, flags):
     """Both gradients of every step, and every metric."""
     flags = dict(value_model=str(models / "scorer")) | flags
+    if "ptx_coef" in flags:
+        rows = [dict(prompt=f"{prompt}>", completion=completion) for prompt, completion in PTX]
+        flags |= dict(ptx_dataset=write_rows(tmp_path / "ptx.jsonl", rows))
     args, steps = online_steps(ppo, models, tmp_path, monkeypatch, **flags)
     for step in steps:
         for rollout in step.rollouts:
@@ -656,6 +677,7 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
         ppo_targets(step.rollouts, args)
         policy_losses = []
         value_losses = []
+        ptx_losses = []
         clipped = []
         for update, value_update in zip(step.updates, step.value_updates):
             gains = []
@@ -671,7 +693,9 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
                         values[t], rollout.values[t], rollout.returns[t], args.value_clip
                     )
                     errors.append(error)
-            check_gradient(update, -mean(gains))
+            ptx = ptx_loss(update, args) if args.ptx_coef else torch.zeros(())
+            check_gradient(update, -mean(gains) + args.ptx_coef * ptx)
+            ptx_losses.append(ptx)
             check_gradient(value_update, args.value_coef * mean(errors))
             policy_losses.append(-mean(gains))
             value_losses.append(mean(errors))
@@ -681,13 +705,20 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
         expected = {
             "loss/policy": mean(policy_losses),
             "loss/value": mean(value_losses),
-            "loss": mean(policy_losses) + args.value_coef * mean(value_losses),
+            "loss": mean(policy_losses)
+            + args.value_coef * mean(value_losses)
+            + args.ptx_coef * mean(ptx_losses),
             "reward": mean(rollout.total_reward for rollout in step.rollouts),
             "explained_variance": 1 - variance(errors) / variance(returns),
             "value_grad_norm": mean(update.norm for update in step.value_updates),
         }
+        if args.ptx_coef:
+            expected["loss/ptx"] = mean(ptx_losses)
         check_logged(step.row, expected)
         check_count(step.row["clip_fraction"], clipped)
+    if args.ptx_coef:
+        taken = [ids for step in steps for update in step.updates for ids in update.others]
+        check_order(taken, [tuple(ids_of(f"{p}>{c}$")) for p, c in PTX])
 
 
 # ---------------------------------------------------------------- grpo and rloo
@@ -720,6 +751,8 @@ GRPO_FLAGS = {
         mask_truncated=True,
     ),
     "kl-ratio": dict(kl_ratio=True),
+    "sequence-ratio": dict(ratio="sequence", epsilon=0.02, epsilon_high=0.03),
+    "overlong": dict(overlong_buffer=4, scale_rewards="none"),
     "no-kl": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
 }
 
@@ -770,10 +803,13 @@ def test_grpo(models, tmp_path, monkeypatch, flags):
                 if args.mask_truncated and not rollout.finished:
                     continue
                 losses = []
-                for t, logp in enumerate(update.logps[rollout.ids]):
+                logps = update.logps[rollout.ids]
+                of_sequence = mean(logp - old for logp, old in zip(logps, rollout.old)).exp()
+                for t, logp in enumerate(logps):
                     ratio = (logp - rollout.old[t]).exp()
-                    loss = -surrogate(ratio, rollout.advantage, args)
                     factor = ratio if args.kl_ratio else 1.0
+                    ratio = of_sequence if args.ratio == "sequence" else ratio
+                    loss = -surrogate(ratio, rollout.advantage, args)
                     losses.append(loss + factor * grpo_kl_loss(logp - rollout.ref[t], args))
                     clipped.append(is_clipped(ratio, rollout.advantage, args))
                 token_losses.append(losses)
@@ -1299,6 +1335,7 @@ DPO_FLAGS = {
     "ipo": dict(beta=0.4, loss_type="ipo"),
     "simpo": dict(beta=1.5, loss_type="simpo", simpo_margin=0.5),
     "orpo": dict(loss_type="orpo", beta=0.2),
+    "sigmoid-norm": dict(loss_type="sigmoid-norm", beta=1.5, label_smoothing=0.1),
     "sft": dict(beta=0.3, sft_coef=0.7),
 }
 
@@ -1314,8 +1351,9 @@ def preference(policy, reference, pair, args):
     with torch.no_grad():
         ref_w, ref_l = (token_log_probs(reference, prompt, ids) for ids in (chosen, rejected))
     logratios = (w - ref_w).sum(), (l - ref_l).sum()
-    if args.loss_type == "sigmoid":
-        rewards = args.beta * logratios[0], args.beta * logratios[1]
+    if args.loss_type in ("sigmoid", "sigmoid-norm"):
+        lengths = (len(w), len(l)) if args.loss_type == "sigmoid-norm" else (1, 1)
+        rewards = [args.beta * x / n for x, n in zip(logratios, lengths)]
         h = rewards[0] - rewards[1] - pair[3]
         s = args.label_smoothing
         loss = -(1 - s) * log_sigmoid(h) - s * log_sigmoid(-h)
@@ -1337,7 +1375,7 @@ def preference(policy, reference, pair, args):
         "chosen_reward": rewards[0],
         "rejected_reward": rewards[1],
     }
-    if args.loss_type in ("sigmoid", "ipo"):
+    if args.loss_type in ("sigmoid", "sigmoid-norm", "ipo"):
         logged["chosen_logratio"], logged["rejected_logratio"] = logratios
     return logged
 

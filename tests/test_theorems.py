@@ -34,6 +34,7 @@ SHORT = {
     "rloo": "test_online_methods_end_at_the_optimum",
     "grpo k1": "test_online_methods_end_at_the_optimum",
     "grpo k3": "test_the_k3_loss",
+    "distillation": "test_distillation_ends",
     "dpo": ("test_dpo_ends", "test_ppo_and_dpo_meet"),
     "sft": "test_sft_ends",
     "reward_model": "test_reward_model_ends",
@@ -179,6 +180,10 @@ def test_the_k3_loss_ends_at_its_own_law(proofs):
     assert kl(ours, proof.elsewhere) > 0.2
     without = k3_law(ref, proof.rewards, proof.flags["kl_coef"], 10**9)
     assert kl(ours, proof.target) < 0.5 * kl(ours, without)
+
+
+def test_distillation_ends_at_the_law_of_the_teacher(proofs):
+    judge(proofs["distillation"], limit=2e-2)
 
 
 def test_dpo_ends_at_the_optimum(proofs):

@@ -220,6 +220,11 @@ def theorem(name, folder, seed=1, short=True):
         flags |= dict(epochs=5)
         target = best_of_n_law(ref, world.rewards, BEST_OF)
         return Theorem(rejection_sampling, flags, world, target, of_policy, forward=True)
+    if name == "distillation":  # the teacher is the model of another world
+        teacher = make_world(folder, seed + 1).ref
+        flags |= online | dict(reward="none", reference=teacher, kl_coef=1.0)
+        flags |= dict(kl_estimator="k1", kl_in="reward", scale_rewards="none")
+        return Theorem(grpo, flags, world, of_policy(teacher), of_policy)
     if name == "ppo":  # lambda 1: an advantage is then right whatever the values are
         flags |= online | dict(gae_lambda=1.0, update_epochs=1)
         if short:
