@@ -483,16 +483,15 @@ def check_policy(model):
 TASK = "sort"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # demonstrations are scarce
-TASK_ROWS = {"sft": 165, "ptx": 165, "pairs": 40_000, "prompt": 20_000, "held out": 500}
+TASK_ROWS = {"sft": 165, "pairs": 40_000, "prompt": 20_000, "held out": 500}
 
 
 def task_rows(kind, held_out, seed):
     """Rows of the built-in task, 4 to 7 different letters: prompt `dbca>`, answer `abcd`.
 
     Whether letters are held out depends on them alone; held-out rows are the same for all seeds."""
-    has_pairs = kind not in ("sft", "ptx", "prompt")
-    kind = "pairs" if has_pairs else kind
-    rng = random.Random(f"{'held out' if held_out else seed}/{has_pairs}")
+    kind = {"sft": "sft", "ptx": "sft", "prompt": "prompt"}.get(kind, "pairs")
+    rng = random.Random(f"{'held out' if held_out else seed}/{kind == 'pairs'}")
     rows = []
     while len(rows) < TASK_ROWS["held out" if held_out else kind]:
         letters = "".join(rng.sample(LETTERS, rng.randint(4, 7)))
@@ -500,7 +499,7 @@ def task_rows(kind, held_out, seed):
             continue
         answer = "".join(sorted(letters))
         row = {"prompt": f"{letters}>", "answer": answer}
-        if has_pairs:
+        if kind == "pairs":
             row["chosen"] = answer
             row["rejected"] = wrong_answer(answer, rng)
         rows.append(row)

@@ -1431,6 +1431,55 @@ MUTANTS = [
         "the members' scores are those of another completion",
         "test_comparisons.py::test_an_ensemble_through_main[grpo]",
     ),
+    Mutant(
+        "grpo.py",
+        "log_ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True) / lengths",
+        "log_ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True)",
+        "GSPO's ratio grows with the length",
+        "test_steps.py::test_grpo[sequence-ratio]",
+    ),
+    Mutant(
+        "grpo.py",
+        "return -(tokens_over / buffer).clamp(0, 1)",
+        "return (tokens_over / buffer).clamp(0, 1)",
+        "what is overlong is rewarded",
+        "test_steps.py::test_grpo[overlong]",
+    ),
+    Mutant(
+        "grpo.py",
+        "return load_policy(path, device)",
+        "return load_policy(args.model, device)",
+        "the student is its own teacher",
+        "test_group.py::test_a_teacher_is_what_the_kl_is_from",
+    ),
+    Mutant(
+        "ppo.py",
+        'ptx_batch["weights"] = ptx_batch["mask"] / ptx_batch["mask"].sum()',
+        'ptx_batch["weights"] = ptx_batch["mask"] / minibatch["mask"].sum()',
+        "PPO-ptx: the normaliser is that of the rollouts",
+        "test_steps.py::test_ppo[ptx]",
+    ),
+    Mutant(
+        "ppo.py",
+        "mb_logprobs, _ = token_logprobs_and_entropy(policy, mb)\n",
+        "mb_logprobs, _ = token_logprobs_and_entropy(policy, mb, args.temperature)\n",
+        "PPO-ptx: its language model is that of the temperature",
+        "test_steps.py::test_ppo[ptx]",
+    ),
+    Mutant(
+        "dpo.py",
+        'LENGTH_AVERAGED = ("sigmoid-norm", "ipo", "simpo", "orpo")',
+        'LENGTH_AVERAGED = ("ipo", "simpo", "orpo")',
+        "length-normalised DPO sums",
+        "test_steps.py::test_dpo[sigmoid-norm]",
+    ),
+    Mutant(
+        "common.py",
+        "tokenizer.chat_template = template_lines(template_kwargs) + tokenizer.chat_template",
+        "template_lines(template_kwargs)",
+        "variables of the template are read and forgotten",
+        "test_data.py::test_chat_template_kwargs",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import random
+import shutil
 import zlib
 from functools import partial
 from types import SimpleNamespace
@@ -1045,7 +1046,67 @@ REFUSED = [
     ("grpo", dict(reward="gsm8k"), ["--reward gsm8k", "`answer`", "row 1"]),
     ("grpo", dict(kl_in="reward"), ["--kl-estimator k3", "--kl-in"]),
     ("grpo", dict(kl_estimator="k1"), ["--kl-estimator k1", "--kl-in"]),
+    ("grpo", dict(ratio="sequence", loss_aggregation="token"), ["--ratio sequence", "token"]),
+    ("grpo", dict(overlong_buffer=99), ["--overlong-buffer 99", "--max-completion-length"]),
+    ("grpo", dict(overlong_buffer=-1), ["--overlong-buffer -1"]),
+    ("grpo", dict(reference="x", kl_coef=0.0), ["--reference x", "--kl-coef is 0"]),
+    ("rloo", dict(reference="x", kl_coef=0.0), ["--reference x", "--kl-coef is 0"]),
+    ("rloo", dict(reference="no/such"), ["--reference no/such"]),
 ]
+
+
+def test_a_teacher_with_other_tokens_is_refused(chain, tmp_path, capsys):  # noqa: F811
+    tokenizer = common.load_tokenizer(str(chain / "sft"))
+    tokenizer.add_tokens(["more"])
+    shutil.copytree(chain / "sft", tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    args = run_args(grpo, chain, tmp_path / "run", reference=str(tmp_path / "teacher"))
+    with pytest.raises(SystemExit):
+        grpo.main(args)
+    refused(capsys, "--reference", "its tokens are not those of --model")
+
+
+@pytest.mark.parametrize("script", [grpo, rloo])
+def test_distillation_without_a_reward(script, chain, tmp_path):  # noqa: F811
+    """From the teacher that it is already nothing moves it; a score of 0, and the exact checker
+    still logged. (That it ends at the teacher's law: test_theorems.py.)"""
+    flags = dict(reward="none", reference=str(chain / "sft"), kl_coef=1.0, steps=1)
+    script.main(run_args(script, chain, tmp_path / "run", **flags))
+    row = metrics(tmp_path / "run")[-1]
+    assert row["score"] == 0 and row["kl"] == 0 and "gold" in row
+    assert row["grad_norm"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_is_what_the_kl_is_from(chain, tmp_path):  # noqa: F811
+    """Another model of the same tokens: the KL of the first step is not 0."""
+    for name in ("teacher", "start"):
+        shutil.copytree(chain / "sft", tmp_path / name)
+    teacher = common.load_policy(str(chain / "sft"), torch.device("cpu"))
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.mul_(0.5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    flags = dict(reward="none", reference=str(tmp_path / "teacher"), kl_coef=1.0, steps=1)
+    for script in (grpo, rloo):
+        script.main(run_args(script, chain, tmp_path / script.__name__, **flags))
+        assert abs(metrics(tmp_path / script.__name__)[-1]["kl"]) > 0.1
+
+
+def test_the_ratio_of_a_sequence_does_not_know_its_length():
+    """GSPO: a completion that says everything twice has the same ratio, one at every token."""
+    old = torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-1.0, -2.0, -1.0, -2.0]])
+    now = torch.tensor([[-0.5, -2.3, 0.0, 0.0], [-0.5, -2.3, -0.5, -2.3]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    ratio = (grpo.sequence_logprobs(now, old, mask) - old).exp()
+    expected = math.exp((0.5 - 0.3) / 2)
+    assert ratio[0].tolist() == pytest.approx([expected, expected, 1, 1])
+    assert ratio[1].tolist() == pytest.approx([expected] * 4)
+
+
+def test_overlong_penalty():
+    """Yu et al. 2025, equation 13, with a limit of 10 and a buffer of 4."""
+    lengths = torch.tensor([1, 5, 6, 7, 8, 9, 10])
+    expected = [0, 0, 0, -0.25, -0.5, -0.75, -1]
+    assert grpo.overlong_penalty(lengths, 10, 4).tolist() == expected
 
 
 @pytest.mark.parametrize("name, changes, words", REFUSED)
