@@ -582,7 +582,7 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     if not examples:
         fail(f"{report}: nothing is left")
     print(report)
-    read = READ_COLUMNS | (COMPARED_COLUMNS if kind in ("comparison", "step") else set())
+    read = READ_COLUMNS | (COMPARED_COLUMNS if kind == "comparison" else set())
     unread = [name for name in columns - read if "{" + name not in args.prompt_template]
     if unread and dataset != TASK:
         use = "for a reward function alone" if kind == "prompt" else "that are not used"

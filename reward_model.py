@@ -182,6 +182,8 @@ def split_shared_prefix(chosen, rejected):
 def comparison_example(row, tokenizer, end_id, args):
     """A prompt with K completions and a score of each: of prompt, chosen and rejected (1 and 0), or
     of prompt, completions and scores. rollouts.jsonl has the prompt's own row inside its rows."""
+    if args.loss == "process":
+        return step_example(row, tokenizer, end_id, args)
     margin = 0.0
     if "completions" in row:
         if isinstance(row.get("row"), dict):
@@ -234,13 +236,16 @@ def scored_completions(row, args):
             raise BadRow(f"--loss outcome needs `scores` of 0 and 1, found {score!r:.60}")
     if len(scores) < 2 and args.loss != "outcome":
         raise BadRow(f"`completions` is one, and --loss {args.loss} compares two or more")
-    scored = [triple for triple in zip(completions, scores, finished) if triple[1] is not None]
-    if args.loss == "outcome" and not scored:
+    known = [i for i, score in enumerate(scores) if score is not None]
+    if args.loss == "outcome" and not known:
         raise DroppedRow("without a score")
-    if args.loss != "outcome" and len({score for _, score, _ in scored}) < 2:
+    if args.loss != "outcome" and len({scores[i] for i in known}) < 2:
         raise DroppedRow("whose scores are all equal")
-    completions, scores, finished = zip(*scored)
-    return completions, [float(score) for score in scores], finished
+    return (
+        [completions[i] for i in known],
+        [float(scores[i]) for i in known],
+        [finished[i] for i in known],
+    )
 
 
 def step_example(row, tokenizer, end_id, args):
@@ -270,15 +275,14 @@ def step_example(row, tokenizer, end_id, args):
     }
 
 
-def equal_lists(row, *names):
+def equal_lists(row, column, other):
     """Two columns that must be lists of equal length."""
-    for name in names:
+    for name in (column, other):
         if not isinstance(row.get(name), list):
             raise BadRow(f"`{name}` must be a list, found {row.get(name)!r:.60}")
-    first, second = (row[name] for name in names)
-    if len(first) != len(second) or not first:
-        raise BadRow(f"`{names[0]}` has {len(first)} entries and `{names[1]}` {len(second)}")
-    return first, second
+    if len(row[column]) != len(row[other]) or not row[column]:
+        raise BadRow(f"`{column}` has {len(row[column])} entries and `{other}` {len(row[other])}")
+    return row[column], row[other]
 
 
 @as_forward
@@ -530,9 +534,8 @@ def main(args):
     tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
     eos_ids = find_eos_ids(tokenizer, args.model)
     args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell's '...' gives it
-    make_example = step_example if args.loss == "process" else comparison_example
-    examples = load_examples(args.dataset, make_example, tokenizer, args)
-    held_out = load_held_out(make_example, tokenizer, args)
+    examples = load_examples(args.dataset, comparison_example, tokenizer, args)
+    held_out = load_held_out(comparison_example, tokenizer, args)
     sequences = [
         {"ids": example["prompt_ids"] + ids}
         for example in examples + held_out
@@ -580,6 +583,7 @@ def main(args):
         run.log_samples(step, rows)
         return metrics
 
+    metrics_of = label_metrics if args.loss in LABEL_LOSSES else pair_metrics
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
@@ -599,10 +603,7 @@ def main(args):
             loss = weighted_loss(scores, mb, args.loss, args.center_coef)
             loss.backward()
             totals["loss"] += loss.detach()
-            scores = scores.detach()
-            totals.update(
-                label_metrics(scores, mb) if args.loss in LABEL_LOSSES else pair_metrics(scores, mb)
-            )
+            totals.update(metrics_of(scores.detach(), mb))
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = scheduled_learning_rate(step, steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate
