@@ -160,6 +160,16 @@ def test_a_language_model_that_is_to_be_a_scorer_is_whole_too(damage, tiny_dirs,
     stop([f"--model {bad}", words[0]], reward_model.main, args)
 
 
+def test_constants_of_old_gpt2_files_are_no_weights(tiny_dirs, tmp_path):
+    """DialoGPT's, for one, hold attn.masked_bias."""
+    path = changed(
+        tiny_dirs["gpt2"],
+        tmp_path / "old",
+        lambda w, c: w.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    )
+    assert common.load_policy(path, CPU).config.n_layer == 2
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_a_tied_head_may_be_in_the_file_or_not(in_file, tiny_dirs, tmp_path):
     """As a policy, and as a language model that is to be a scorer."""
