@@ -552,20 +552,17 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     A row that cannot be used whole is dropped and counted, never cut."""
     kind = make_example.__name__.removesuffix("_example")
     end_id = end_of_turn_id(tokenizer)
-    if dataset == TASK:
-        rows = task_rows(kind, held_out, args.seed)
-    elif dataset.endswith((".jsonl", ".json")):
+    if dataset.endswith((".jsonl", ".json")):
         rows = read_file(dataset)
     else:
-        rows = read_table(dataset)
+        is_task = dataset == TASK
+        rows = task_rows(kind, held_out, args.seed) if is_task else read_table(dataset)
+        rows = [(f"{dataset} row {number}", row) for number, row in enumerate(rows, 1)]
 
     examples = []
     dropped = Counter()
     columns = set()
-    for number, row in enumerate(rows, 1):
-        if row is ...:  # an empty line
-            continue
-        where = f"{dataset} {'line' if dataset.endswith('.jsonl') else 'row'} {number}"
+    for where, row in rows:
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"is a {type(row).__name__}, not an object")
@@ -602,16 +599,18 @@ def load_held_out(make_example, tokenizer, args):
 
 
 def read_file(path):
-    """Rows of a .jsonl file, `...` for an empty line, or of a .json file that holds one list."""
+    """(where it stands, row) of each row of a .jsonl file, but for empty lines, or of a .json file
+    that holds one list."""
     where = path
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
-            return list(json.loads(text))
+            return [(f"{path} row {n}", row) for n, row in enumerate(json.loads(text), 1)]
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path} line {number}"
-            rows.append(json.loads(line) if line.strip() else ...)
+            if line.strip():
+                rows.append((where, json.loads(line)))
         return rows
     except (OSError, ValueError, TypeError, RecursionError) as error:
         fail(f"{where}: cannot be read ({error}); wanted a JSON object a line, in .json a list")
