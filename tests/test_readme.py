@@ -21,9 +21,9 @@ OTHER_FLAGS |= {"--shutdown-timeout", "--seeds", "--study", "--check", "--growth
 FLAG = r"--[a-z][a-z-]*"
 
 
-def snippet(words):
-    """The block of Python in README that has these words."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def snippet(words, page="README.md"):
+    """The block of Python in a page that has these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (found,) = [block for block in blocks if words in block]
     return found
 
@@ -63,7 +63,7 @@ def test_prompts_that_are_kept(runs, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/rejection_sampling").symlink_to(runs["rejection_sampling"][0])
-    exec(snippet("rollouts.jsonl").replace("0.2 <=", "0.0 <="), {})
+    exec(snippet("rollouts.jsonl", "docs/data.md").replace("0.2 <=", "0.0 <="), {})
     rollouts = Path("runs/rejection_sampling/rollouts.jsonl").read_text().splitlines()
     rows = [json.loads(line)["row"] for line in rollouts]
     assert [json.loads(line) for line in Path("kept.jsonl").read_text().splitlines()] == rows
@@ -89,13 +89,13 @@ def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
     tokenizer.save_pretrained("start")
     sft.main(sft.Args(model="start", steps=1, max_length=60, output_dir="runs/ppo"))
     capsys.readouterr()
-    exec(snippet("pipeline").replace("max_new_tokens=50", "max_new_tokens=5"), {})
+    exec(snippet("pipeline", "docs/data.md").replace("max_new_tokens=50", "max_new_tokens=5"), {})
     assert isinstance(capsys.readouterr().out, str)
 
 
 @pytest.mark.parametrize("name", ["curves", "closed_form"])
 def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
-    """README's tables of curves and closed forms, row by row, are those of the committed points."""
+    """The tables of curves and closed forms, row by row, are those of the committed points."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module(name)
     if name == "curves":
@@ -104,5 +104,6 @@ def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
         lines = (ROOT / "benchmarks/closed_form.jsonl").read_text().splitlines()
         benchmark.table([json.loads(line) for line in lines])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert len(printed) > 8 and not set(printed) - set(readme)
+    page = {"curves": "results", "closed_form": "correctness"}[name]
+    shown = (ROOT / f"docs/{page}.md").read_text().splitlines()
+    assert len(printed) > 8 and not set(printed) - set(shown)
