@@ -815,10 +815,9 @@ def take(batch, rows):
 def micro_batch_rows(batch, budget):
     """Row numbers of the micro-batches of this process: lists, of which the last may be empty."""
     lengths = batch["attention_mask"].sum(1).tolist()
+    group_of_row = batch["group"].tolist() if "group" in batch else range(len(lengths))
     groups = {}
-    for row, group in enumerate(
-        batch["group"].tolist() if "group" in batch else range(len(lengths))
-    ):
+    for row, group in enumerate(group_of_row):
         groups.setdefault(group, []).append(row)
     groups = [(max(lengths[row] for row in rows), rows) for rows in groups.values()]
     groups.sort(key=lambda group: -group[0])
@@ -836,7 +835,7 @@ def micro_batch_rows(batch, budget):
 
 def micro_batches(batch, budget):
     """Cut a batch into what goes through a model at once: with padding at most `budget` tokens, or
-    one row.
+    one row or group.
 
     Rows of one "group" (the two of a pair, the completions of a prompt), where a batch has that
     column, stay together and in order. Rows of about one length stand together, none shorter than
