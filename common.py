@@ -322,19 +322,23 @@ def load_tokenizer(path, flag="--model", template_kwargs=None):
     if template_kwargs is not None:
         if tokenizer.chat_template is None:
             fail(f"--chat-template-kwargs: the tokenizer of {path} has no chat template")
-        tokenizer.chat_template = template_lines(template_kwargs) + tokenizer.chat_template
+        tokenizer.chat_template = with_variables(tokenizer.chat_template, template_kwargs)
     return tokenizer
 
 
-def template_lines(template_kwargs):
-    """A JSON object -> lines of a chat template that set these variables."""
+def with_variables(template, template_kwargs):
+    """A chat template in which the variables of a JSON object have these values, unless whoever
+    renders it gives others."""
     try:
-        lines = ""
-        for name, value in json.loads(template_kwargs).items():
-            lines += f"{{% set {name} = {'none' if value is None else json.dumps(value)} %}}"
-        return lines
+        variables = json.loads(template_kwargs).items()
     except (ValueError, AttributeError) as error:
         fail(f"--chat-template-kwargs {template_kwargs!r}: wanted a JSON object ({error})")
+    for name, value in variables:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            fail(f"--chat-template-kwargs: the chat template has no variable {name}")
+        value = "none" if value is None else json.dumps(value)
+        template = f"{{% set {name} = {name} if {name} is defined else {value} %}}{template}"
+    return template
 
 
 @functools.cache
@@ -1082,7 +1086,8 @@ class RewardModel:
     One with another tokenizer gets the text, or messages through its own chat template.
 
     The score is the head's at the last token. A process reward model (`reward_model.py --loss
-    process`) gives the log-probability that the worst step is right (Lightman et al. 2023)."""
+    process`) gives the log-probability that the worst step is right (Wang et al. 2023,
+    Math-Shepherd; Lightman et al. 2023 take the product: .sum(1) for .amin(1))."""
 
     def __init__(self, path, args, examples, policy_tokenizer, *, eos_ids, device, autocast):
         self.path = path
@@ -1138,6 +1143,10 @@ class RewardModel:
         if self.step_separator is not None:
             start = len(os.path.commonprefix([self.ids_of(example, []), ids]))
             ends = [start + t for t in step_ends(self.tokenizer, ids[start:], self.step_separator)]
+            own_eos_ids = [end_of_turn_id(self.tokenizer), self.tokenizer.eos_token_id]
+            eos_ids = self.eos_ids if self.has_policy_tokens else own_eos_ids
+            if len(ends) > 1 and ids[-1] not in eos_ids:
+                ends.pop()  # the last step was cut, and no score was trained there
         return [int(t in ends) for t in range(len(ids))]
 
     def ids_of(self, example, completion_ids):
@@ -1173,6 +1182,8 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
                 fail(f"--reward {reward}: no such file, or no function {name} in it")
             rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
         elif reward == "none":  # for distillation, where the KL is all
+            if args.reward != "none" or not getattr(args, "reference", None):
+                fail(f"--reward {args.reward}: none stands alone, and beside --reference")
             rewards.append(lambda examples, completions: torch.zeros(len(completions)))
         elif reward in CHECKERS:
             check_answers(examples, reward)

@@ -11,9 +11,10 @@ kl_penalty). Later work is one flag each. Dr. GRPO (Liu et al. 2025): --scale-re
 --epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and --mask-truncated or
 --overlong-buffer (with one update per rollout, the default, no ratio leaves 1 and no clip is at
 work). GSPO (Zheng et al. 2025): --ratio sequence --epsilon 3e-4 --epsilon-high 4e-4
---num-minibatches 4 --kl-coef 0. On-policy distillation (Agarwal et al. 2024, GKD; Lu 2025):
---reference TEACHER --reward none --kl-coef 1 --scale-rewards none --kl-estimator k1 --kl-in reward.
-Left out: a value model, process rewards, generation engines, LoRA.
+--num-minibatches 4 --kl-coef 0. On-policy distillation: --reference TEACHER --reward none --kl-coef
+1 --scale-rewards none, and for each token's KL (Agarwal et al. 2024, GKD; Lu 2025) --kl-estimator
+k2, for that of whole completions (Gu et al. 2024, MiniLLM) --kl-estimator k1 --kl-in reward. Left
+out: a value model, generation engines, LoRA.
 
     python grpo.py                    after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -133,7 +134,7 @@ class Args:
     """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
     reference: str | None = None
     """the model that the KL is from; without it the start. A teacher, with --reward none, makes it
-    on-policy distillation (Agarwal et al. 2024, GKD)"""
+    on-policy distillation"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -341,7 +342,8 @@ def overlong_penalty(lengths, max_completion_length, buffer):
 def combine_scores(member_scores, args):
     """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
     lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
-    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance). Members
+    must share their zero and their scale, or the lowest is always the same one."""
     mean = member_scores.mean(0)
     if args.reward_combine == "min":
         return member_scores.amin(0)
@@ -572,6 +574,8 @@ def main(args):
         fail(f"--ratio sequence is for --loss-aggregation sequence, not {args.loss_aggregation}")
     if not 0 <= args.overlong_buffer <= args.max_completion_length:
         fail(f"--overlong-buffer {args.overlong_buffer}: not within --max-completion-length")
+    if args.dynamic_sampling and args.reward == "none":
+        fail("--dynamic-sampling replaces groups of equal rewards, and --reward none has no others")
     if args.kl_ratio and args.kl_estimator != "k3":
         fail(f"--kl-ratio is for --kl-estimator k3, not {args.kl_estimator}")
     batch_size = args.prompts_per_step * args.num_generations

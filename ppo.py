@@ -6,7 +6,9 @@ reference.
 The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token
 is an action. Its reward is - kl_coef * (log pi - log pi_ref), and the score comes at the last
 token. A value model predicts what is still to come, GAE turns both into advantages, and the clipped
-surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. Left out: an adaptive
+surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. PPO-ptx (Ouyang et
+al. 2022, equation 2), by --ptx-dataset and --ptx-coef, adds - ptx_coef * mean log pi(token) of rows
+that the policy must not forget to the loss of every update. Left out: an adaptive
 KL coefficient (later work fixes it), reward scaling, a trunk shared by policy and value model,
 generation engines, LoRA.
 
@@ -156,7 +158,7 @@ class Args:
     whiten_rewards: bool = False
     """divide rewards by their standard deviation (lmhp does, N+ does not)"""
     ptx_dataset: str | None = None
-    """rows of prompt and completion, as for sft.py, that the policy must not forget (PPO-ptx)"""
+    """rows of prompt and completion that the policy must not forget (PPO-ptx)"""
     ptx_coef: float = 0.0
     """weight of their loss, nats per token, in every update (Ouyang et al. 2022: 27.8)"""
 
@@ -365,7 +367,8 @@ def explained_variance(returns, values, mask):
 def combine_scores(member_scores, args):
     """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
     lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
-    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance). Members
+    must share their zero and their scale, or the lowest is always the same one."""
     mean = member_scores.mean(0)
     if args.reward_combine == "min":
         return member_scores.amin(0)
@@ -427,8 +430,8 @@ def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
 
 
 def load_value_model(args, tokenizer, ensemble, device):
-    """--value-model; without it the first reward model (N+) if it has the policy's tokens, else
-    the policy with a head that gives 0 (B)."""
+    """--value-model; without it the first of --reward, if it is a model of the policy's tokens
+    (N+), else the policy with a head that gives 0 (B)."""
     path = args.value_model or args.model
     reward = ensemble[0]
     is_reward_model = isinstance(reward, RewardModel) and has_score_head(reward.model)

@@ -257,7 +257,8 @@ def best_of_n_metrics(scores, values, name):
 def combine_scores(member_scores, args):
     """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
     lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
-    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance). Members
+    must share their zero and their scale, or the lowest is always the same one."""
     mean = member_scores.mean(0)
     if args.reward_combine == "min":
         return member_scores.amin(0)

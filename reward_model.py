@@ -11,20 +11,21 @@ and process reward models (Cobbe et al. 2021; Lightman et al. 2023). All take on
 prompt with K completions and a label wherever a score is read, and all completions of a prompt
 stand in one batch: as separate pairs in many batches they are learnt by heart (Ouyang et al.,
 section 3.4). The score is a scalar head on the hidden state of the last real token, EOS. Left out:
-shifting the scores to mean 0 after training (Stiennon et al. do): a constant changes no advantage
-once PPO's values have learnt it. `eval/score_mean` is logged. An ensemble is several runs with
-other seeds, and `--reward a,b,c` in the scripts that use them.
+shifting the scores to mean 0 after training (Stiennon et al. do): a constant of one model changes
+no advantage once PPO's values have learnt it. `eval/score_mean` is logged. An ensemble is several
+runs with other seeds, and `--reward a,b,c` in the scripts that use them; pairs and rankings leave a
+constant open, so train its members with --center-coef 0.01 (Eisenstein et al. 2023).
 
     python reward_model.py            after sft.py: three quarters of a minute, two cores
     python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
-    python reward_model.py --model runs/my_sft --loss outcome \\
-        --dataset runs/rejection_sampling/rollouts.jsonl
+    python reward_model.py --model runs/my_sft --loss outcome --dataset rollouts.jsonl
 
 Data: rows of prompt, chosen and rejected, or of chosen and rejected that begin alike, `margin`
-optional; or prompt, completions and scores, two lists, as rejection_sampling.py writes them; or for
---loss process prompt, completions and labels: the steps of one answer, and whether each is right.
-One epoch: a second learns the pairs by heart. Expect 60 to 75% held-out accuracy on human
-preferences, more in the laptop run."""
+optional; or prompt, completions and scores, two lists, as rejection_sampling.py writes them (with
+an exact checker for --loss outcome, which needs scores of 0 and 1); or for --loss process prompt,
+completions and labels: the steps of one answer, and whether each is right. One epoch: a second
+learns the pairs by heart. Expect 60 to 75% held-out accuracy on human preferences, more in the
+laptop run."""
 
 import math
 import numbers
@@ -181,19 +182,22 @@ def split_shared_prefix(chosen, rejected):
 
 def comparison_example(row, tokenizer, end_id, args):
     """A prompt with K completions and a score of each: of prompt, chosen and rejected (1 and 0), or
-    of prompt, completions and scores. rollouts.jsonl has the prompt's own row inside its rows."""
+    of prompt, completions and scores. rollouts.jsonl has the prompt's own row inside its rows. From
+    here on a score of the data is a label, and a score is the model's."""
     if args.loss == "process":
         return step_example(row, tokenizer, end_id, args)
     margin = 0.0
     if "completions" in row:
+        if row.get("margin"):
+            raise BadRow("`margin` is for pairs, chosen and rejected, alone")
         if isinstance(row.get("row"), dict):
             row = row["row"] | row
         prompt = prompt_of(row, args)
         completions, scores, finished = scored_completions(row, args)
         prompt_ids, completion_ids = encode_completions(tokenizer, prompt, completions, end_id)
         for ids, is_finished in zip(completion_ids, finished):
-            if not is_finished and ids[-1] == end_id:  # cut while it was sampled: no EOS
-                ids.pop()
+            if not is_finished and ids[-1] == end_id and len(ids) > 1:
+                ids.pop()  # it was cut while it was sampled, and has no EOS
     else:
         pair = preference_example(row, tokenizer, end_id, args)
         prompt = pair["prompt"]
@@ -222,8 +226,6 @@ def scored_completions(row, args):
     """Columns completions, scores and perhaps finished -> three lists, of those with a score."""
     if "labels" in row and "scores" not in row:
         raise BadRow("`labels`, of the steps of an answer, are for --loss process")
-    if row.get("margin"):
-        raise BadRow("`margin` is for pairs, chosen and rejected, alone")
     completions, scores = equal_lists(row, "completions", "scores")
     completions = [text_or_messages({"completions": x}, ["completions"]) for x in completions]
     finished = [True] * len(scores)
@@ -262,7 +264,7 @@ def step_example(row, tokenizer, end_id, args):
     )
     ends = step_ends(tokenizer, completion_ids[0], args.step_separator)
     if len(ends) != len(labels):
-        raise DroppedRow("whose steps, in tokens, do not end at --step-separator")
+        raise DroppedRow("whose steps contain --step-separator, or do not end at it in tokens")
     if len(prompt_ids) + len(completion_ids[0]) > args.max_length:
         raise DroppedRow(f"longer than --max-length {args.max_length}")
     return {
@@ -469,13 +471,15 @@ def scheduled_learning_rate(step, steps, args):
 def evaluate_scores(model, examples, *, tokenizer, args, autocast):
     """Held-out loss; accuracy over pairs of unequal labels (a tie of scores counts half), its
     binomial standard error as if a prompt were one trial, and margin; for outcome and process
-    accuracy and Brier score of labels; the scores' spread -> metrics, and a row for each completion
-    of the first 500 prompts with its score."""
+    accuracy and Brier score of labels; the scores' spread -> metrics, and a row for each of the
+    first 1,000 completions with its scores."""
+    # (pairs are looked for in a table of all completions with all)
+    at_a_time = max(1, 1000 // max(len(example["labels"]) for example in examples))
     num_compared = sum(count_pairs(example) > 0 for example in examples)
     totals = Counter()
     scores = []
-    for start in range(0, len(examples), 500):
-        batch = score_batch(examples[start : start + 500], model.device, whole=examples)
+    for start in range(0, len(examples), at_a_time):
+        batch = score_batch(examples[start : start + at_a_time], model.device, whole=examples)
         with autocast():
             batch_scores = in_micro_batches(
                 lambda mb: token_scores(model, mb),
@@ -594,6 +598,8 @@ def main(args):
         first = step * args.batch_size
         last = min(first + args.batch_size, args.epochs * len(examples))
         batch = score_batch(stream(examples, args.seed, first, last), device)
+        if args.loss in LABEL_LOSSES:  # each row stands alone
+            del batch["group"]
 
         # update: one normaliser for the whole batch, however it is cut into micro-batches
         totals = Counter()

@@ -7,8 +7,8 @@ action. Its reward is score - kl_coef * (log pi - log pi_ref), summed over its t
 baseline: the mean reward of the other completions of its prompt, which keeps the gradient unbiased.
 The loss is - advantage * log pi(completion), stepped on once per rollout. More steps
 (--update-epochs, --num-minibatches) add to it a clipped importance ratio of the whole completion,
-since the policy has moved. On-policy distillation (Agarwal et al. 2024, GKD; Lu 2025): --reference
-TEACHER --reward none --kl-coef 1; the update is then the gradient of KL(policy || teacher) of whole
+since the policy has moved. On-policy distillation (Gu et al. 2024, MiniLLM): --reference TEACHER
+--reward none --kl-coef 1; the update is then the gradient of KL(policy || teacher) of whole
 completions, on the policy's own samples. Left out: a value model, reward and advantage
 normalisation, generation engines, LoRA.
 
@@ -130,7 +130,7 @@ class Args:
     """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
     reference: str | None = None
     """the model that the KL is from; without it the start. A teacher, with --reward none, makes it
-    on-policy distillation (Agarwal et al. 2024, GKD)"""
+    on-policy distillation"""
     missing_eos_penalty: float = 0.0
     """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
     update_epochs: int = 1
@@ -255,7 +255,8 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
 def combine_scores(member_scores, args):
     """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
     lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
-    mean, worst-case and uncertainty-weighted optimisation; they take off the variance)."""
+    mean, worst-case and uncertainty-weighted optimisation; they take off the variance). Members
+    must share their zero and their scale, or the lowest is always the same one."""
     mean = member_scores.mean(0)
     if args.reward_combine == "min":
         return member_scores.amin(0)

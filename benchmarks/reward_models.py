@@ -193,8 +193,9 @@ def best_of_n_curves(seed):
         scores[name] = ppo.combine_scores(members[:number], args)
     curves = {}
     for name, values in scores.items():
-        metrics = rejection_sampling.best_of_n_metrics(values.view(-1, N), gold, "gold")
-        curves[name] = {key: v for key, v in metrics.items() if key.endswith("/gold")}
+        values = values.view(-1, N)
+        curves[name] = rejection_sampling.best_of_n_metrics(values, gold, "gold")
+        curves[name] |= rejection_sampling.best_of_n_metrics(values, values, "score")
     curves["majority vote"] = {}
     for n in [2**i for i in range(7)]:
         won = []
@@ -204,10 +205,21 @@ def best_of_n_curves(seed):
                 votes = texts[first : first + n]
                 won.append(row[first + votes.index(max(votes, key=votes.count))])
         curves["majority vote"][f"best_of_{n}/gold"] = statistics.mean(won)
+    # held-out pairs of a right and a slightly wrong answer
+    pairs = common.task_rows("preference", True, seed)
+    examples = []
+    completions = []
+    for row in pairs:
+        for text in (row["chosen"], row["rejected"]):
+            prompt_ids, (ids,) = common.encode_completions(
+                tokenizer, row["prompt"], [text], tokenizer.eos_token_id
+            )
+            examples.append({"prompt": row["prompt"], "prompt_ids": prompt_ids, "row": row})
+            completions.append(ids)
     accuracy = {}
-    for name in names:
-        lines = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
-        accuracy[name] = json.loads(lines[-1]).get("eval/accuracy")
+    for name, member in zip(names, ensemble):
+        chosen, rejected = member(examples, completions).view(-1, 2).T
+        accuracy[name] = (chosen > rejected).float().mean().item()
     point = {"name": "best of N", "seed": seed, "curves": curves, "accuracy": accuracy}
     print(json.dumps(point))
 

@@ -1475,8 +1475,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "tokenizer.chat_template = template_lines(template_kwargs) + tokenizer.chat_template",
-        "template_lines(template_kwargs)",
+        "tokenizer.chat_template = with_variables(tokenizer.chat_template, template_kwargs)",
+        "with_variables(tokenizer.chat_template, template_kwargs)",
         "variables of the template are read and forgotten",
         "test_data.py::test_chat_template_kwargs",
     ),

@@ -51,7 +51,7 @@ def test_forms_of_comparisons(load):  # noqa: F811
         {"prompt": "p>", "completions": ["a", "bc", "d"], "scores": [1, 2.5, None]},
         {
             "iteration": 0,
-            "row": {"prompt": "q>", "answer": "x"},
+            "row": {"prompt": "q>", "answer": "x", "chosen": "x", "rejected": "y", "margin": 1.0},
             "completions": ["x", "xx", "y"],
             "scores": [1.0, 0.0, 0.0],
             "finished": [True, False, True],
@@ -109,7 +109,7 @@ def test_rows_that_say_nothing_are_dropped_and_counted(load, capsys):  # noqa: F
     step = {"prompt": "p>", "completions": ["a", "b"], "labels": [1, 0]}
     inside = step | {"completions": ["a\nb", "c"]}
     assert len(comparisons(load, [step, inside], "process", kind="step")) == 1
-    assert "1 dropped whose steps, in tokens, do not end" in capsys.readouterr().out
+    assert "1 dropped whose steps contain --step-separator" in capsys.readouterr().out
 
 
 BAD = {  # change of a good row, --loss, words
@@ -414,8 +414,8 @@ def test_process_ends_at_the_log_odds_of_each_step(world, capsys):
 # ---------------------------------------------------------------- a process reward model's scores
 @pytest.mark.parametrize("theirs", ["same", "other", "chat"])
 def test_a_process_reward_is_its_worst_step(theirs, save):  # noqa: F811
-    """In the policy's tokens or its own; a completion that was cut ends at its last token. Line
-    breaks of the prompt end no step."""
+    """In the policy's tokens or its own; of a completion that was cut the steps that have ended.
+    Line breaks of the prompt end no step."""
     policy = other_tokenizer(chat=theirs == "chat")
     tokenizer = letters(chat=theirs == "chat") if theirs != "same" else policy
     path = save(tokenizer, step_separator="\n", vocab_size=128)
@@ -435,11 +435,11 @@ def test_a_process_reward_is_its_worst_step(theirs, save):  # noqa: F811
         autocast=contextlib.nullcontext,
     )
     got = scorer([asked] * 5, completions)
-    steps = [["x", "yz", "w"], ["x"], ["xy"], ["x", "y"], ["x", "yz", "w"]]
+    steps = [["x", "yz", "w"], ["x"], ["xy"], ["x", "y"], ["x", "yz"]]
     for ids, wanted, score in zip(completions, steps, got):
         sequence = scorer.ids_of(asked, ids)
         mask = scorer.mask_of(asked, sequence)
-        assert sum(mask) == len(wanted) and mask[-1] == 1
+        assert sum(mask) == len(wanted) and mask[-1] == int(ids[-1] in eos_ids)
         # each step ends behind its last letter, at its line break or at the end
         text = [tokenizer.decode([token]) for token in sequence]
         for t in [t for t in range(len(mask) - 1) if mask[t]]:

@@ -829,7 +829,7 @@ def test_chat_template_kwargs(load, tmp_path, capsys):
         load([row], tokenizer=common.load_tokenizer(str(tmp_path / "model")))
     assert "--chat-template-kwargs" in capsys.readouterr().err
     tokenizer = common.load_tokenizer(
-        str(tmp_path / "model"), template_kwargs='{"enable_thinking": false, "tools": null}'
+        str(tmp_path / "model"), template_kwargs='{"enable_thinking": false, "role": null}'
     )
     (example,) = load([row], tokenizer=tokenizer)
     assert tokenizer.decode(example["ids"]) == turns("hi", tail=ASKED) + "yo<|im_end|>"
@@ -837,6 +837,22 @@ def test_chat_template_kwargs(load, tmp_path, capsys):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     asked = again.apply_chat_template(talk("hi"), add_generation_prompt=True, tokenize=False)
     assert asked == turns("hi", tail=ASKED)
+    options = dict(add_generation_prompt=True, tokenize=False)
+    for opened in (
+        again.apply_chat_template(talk("hi"), enable_thinking=True, **options),
+        common.load_tokenizer(
+            str(tmp_path / "saved"), template_kwargs='{"enable_thinking": true}'
+        ).apply_chat_template(talk("hi"), **options),
+    ):  # whoever comes later can have it otherwise
+        assert opened == turns("hi", tail=ASKED + "<think>\n")
+
+
+@pytest.mark.parametrize("name", ["enable_thinkng", "enable-thinking"])
+def test_chat_template_kwargs_that_the_template_lacks(name, tmp_path, capsys):
+    letters(chat=True, template=THINKING).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "model"), template_kwargs=json.dumps({name: False}))
+    assert f"the chat template has no variable {name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{enable_thinking: false}", "[1]", "false", "{"])

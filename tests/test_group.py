@@ -1052,6 +1052,9 @@ REFUSED = [
     ("grpo", dict(reference="x", kl_coef=0.0), ["--reference x", "--kl-coef is 0"]),
     ("rloo", dict(reference="x", kl_coef=0.0), ["--reference x", "--kl-coef is 0"]),
     ("rloo", dict(reference="no/such"), ["--reference no/such"]),
+    ("rloo", dict(reward="none"), ["--reward none", "beside --reference"]),
+    ("grpo", dict(reward="none,sort", reference="x"), ["--reward none,sort", "stands alone"]),
+    ("grpo", dict(reward="none", dynamic_sampling=True), ["--dynamic-sampling", "--reward none"]),
 ]
 
 

@@ -63,7 +63,8 @@ def test_pairs_of_rollouts(rollouts, chain, tmp_path, monkeypatch):  # noqa: F81
     assert 0 < len(pairs) < len(records)
     for pair in pairs:
         record = by_prompt[pair["prompt"]]
-        scores = dict(zip(record["completions"], record["scores"]))
+        triples = zip(record["completions"], record["scores"], record["finished"])
+        scores = {text: score for text, score, ended in triples if ended}
         known = [score for score in scores.values() if score is not None]
         assert scores[pair["chosen"]] == max(known) > min(known) == scores[pair["rejected"]]
     args = dict(model=str(chain / "sft"), dataset=str(tmp_path / "pairs.jsonl"), steps=1)
@@ -119,8 +120,8 @@ def test_sft_on_the_samples_of_a_teacher(rollouts, chain, tmp_path, monkeypatch)
     Path("runs/teacher_samples").symlink_to(rollouts)
     exec(block("taught.jsonl"), {})
     records = [json.loads(x) for x in (rollouts / "rollouts.jsonl").read_text().splitlines()]
-    finished = sum(sum(record["finished"]) for record in records)
-    assert len(Path("taught.jsonl").read_text().splitlines()) == finished > 0
+    right = sum(record["scores"].count(1) for record in records)
+    assert len(Path("taught.jsonl").read_text().splitlines()) == right > 0
     args = dict(model=str(chain / "sft"), dataset="taught.jsonl", steps=1, max_length=60)
     sft.main(sft.Args(**args, output_dir="runs/taught"))
 
