@@ -1363,7 +1363,7 @@ MUTANTS = [
     ),
     Mutant(
         "reward_model.py",
-        "if not is_finished and ids[-1] == end_id:",
+        "if not is_finished and ids[-1] == end_id and len(ids) > 1:",
         "if False:",
         "a completion that was cut gets an EOS",
         "test_comparisons.py::test_forms_of_comparisons",
