@@ -407,7 +407,8 @@ def score_batch(examples, device, whole=None):
 def count_pairs(example):
     """Pairs of completions whose last labels differ."""
     labels = [completion_labels[-1] for completion_labels in example["labels"]]
-    return sum(a > b for a in labels for b in labels)
+    ties = sum(math.comb(number, 2) for number in Counter(labels).values())
+    return math.comb(len(labels), 2) - ties
 
 
 def weighted_loss(scores, batch, loss_type, center_coef=0.0):

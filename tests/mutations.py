@@ -1480,6 +1480,20 @@ MUTANTS = [
         "variables of the template are read and forgotten",
         "test_data.py::test_chat_template_kwargs",
     ),
+    Mutant(
+        "ppo.py",
+        'first = (step * num_updates + totals["updates"]) * ptx_batch_size',
+        'first = totals["updates"] * ptx_batch_size',
+        "PPO-ptx: each step takes the same rows again",
+        "test_steps.py::test_ppo[ptx]",
+    ),
+    Mutant(
+        "reward_model.py",
+        "num_compared = sum(count_pairs(example) > 0 for example in whole)",
+        "num_compared = len(whole)",
+        "held-out prompts without a pair count as wrong ones",
+        "test_steps.py::test_reward_model_of_more_than_pairs[outcome]",
+    ),
 ]
 
 
