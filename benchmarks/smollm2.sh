@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# All seven scripts on SmolLM2-135M-Instruct, a chat model, by the commands of README: hours on two cores, and it goes
+# on where it was stopped. Tables: python benchmarks/smollm2.py table
+#   benchmarks/smollm2.sh [folder of the model, default ../models/smollm2] [folder of the runs, default runs/smollm2]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=${1:-../models/smollm2}
+runs=${2:-runs/smollm2}
+data=$runs/data
+if [ ! -f "$model/config.json" ]; then
+    echo "no model in $model: nothing to run"
+    exit 0
+fi
+python benchmarks/smollm2.py data "$data"
+
+run() { # name script flags: from where it was stopped, or not at all if its model is there
+    local folder=$runs/$1 script=$2
+    shift 2
+    if [ ! -f "$folder/config.json" ]; then
+        if [ -f "$folder/args.json" ]; then
+            python "$script" --resume --output-dir "$folder"
+        else
+            python "$script" --output-dir "$folder" --save-every 10 "$@"
+        fi
+        python benchmarks/smollm2.py point "$folder"
+    fi
+}
+
+# sums of two numbers of three digits: 500 worked answers, then an exact reward
+sums="--dataset $data/sums.jsonl --eval-dataset $data/sums-test.jsonl --max-completion-length 32"
+run sft-sums sft.py --model "$model" --dataset "$data/sums-sft.jsonl" --batch-size 32 --warmup-steps 2
+start="--model $runs/sft-sums $sums --learning-rate 1e-5 --warmup-steps 2"
+groups="$start --reward gsm8k --prompts-per-step 8 --num-generations 8 --steps 40"
+run grpo-1 grpo.py $groups --seed 1
+run rejection-sampling rejection_sampling.py $start --reward gsm8k --temperature 1 --num-generations 8 \
+    --prompts-per-iteration 128 --iterations 2 --min-score 1 --batch-size 16
+ppo="$start --prompts-per-step 64 --update-epochs 2 --steps 30"
+run ppo-exact ppo.py $ppo --reward gsm8k
+# the classic chain: a reward model of the rollouts that rejection sampling left, and PPO against it
+run rm-sums reward_model.py --model "$runs/sft-sums" --dataset "$runs/rejection-sampling/rollouts.jsonl" \
+    --loss outcome --batch-size 16 --learning-rate 1e-5
+run ppo-learned ppo.py $ppo --reward "$runs/rm-sums"
+run rloo rloo.py $groups
+
+# people's preferences, politeness, short instructions; every fifth row held out
+polite="--dataset $data/polite.jsonl --eval-dataset $data/polite-test.jsonl --batch-size 32 --max-length 400"
+people="--dataset $data/people.jsonl --eval-dataset $data/people-test.jsonl --batch-size 32 --max-length 400"
+run rm-polite reward_model.py --model "$model" $polite --learning-rate 1e-5
+run dpo-polite dpo.py --model "$model" $polite --learning-rate 5e-6
+run rm-people reward_model.py --model "$model" $people --learning-rate 1e-5
+run sft-instructions sft.py --model "$model" --dataset "$data/instructions.jsonl" \
+    --eval-dataset "$data/instructions-test.jsonl" --batch-size 32
+run grpo-2 grpo.py $groups --seed 2
+run grpo-3 grpo.py $groups --seed 3
+python benchmarks/smollm2.py table
