@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import background
 import pytest
 import torch
 import transformers
@@ -29,16 +30,12 @@ SHAPE |= dict(
 
 
 def pytest_collection_finish(session):
-    """The theorems' runs take a core to themselves from the start."""
-    theorems = sys.modules.get("test_theorems")
-    if theorems is not None and not session.config.option.collectonly:
-        theorems.start_short_runs(session.items)
+    if not session.config.option.collectonly:
+        background.start(session.items)
 
 
 def pytest_sessionfinish(session):
-    theorems = sys.modules.get("test_theorems")
-    if theorems is not None:
-        theorems.end_short_runs()
+    background.end()
 
 
 def tiny_config(name):
@@ -75,19 +72,23 @@ def tiny_config(name):
         )
 
 
+def save_tiny(name, folder):
+    """A model and its tokenizer."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
+    for key, weight in model.named_parameters():  # GPT-2 and GPT-NeoX start with biases of 0
+        if key.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_dirs(tmp_path_factory):
     """Architecture -> directory of a model in safetensors and its tokenizer."""
-    dirs = {}
-    for name in NAMES + MORE:
-        dirs[name] = str(tmp_path_factory.mktemp(name))
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
-        for key, weight in model.named_parameters():  # GPT-2 and GPT-NeoX start with biases of 0
-            if key.endswith("bias"):
-                torch.nn.init.normal_(weight, std=0.3)
-        model.save_pretrained(dirs[name])
-        sft.tiny_tokenizer().save_pretrained(dirs[name])
+    dirs = {name: str(tmp_path_factory.mktemp(name)) for name in NAMES + MORE}
+    for name, folder in dirs.items():
+        save_tiny(name, folder)
     return dirs
 
 

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import time
 
+import background
 import processes
 import pytest
 import torch
+from conftest import MORE, save_tiny
+from conftest import NAMES as TINY
 from processes import NAMES, launch, start
 from test_resume import assert_same_run, states, step_of
-from test_scripts import chain, metrics  # noqa: F401 (a fixture)
+from test_scripts import background_chain, chain, metrics  # noqa: F401 (a fixture)
 
 import common
 
@@ -33,30 +36,73 @@ def assert_close(run, other):
         assert (ours - theirs).norm() <= 5e-5 * theirs.norm(), key
 
 
-def everything(number, folder, chain, tiny_dirs):  # noqa: F811
-    for name, path in tiny_dirs.items():
-        shutil.copytree(path, folder / "models" / name)
-    done = launch(number, "everything", folder, chain)
+def everything(number, folder):
+    for name in [*TINY, *MORE]:
+        save_tiny(name, folder / "models" / name)
+    done = launch(number, "everything", folder, background_chain())
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
 
-@pytest.fixture(scope="module")
-def one(chain, tiny_dirs, tmp_path_factory):  # noqa: F811
+@background.job
+def one(folder, items):
     """What one process computes."""
-    folder = tmp_path_factory.mktemp("one")
-    everything(1, folder, chain, tiny_dirs)
-    return folder
+    return lambda: everything(1, folder)
 
 
-@pytest.fixture(scope="module")
-def two(chain, tiny_dirs, tmp_path_factory):  # noqa: F811
+@background.job
+def two(folder, items):
     """What two compute."""
-    folder = tmp_path_factory.mktemp("two")
-    done = everything(2, folder, chain, tiny_dirs)
-    # the first process alone speaks: in seven runs, and twice in sft's and ppo's two halves
-    assert done.stdout.count("device: 2 x cpu") == len(NAMES) + 4
-    return folder
+
+    def run():
+        done = everything(2, folder)
+        # the first process alone speaks: in seven runs, and twice in sft's and ppo's two halves
+        assert done.stdout.count("device: 2 x cpu") == len(NAMES) + 4
+
+    return run
+
+
+@background.job
+def dies(folder, items):
+    """One of two processes is killed."""
+
+    def run():
+        done = launch(2, "dies", folder, background_chain())
+        assert done.returncode != 0
+
+    return run
+
+
+@background.job
+def interrupted(folder, items):
+    """SIGTERM to torchrun after the first step; what was said."""
+
+    def run():
+        flags = dict(stdout=subprocess.PIPE)
+        with start(2, "interrupted", folder, background_chain(), **flags) as process:
+            deadline = time.time() + 300
+            while not (folder / "began").exists():
+                assert process.poll() is None and time.time() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=300)[0]
+        assert process.returncode != 0
+        (folder / "said").write_text(said)
+
+    return run
+
+
+@background.job
+def refused(folder, items):
+    """A data set that no process can read; the errors."""
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n')
+
+    def run():
+        done = launch(2, "bad_file", folder, background_chain())
+        assert done.returncode != 0
+        (folder / "errors").write_text(done.stderr)
+
+    return run
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,35 +173,24 @@ def test_architectures(one, two):
         assert found[name][1] == completions, name
 
 
-def test_one_that_dies_ends_all(chain, tmp_path):  # noqa: F811
+def test_one_that_dies_ends_all(dies):
     """Soon, and the last checkpoint is whole: the run goes on as any other would."""
-    done = launch(2, "dies", tmp_path, chain)
-    assert done.returncode != 0
-    assert step_of(tmp_path / "ppo") == 2
-    assert [row["step"] for row in metrics(tmp_path / "ppo")] == [0, 1, 2, 3]
+    assert step_of(dies / "ppo") == 2
+    assert [row["step"] for row in metrics(dies / "ppo")] == [0, 1, 2, 3]
 
 
-def test_a_signal_to_torchrun_saves(chain, tmp_path):  # noqa: F811
+def test_a_signal_to_torchrun_saves(interrupted):
     """All processes stop after the same step, and the line that says so comes once."""
-    with start(2, "interrupted", tmp_path, chain, stdout=subprocess.PIPE) as process:
-        deadline = time.time() + 300
-        while not (tmp_path / "began").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
-    step = step_of(tmp_path / "sft")
+    step = step_of(interrupted / "sft")
+    said = (interrupted / "said").read_text()
     assert step >= 1 and said.count(f"stopped after step {step} of ") == 1
-    assert step == metrics(tmp_path / "sft")[-1]["step"]
+    assert step == metrics(interrupted / "sft")[-1]["step"]
 
 
-def test_bad_data_is_said_once(chain, tmp_path):  # noqa: F811
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
-    done = launch(2, "bad_file", tmp_path, chain)
-    assert done.returncode != 0
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
-    assert "bad.jsonl line 1" in done.stderr
+def test_bad_data_is_said_once(refused):
+    errors = (refused / "errors").read_text()
+    assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
+    assert "bad.jsonl line 1" in errors
 
 
 # ---------------------------------------------------------------- without starting any

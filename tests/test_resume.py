@@ -13,12 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import background
 import processes
 import pytest
 import torch
 from processes import NAMES, ONLINE, SIGNALS, run
 from safetensors.torch import load_file
-from test_scripts import chain, metrics, refused, reward_file  # noqa: F401 (a fixture)
+from test_scripts import (
+    background_chain,
+    chain,  # noqa: F401 (a fixture)
+    metrics,
+    refused,
+    reward_file,
+)
 
 import common
 import rejection_sampling
@@ -82,13 +89,15 @@ def interrupt():
 
 
 # ---------------------------------------------------------------- exact resume
-@pytest.fixture(scope="module")
-def ended(chain, tmp_path_factory):  # noqa: F811
+@background.job
+def ended(folder, items):
     """The runs of processes.resumes."""
-    folder = tmp_path_factory.mktemp("resumes")
-    done = processes.launch(1, "resumes", folder, chain)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+
+    def run():
+        done = processes.launch(1, "resumes", folder, background_chain())
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 def statuses_of(name, folder):

@@ -1,6 +1,7 @@
 """Each script end to end on a tiny model in a few steps, through its own main; the errors a
 person meets."""
 
+import contextlib
 import functools
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import background
 import pytest
 import torch
 from conftest import end_two_of_three
@@ -36,12 +38,24 @@ def train_chain(folder):
     return folder
 
 
+@contextlib.contextmanager
+def small_task():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "TASK_ROWS", SMALL_TASK)
+        yield
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """The folder of train_chain, and small built-in data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "TASK_ROWS", SMALL_TASK)
+    with small_task():
         yield train_chain(tmp_path_factory.getbasetemp() / "chain")
+
+
+def background_chain():
+    """The same for jobs in the background."""
+    with small_task():
+        return train_chain(background.STATE.folder / "chain")
 
 
 def reward_file(folder, body):

@@ -7,12 +7,8 @@ longer ones with other seeds, and draws the figure."""
 import itertools
 import json
 import math
-import os
-import shutil
-import signal
-import tempfile
-from types import SimpleNamespace
 
+import background
 import pytest
 import torch
 from language import (
@@ -25,7 +21,6 @@ from language import (
     save_start,
     texts_of,
 )
-from processes import end_with_parent
 from theorems import BEST_OF, scores_of, theorem
 
 # the short runs, and the beginnings of the tests that judge each
@@ -40,41 +35,22 @@ SHORT = {
     "reward_model": "test_reward_model_ends",
     "rejection_sampling": "test_rejection_sampling_ends",
 }
-BACKGROUND = SimpleNamespace(pid=None, folder=None, proofs={})
+PROOFS = {}  # name -> Theorem
 
 
-def start_short_runs(items):
-    """Start, in a process of their own, the short runs that these tests judge: conftest.py does it
-    before the first test, so that they have a core to themselves while other tests run."""
-    names = [name for name, test in SHORT.items() if any(x.name.startswith(test) for x in items)]
-    if not names:
-        return
-    BACKGROUND.folder = tempfile.mkdtemp(prefix="theorems-")
-    BACKGROUND.proofs = {name: theorem(name, BACKGROUND.folder) for name in names}
-    BACKGROUND.pid = os.fork()
-    if BACKGROUND.pid == 0:
-        end_with_parent()
-        try:
-            for name in names:
-                BACKGROUND.proofs[name].run()
-        finally:
-            os._exit(0)
-
-
-def end_short_runs():
-    """Whatever happened, nothing of them stays."""
-    if BACKGROUND.pid is not None:
-        os.kill(BACKGROUND.pid, signal.SIGKILL)
-        os.waitpid(BACKGROUND.pid, 0)
-    shutil.rmtree(BACKGROUND.folder or "", ignore_errors=True)
+@background.job
+def short_runs(folder, items):
+    """The short runs that these tests judge."""
+    for name, tests in SHORT.items():
+        if any(item.name.startswith(tests) for item in items):
+            PROOFS[name] = theorem(name, folder)
+    return lambda: [proof.run() for proof in PROOFS.values()]
 
 
 @pytest.fixture(scope="module")
-def proofs():
+def proofs(short_runs):
     """name -> Theorem, after its short run."""
-    os.waitpid(BACKGROUND.pid, 0)
-    BACKGROUND.pid = None
-    return BACKGROUND.proofs
+    return PROOFS
 
 
 def judge(proof, limit=5e-2, start=0.5):

@@ -1,0 +1,77 @@
+"""Long runs that tests only look at: one process makes them, one after another, on the core that
+the tests leave free. conftest.py starts those that the collected tests need before the first test;
+each is a fixture, which waits for it."""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from processes import end_with_parent
+
+JOBS = {}  # name of a fixture -> function(folder, collected tests) that returns what is to be run
+STATE = SimpleNamespace(folder=None, pid=None)
+
+
+def job(function):
+    """Makes it a fixture: the folder of the job, after its end."""
+    name = function.__name__
+    JOBS[name] = function
+
+    @pytest.fixture(scope="module", name=name)
+    def folder():
+        return wait(name)
+
+    return folder
+
+
+def start(items):
+    """Start the jobs that these tests need."""
+    names = [name for name in JOBS if any(name in item.fixturenames for item in items)]
+    if not names:
+        return
+    STATE.folder = Path(tempfile.mkdtemp(prefix="background-"))
+    runs = {}
+    for name in names:
+        (STATE.folder / name).mkdir()
+        runs[name] = JOBS[name](STATE.folder / name, items)
+    STATE.pid = os.fork()
+    if STATE.pid > 0:
+        return
+    end_with_parent()
+    with open(STATE.folder / "output", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what a job started ends too
+    try:
+        for name, run in runs.items():
+            run()
+            (STATE.folder / f"{name}.done").touch()
+    except BaseException:
+        (STATE.folder / "failed").write_text(traceback.format_exc())
+    finally:
+        os._exit(0)
+
+
+def wait(name):
+    """The folder of a job, after its end."""
+    while not (STATE.folder / f"{name}.done").exists():
+        failed = STATE.folder / "failed"
+        assert not failed.exists(), failed.read_text()
+        time.sleep(0.05)
+    return STATE.folder / name
+
+
+def end():
+    """Whatever happened, nothing of them stays."""
+    if STATE.pid is not None:
+        os.kill(STATE.pid, signal.SIGTERM)
+        os.waitpid(STATE.pid, 0)
+        shutil.rmtree(STATE.folder, ignore_errors=True)
+        STATE.pid = None
