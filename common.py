@@ -25,6 +25,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -1020,6 +1021,11 @@ CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # both read the column 
 def checker_reward(function, tokenizer, eos_ids):
     """A checker -> score as load_rewards has it. Only the first process calls the checker."""
 
+    def numbers_of(returned):
+        if not isinstance(returned, Iterable):
+            fail(f"the reward returned {returned!r}: wanted a list, a number for each completion")
+        return list(returned)
+
     def score(examples, completions):
         # (copies: whatever the function does to them, the data stay as they are)
         prompts = [copy.deepcopy(example["prompt"]) for example in examples]
@@ -1028,7 +1034,7 @@ def checker_reward(function, tokenizer, eos_ids):
         for example, ids in zip(examples, completions):
             texts.append(completion_text(tokenizer, example["prompt_ids"], ids))
             rows.append(copy.deepcopy(example["row"]) | {"finished": ids[-1] in eos_ids})
-        scores = on_first_rank(lambda: list(function(prompts, texts, rows)))
+        scores = on_first_rank(lambda: numbers_of(function(prompts, texts, rows)))
         scores = [x.tolist() if hasattr(x, "tolist") else x for x in scores]  # of arrays
         if len(scores) != len(texts):
             fail(f"the reward returned {len(scores)} numbers for {len(texts)} completions")

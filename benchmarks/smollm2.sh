@@ -29,6 +29,10 @@ run() { # name script flags: from where it was stopped, or not at all if its mod
 # sums of two numbers of three digits: 500 worked answers, then an exact reward
 sums="--dataset $data/sums.jsonl --eval-dataset $data/sums-test.jsonl --max-completion-length 32"
 run sft-sums sft.py --model "$model" --dataset "$data/sums-sft.jsonl" --batch-size 32 --warmup-steps 2
+for dtype in float32 bfloat16; do # what bfloat16 sees of these few steps (docs/scale.md)
+    run "sft-sums-$dtype" sft.py --model "$runs/sft-sums" --dataset "$data/sums-sft.jsonl" \
+        --eval-dataset "$data/sums-test.jsonl" --steps 1 --batch-size 8 --dtype "$dtype"
+done
 start="--model $runs/sft-sums $sums --learning-rate 1e-5 --warmup-steps 2"
 groups="$start --reward gsm8k --prompts-per-step 8 --num-generations 8 --steps 40"
 run grpo-1 grpo.py $groups --seed 1

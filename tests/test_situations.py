@@ -514,6 +514,8 @@ def test_rewards_may_be_numbers_of_any_make(values):
         ([torch.tensor(0.0), torch.tensor(-torch.inf)], "-inf"),
         (np.zeros((2, 1)), "[0.0]"),
         (np.zeros(3), "3 numbers"),
+        (None, "None: wanted a list"),
+        (1.0, "1.0: wanted a list"),
     ],
     ids=str,
 )
