@@ -322,10 +322,33 @@ def online(folder, seed):
 
 STUDIES = {"distillation": distillation, "ptx": ptx, "length": length, "online": online}
 COLUMNS = {
-    "distillation": ["gold", "gold_greedy", "kl_teacher", "tokens"],
-    "ptx": ["mood_before", "mood", "tokens", "kl", "loss_before", "loss"],
-    "length": ["chosen_longer", "accuracy", "tokens", "ended", "mood_per_hundred_words", "kl"],
-    "online": ["pairs", "gold", "gold_greedy", "after_one"],
+    "distillation": {
+        "gold": "right, sampled",
+        "gold_greedy": "right, greedy",
+        "kl_teacher": "KL from the teacher, nats",
+        "tokens": "tokens learnt from",
+    },
+    "ptx": {
+        "mood_before": "mood before",
+        "mood": "mood after",
+        "tokens": "tokens",
+        "kl": "KL, nats",
+        "loss_before": "held-out loss before",
+        "loss": "after",
+    },
+    "length": {
+        "accuracy": "held-out accuracy",
+        "tokens": "tokens of samples",
+        "ended": "that end by themselves",
+        "mood_per_hundred_words": "mood per hundred words",
+        "kl": "KL, nats",
+    },
+    "online": {
+        "pairs": "pairs",
+        "after_one": "right after the first round",
+        "gold": "right, sampled",
+        "gold_greedy": "right, greedy",
+    },
 }
 
 
@@ -354,11 +377,11 @@ def table(studies):
     for study in studies:
         found = [point for point in read_points() if point["study"] == study]
         columns = COLUMNS[study]
-        print(f"\n| {study} | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
+        print(f"\n| {study} | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 1)}")
         for name in dict.fromkeys(point["name"] for point in found):
             points = [point for point in found if point["name"] == name]
             cells = [mean_and_range([p[c] for p in points if c in p]) for c in columns]
-            print(f"| {name} | {len(points)} | {' | '.join(cells)} |")
+            print(f"| {name} | {' | '.join(cells)} |")
 
 
 def mean_and_range(values):
