@@ -1,6 +1,6 @@
-"""Long runs that tests only look at: one process makes them, one after another, on the core that
-the tests leave free. conftest.py starts those that the collected tests need before the first test;
-each is a fixture, which waits for it."""
+"""Long runs that tests only look at: two processes make them, each the next one, on the core that
+the tests leave free and on theirs while they wait. conftest.py starts those that the collected
+tests need before the first test; each is a fixture, which waits for it."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ import pytest
 from processes import end_with_parent
 
 JOBS = {}  # name of a fixture -> function(folder, collected tests) that returns what is to be run
-STATE = SimpleNamespace(folder=None, pid=None)
+STATE = SimpleNamespace(folder=None, pids=[])
 
 
 def job(function):
@@ -41,16 +41,26 @@ def start(items):
     for name in names:
         (STATE.folder / name).mkdir()
         runs[name] = JOBS[name](STATE.folder / name, items)
-    STATE.pid = os.fork()
-    if STATE.pid > 0:
-        return
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            run_all(runs)
+        STATE.pids.append(pid)
+
+
+def run_all(runs):
+    """Those that the other process has not begun, in a child of this one."""
     end_with_parent()
-    with open(STATE.folder / "output", "w") as output:
+    with open(STATE.folder / f"output {os.getpid()}", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what a job started ends too
     try:
         for name, run in runs.items():
+            try:
+                (STATE.folder / f"{name}.begun").touch(exist_ok=False)
+            except FileExistsError:
+                continue
             run()
             (STATE.folder / f"{name}.done").touch()
     except BaseException:
@@ -70,8 +80,9 @@ def wait(name):
 
 def end():
     """Whatever happened, nothing of them stays."""
-    if STATE.pid is not None:
-        os.kill(STATE.pid, signal.SIGTERM)
-        os.waitpid(STATE.pid, 0)
+    for pid in STATE.pids:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+    STATE.pids.clear()
+    if STATE.folder is not None:
         shutil.rmtree(STATE.folder, ignore_errors=True)
-        STATE.pid = None

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -53,9 +54,9 @@ def chain(tmp_path_factory):
 
 
 def background_chain():
-    """The same for jobs in the background."""
+    """The same for jobs in the background, one for each of their processes."""
     with small_task():
-        return train_chain(background.STATE.folder / "chain")
+        return train_chain(background.STATE.folder / f"chain {os.getpid()}")
 
 
 def reward_file(folder, body):
