@@ -337,6 +337,7 @@ COLUMNS = {
         "loss": "after",
     },
     "length": {
+        "chosen_longer": "chosen is longer, training pairs",
         "accuracy": "held-out accuracy",
         "tokens": "tokens of samples",
         "ended": "that end by themselves",

@@ -71,9 +71,12 @@ def run_all(runs):
 
 def wait(name):
     """The folder of a job, after its end."""
-    while not (STATE.folder / f"{name}.done").exists():
-        failed = STATE.folder / "failed"
+    done = STATE.folder / f"{name}.done"
+    failed = STATE.folder / "failed"
+    while not done.exists():
+        STATE.pids = [pid for pid in STATE.pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
         assert not failed.exists(), failed.read_text()
+        assert STATE.pids or done.exists(), f"what was to make {name} was killed"
         time.sleep(0.05)
     return STATE.folder / name
 

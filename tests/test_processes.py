@@ -93,7 +93,7 @@ def interrupted(folder, items):
 
 
 @background.job
-def refused(folder, items):
+def bad_data(folder, items):
     """A data set that no process can read; the errors."""
     (folder / "bad.jsonl").write_text('{"prompt": "a"}\n')
 
@@ -187,8 +187,8 @@ def test_a_signal_to_torchrun_saves(interrupted):
     assert step == metrics(interrupted / "sft")[-1]["step"]
 
 
-def test_bad_data_is_said_once(refused):
-    errors = (refused / "errors").read_text()
+def test_bad_data_is_said_once(bad_data):
+    errors = (bad_data / "errors").read_text()
     assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
     assert "bad.jsonl line 1" in errors
 
