@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # All seven scripts on SmolLM2-135M-Instruct, a chat model, by the commands of README: hours on two cores, and it goes
 # on where it was stopped. Tables: python benchmarks/smollm2.py table
-#   benchmarks/smollm2.sh [folder of the model, default ../models/smollm2] [folder of the runs, default runs/smollm2]
+#   benchmarks/smollm2.sh [folder of the model, ../models/smollm2] [folder of the runs, runs/smollm2] [which: a pattern]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-../models/smollm2}
 runs=${2:-runs/smollm2}
+which=${3:-.}
 data=$runs/data
 if [ ! -f "$model/config.json" ]; then
     echo "no model in $model: nothing to run"
@@ -16,7 +17,7 @@ python benchmarks/smollm2.py data "$data"
 run() { # name script flags: from where it was stopped, or not at all if its model is there
     local folder=$runs/$1 script=$2
     shift 2
-    if [ ! -f "$folder/config.json" ]; then
+    if [[ $1 =~ $which ]] && [ ! -f "$folder/config.json" ]; then
         if [ -f "$folder/args.json" ]; then
             python "$script" --resume --output-dir "$folder"
         else
@@ -34,11 +35,11 @@ for dtype in float32 bfloat16; do # what bfloat16 sees of these few steps (docs/
         --eval-dataset "$data/sums-test.jsonl" --steps 1 --batch-size 8 --dtype "$dtype"
 done
 start="--model $runs/sft-sums $sums --learning-rate 1e-5 --warmup-steps 2"
-groups="$start --reward gsm8k --prompts-per-step 8 --num-generations 8 --steps 40"
+groups="$start --reward gsm8k --prompts-per-step 8 --num-generations 8 --steps 30"
 run grpo-1 grpo.py $groups --seed 1
 run rejection-sampling rejection_sampling.py $start --reward gsm8k --temperature 1 --num-generations 8 \
     --prompts-per-iteration 128 --iterations 2 --min-score 1 --batch-size 16
-ppo="$start --prompts-per-step 64 --update-epochs 2 --steps 30"
+ppo="$start --prompts-per-step 64 --update-epochs 2 --steps 20"
 run ppo-exact ppo.py $ppo --reward gsm8k
 # the classic chain: a reward model of the rollouts that rejection sampling left, and PPO against it
 run rm-sums reward_model.py --model "$runs/sft-sums" --dataset "$runs/rejection-sampling/rollouts.jsonl" \
