@@ -15,9 +15,9 @@ fi
 python benchmarks/smollm2.py data "$data"
 
 run() { # name script flags: from where it was stopped, or not at all if its model is there
-    local folder=$runs/$1 script=$2
+    local name=$1 script=$2 folder=$runs/$1
     shift 2
-    if [[ $1 =~ $which ]] && [ ! -f "$folder/config.json" ]; then
+    if [[ $name =~ $which ]] && [ ! -f "$folder/config.json" ]; then
         if [ -f "$folder/args.json" ]; then
             python "$script" --resume --output-dir "$folder"
         else
