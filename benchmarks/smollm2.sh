@@ -21,7 +21,7 @@ run() { # name script flags: from where it was stopped, or not at all if its mod
         if [ -f "$folder/args.json" ]; then
             python "$script" --resume --output-dir "$folder"
         else
-            python "$script" --output-dir "$folder" --save-every 10 "$@"
+            python "$script" --output-dir "$folder" --save-every 10 --micro-batch-tokens 1024 "$@"
         fi
         python benchmarks/smollm2.py point "$folder"
     fi

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 import common
 import grpo
+import second_device
 
 NAMES = ["sft", "reward_model", "dpo", "rejection_sampling", "ppo", "rloo", "grpo"]
 ONLINE = ["ppo", "rloo", "grpo"]
@@ -388,6 +389,14 @@ def bfloat16(folder, chain):
         with record(name) as found:
             run_flags(name, chain, Path(folder, name), dtype="bfloat16")
         torch.save(found, Path(folder, f"{name}.pt"))
+
+
+def rehearsal(folder, chain):
+    """Three steps of each, and resume, on a device that is not the CPU."""
+    second_device.start()
+    common.start_processes = lambda: torch.device(second_device.NAME, 0)
+    every_script(folder, chain)
+    halves(folder, chain)
 
 
 def go_on(folder, chain):
