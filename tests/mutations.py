@@ -1494,6 +1494,27 @@ MUTANTS = [
         "held-out prompts without a pair count as wrong ones",
         "test_steps.py::test_reward_model_of_more_than_pairs[outcome]",
     ),
+    Mutant(
+        "common.py",
+        "noise[indices].flatten(0, 1).to(model.device),",
+        "noise[indices].flatten(0, 1),",
+        "the sampler's noise stays on the CPU: on a GPU nothing runs",
+        "test_second_device.py::test_resume[sft]",
+    ),
+    Mutant(
+        "reward_model.py",
+        '"pair_weights": torch.tensor(pair_weights, device=device),',
+        '"pair_weights": torch.tensor(pair_weights),',
+        "a tensor of the loss stays on the CPU",
+        "test_second_device.py::test_resume[sft]",
+    ),
+    Mutant(
+        "ppo.py",
+        'torch.tensor([rollout["reward"] for rollout in rollouts], device=device),',
+        'torch.tensor([rollout["reward"] for rollout in rollouts]),',
+        "rewards stay on the CPU",
+        "test_second_device.py::test_resume[sft]",
+    ),
 ]
 
 

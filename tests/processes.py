@@ -19,12 +19,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import second_device
 import torch
 from torch.distributed.tensor import DTensor
 
 import common
 import grpo
-import second_device
 
 NAMES = ["sft", "reward_model", "dpo", "rejection_sampling", "ppo", "rloo", "grpo"]
 ONLINE = ["ppo", "rloo", "grpo"]
