@@ -16,7 +16,7 @@ online        Pairs of the policy's own samples, labelled by the reward model: t
               against one round on as many prompts.
 
 Runs stand in runs/book, one line of book.jsonl each; what is there is not run again. Stories and
-human preferences need ../shared (see stories.sh)."""
+human preferences need ../shared, which is not part of this repository."""
 
 import argparse
 import contextlib

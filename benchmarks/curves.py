@@ -3,13 +3,11 @@ what time, how far from where they began.
 
     python benchmarks/curves.py --seeds 1 2 3          the built-in task, about 12 minutes a seed
     python benchmarks/curves.py --study proxy          PPO against a learned reward, about 9
-    python benchmarks/curves.py --study stories        real text with the mood checker, about 10
     python benchmarks/curves.py --draw                 tables and figures of what is there
 
 Times are of two CPU cores. Each evaluation of a run is a line of benchmarks/curves.jsonl, written
 when the run ends; runs that are there are not run again, so that a benchmark that was killed goes
-on when it is started again. Figures need matplotlib; the stories need ../shared (see
-stories.sh)."""
+on when it is started again. Figures need matplotlib."""
 
 import argparse
 import json
@@ -20,7 +18,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-SHARED = ROOT.parent / "shared"
 POINTS = HERE / "curves.jsonl"
 
 # 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs; DAPO
@@ -29,11 +26,6 @@ POINTS = HERE / "curves.jsonl"
 EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 PROXY = "--steps 160 --eval-every 20"  # 81,920 completions
-# 1,920 completions each; DPO sees 960 pairs
-STORIES = "--dataset {data}/stories_sft_train.jsonl --eval-dataset {data}/stories_sft_test.jsonl"
-STORY = f"--model {{runs}}/sft {STORIES}"
-MOOD = f"{STORY} --reward {HERE}/mood.py:mood --max-completion-length 160 --learning-rate 2e-4"
-MOODS = f"{MOOD} --num-generations 8 --prompts-per-step 8 --steps 30 --eval-every 10"
 DR_GRPO = "--scale-rewards none --loss-aggregation constant --kl-coef 0"
 DAPO = (
     "--loss-aggregation token --epsilon-high 0.28 --kl-coef 0 --dynamic-sampling "
@@ -73,121 +65,88 @@ STUDIES = {  # study -> method -> script, flags
             "--iterations 1",
         ),
     },
-    "stories": {
-        "PPO": (
-            "ppo",
-            f"{MOOD} --kl-coef 0.2 --prompts-per-step 64 --update-epochs 2 --num-minibatches 2 "
-            "--value-clip 2 --steps 30 --eval-every 10",
-        ),
-        "RLOO": ("rloo", f"{MOODS} --kl-coef 0.2"),
-        "REINFORCE, no baseline": ("rloo", f"{MOODS} --kl-coef 0.2 --baseline none"),
-        "GRPO": ("grpo", f"{MOODS} --kl-coef 0.2"),
-        "Dr. GRPO": ("grpo", f"{MOODS} {DR_GRPO}"),
-        "DAPO": (
-            "grpo",
-            f"{MOOD} {DAPO} --prompts-per-step 24 --num-minibatches 3 --steps 10 "
-            "--warmup-steps 3 --eval-every 2",
-        ),
-        "rejection sampling": (
-            "rejection_sampling",
-            f"{MOOD} --temperature 1 --num-generations 8 --prompts-per-iteration 60 "
-            "--iterations 4 --epochs 3 --batch-size 15",
-        ),
-        "DPO": (
-            "dpo",
-            "--model {runs}/sft --dataset {data}/stories_mood_pairs_train.jsonl "
-            "--eval-dataset {data}/stories_mood_pairs_test.jsonl --batch-size 32 "
-            "--learning-rate 1e-4 --max-length 500 --steps 30 --eval-every 10",
-        ),
-    },
 }
-STARTS = {  # study -> stages before, once a seed
-    "sort": [("sft", ""), ("reward_model", "")],
-    "proxy": [("sft", ""), ("reward_model", "")],
-    "stories": [
-        (
-            "sft",
-            f"--model {SHARED}/models/stories260K {STORIES} --learning-rate 1e-3 --epochs 4 "
-            "--batch-size 32",
-        )
-    ],
-}
+STAGES = ["sft", "reward_model"]  # before, once a seed
 
 
 def process(script, flags, seed, folder, out):
     """One script as a user would run it, in a folder of the study and seed."""
-    flags = flags.format(runs=folder / "runs", data=SHARED / "data").split()
-    flags += ["--seed", str(seed), "--output-dir", str(out), "--overwrite"]
+    flags = [*flags.split(), "--seed", str(seed), "--output-dir", str(out), "--overwrite"]
     print(f"\n$ python {script}.py {' '.join(flags)}", flush=True)
     subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, check=True)
 
 
 def run(study, method, seed, folder):
     """One run -> its points, a dict for each evaluation."""
-    for script, flags in STARTS[study]:
-        if not (folder / "runs" / script / "config.json").exists():
-            process(script, flags, seed, folder, Path("runs", script))
+    for stage in STAGES:
+        if not (folder / "runs" / stage / "config.json").exists():
+            process(stage, "", seed, folder, Path("runs", stage))
     script, flags = STUDIES[study][method]
     out = folder / "runs/method"
     process(script, flags, seed, folder, out)
-    args, points = json.loads((out / "args.json").read_text()), []
-    totals = dict.fromkeys(["completions", "trained_tokens", "seconds"], 0.0)
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["step"] > 0:
-            seconds = row["seconds/train"]
-            if script == "dpo":
-                totals["completions"] += 2 * args["batch_size"]
-            elif script == "rejection_sampling":
-                totals["completions"] += (
-                    args["prompts_per_iteration"]
-                    * args["num_generations"]
-                    * ("seconds/sample" in row)
-                )
-                totals["seconds"] += row.get("seconds/sample", 0.0)
-            else:
-                groups = args["prompts_per_step"] / (1 - row.get("dropped_groups", 0.0))
-                totals["completions"] += groups * args["num_generations"]
-                seconds += row["seconds/sample"]
-            totals["seconds"] += seconds
-            totals["trained_tokens"] += (
-                row["tokens_per_second"] * seconds * args.get("update_epochs", 1)
-            )
-        found = {name[5:]: value for name, value in row.items() if name.startswith("eval/")}
-        best = {name: value for name, value in row.items() if name.startswith("best_of_")}
-        if found:
-            points.append(
-                dict(study=study, method=method, seed=seed, step=row["step"]) | totals | found
-            )
-        for name in best:
-            if method == "best of N" and name.endswith("/gold"):
-                N, gold = name.split("/")[0], best[name]
-                values = dict(kl=best[f"{N}/kl_bound"], score=best[f"{N}/score"], gold=gold)
-                points.append(
-                    dict(study=study, method=method, seed=seed, N=int(N.split("_")[-1])) | values
-                )
+    args = json.loads((out / "args.json").read_text())
+    rows = read_lines(out / "metrics.jsonl")
+    name = dict(study=study, method=method, seed=seed)
     if method == "best of N":
-        points = [point for point in points if "N" in point]
-    add_samples(points, out, study)
+        points = best_of_n(rows)
+    else:
+        points = evaluations(rows, script, args)
+    if study == "proxy":
+        first = [row for row in read_lines(out / "samples.jsonl") if row["step"] == 0]
+        name["score_deviation"] = statistics.stdev(row["score"] for row in first)
+    return [name | point for point in points]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluations(rows, script, args):
+    """Each evaluation of a run, with what had been sampled and trained on until then."""
+    completions = seconds = tokens = 0.0
+    points = []
+    for row in rows:
+        if row["step"] > 0:
+            step = row["seconds/train"] + row.get("seconds/sample", 0.0)
+            seconds += step
+            if script == "rejection_sampling":  # whose tokens per second leave sampling out
+                step = row["seconds/train"]
+            tokens += row["tokens_per_second"] * step * args.get("update_epochs", 1)
+            completions += completions_of(row, script, args)
+        found = {name[5:]: value for name, value in row.items() if name.startswith("eval/")}
+        if found:
+            point = dict(step=row["step"], completions=completions)
+            points.append(point | dict(seconds=seconds, trained_tokens=tokens) | found)
     return points
 
 
-def add_samples(points, out, study):
-    """What the samples say: the spread of scores before training, moods of stories."""
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    for point in points:
-        mine = [row for row in rows if row["step"] == point.get("step", 0)]
-        if study == "proxy":
-            point["score_deviation"] = statistics.stdev(
-                row["score"] for row in rows if row["step"] == 0
-            )
-        if study == "stories":
-            sys.path.insert(0, str(HERE))
-            from mood import mood, words
+def completions_of(row, script, args):
+    """How many were sampled for a step."""
+    if script == "dpo":
+        return 2 * args["batch_size"]
+    if script == "rejection_sampling":
+        samples = "seconds/sample" in row  # at an iteration's first step
+        return samples * args["prompts_per_iteration"] * args["num_generations"]
+    groups = args["prompts_per_step"] / (1 - row.get("dropped_groups", 0.0))
+    return groups * args["num_generations"]
 
-            distinct = list({row["prompt"]: row["completion"] for row in mine}.values())
-            point["mood"] = statistics.mean(mood(None, distinct, None))
-            point["words"] = statistics.mean(len(words(text)) for text in distinct)
+
+def best_of_n(rows):
+    """For each N what the best of N samples scores, and how often it is right."""
+    points = []
+    for name, gold in [item for row in rows for item in row.items()]:
+        if name.startswith("best_of_") and name.endswith("/gold"):
+            best = name.removesuffix("/gold")
+            row = next(row for row in rows if name in row)
+            points.append(
+                dict(
+                    N=int(best.removeprefix("best_of_")),
+                    kl=row[f"{best}/kl_bound"],
+                    score=row[f"{best}/score"],
+                    gold=gold,
+                )
+            )
+    return points
 
 
 def at(points, axis, where, name):
@@ -220,51 +179,93 @@ def load():
     }
 
 
-def tables(studies):
-    """README's tables."""
-    for study, value in (("sort", "gold"), ("stories", "mood")):
-        if study not in studies:
-            continue
-        methods = studies[study]
-        budget = statistics.median(r[-1]["completions"] for runs in methods.values() for r in runs)
-        seconds = statistics.median(r[-1]["seconds"] for runs in methods.values() for r in runs)
-        seeds = max(map(len, methods.values()))
-        names = {
-            "sort": [f"after {seconds:.0f} s", "at the end, greedy", "seconds"],
-            "stories": ["words"],
-        }[study]
-        names = [value, *names, "KL, nats", "tokens trained, thousand"]
-        print(f"\n| {seeds} seeds, {budget:,.0f} completions | " + " | ".join(names) + " |")
-        print("|" + "---|" * (len(names) + 1))
-        first = [r[0][value] for r in next(iter(methods.values()))]
-        print(f"| before | {spread(first)} |" + " |" * (len(names) - 1))
-        for method, runs in methods.items():
-            ends = [r[-1] for r in runs]
-            cells = [spread([at(r, "completions", budget, value) for r in runs])]
-            if study == "sort":
-                cells += [spread([at(r, "seconds", seconds, value) for r in runs])]
-                cells += [spread([end["gold_greedy"] for end in ends])]
-                cells += [spread([end["seconds"] for end in ends], 0)]
-            else:
-                cells += [spread([end["words"] for end in ends], 1)]
-            cells += [spread([end["kl"] for end in ends], 2)]
-            cells += [f"{statistics.mean(end['trained_tokens'] for end in ends) / 1000:.0f}"]
-            print(f"| {method} | " + " | ".join(cells) + " |")
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |")
+
+
+def print_tables(studies):
+    if "sort" in studies:
+        print_methods(studies["sort"])
     if "proxy" in studies:
-        names = ["proxy and truth", "completions or N", "KL, nats", "proxy, deviations"]
-        names += ["gold", "largest gold"]
-        print(f"\n| {' | '.join(names)} |\n|" + "---|" * 6)
-        for method, runs in studies["proxy"].items():
-            where = [r[-1].get("completions", r[-1].get("N")) for r in runs]
-            proxies = [(r[-1]["score"] - r[0]["score"]) / r[0]["score_deviation"] for r in runs]
-            cells = [f"{statistics.mean(where):,.0f}", spread([r[-1]["kl"] for r in runs], 2)]
-            cells += [spread(proxies, 2), spread([r[-1]["gold"] for r in runs])]
-            cells += [spread([max(p["gold"] for p in r) for r in runs])]
-            print(f"| {method} | " + " | ".join(cells) + " |")
+        print_proxy(studies["proxy"])
+
+
+def print_methods(methods):
+    """What each reaches with as many completions, and in as much time."""
+    runs = [run for runs in methods.values() for run in runs]
+    budget = statistics.median(run[-1]["completions"] for run in runs)
+    seconds = statistics.median(run[-1]["seconds"] for run in runs)
+    print()
+    print_row(
+        [
+            f"{max(map(len, methods.values()))} seeds, {budget:,.0f} completions",
+            "gold",
+            f"after {seconds:.0f} s",
+            "at the end, greedy",
+            "seconds",
+            "KL, nats",
+            "tokens trained, thousand",
+        ]
+    )
+    print_row(["---"] * 7)
+    start = [run[0] for run in next(iter(methods.values()))]
+    before = spread([point["gold"] for point in start])
+    print_row(["before", before, "", spread([point["gold_greedy"] for point in start]), "", "", ""])
+    for method, runs in methods.items():
+        ends = [run[-1] for run in runs]
+        print_row(
+            [
+                method,
+                spread([at(run, "completions", budget, "gold") for run in runs]),
+                spread([at(run, "seconds", seconds, "gold") for run in runs]),
+                spread([end["gold_greedy"] for end in ends]),
+                spread([end["seconds"] for end in ends], digits=0),
+                spread([end["kl"] for end in ends], digits=2),
+                f"{statistics.mean(end['trained_tokens'] for end in ends) / 1000:.0f}",
+            ]
+        )
+
+
+def proxy(point, run):
+    """A score, in standard deviations of the SFT model's above their mean."""
+    return (point["score"] - run[0]["score"]) / run[0]["score_deviation"]
+
+
+def print_proxy(methods):
+    """The learned reward and the truth at the end."""
+    print()
+    print_row(
+        [
+            "proxy and truth",
+            "completions or N",
+            "KL, nats",
+            "proxy, deviations",
+            "gold",
+            "largest gold",
+        ]
+    )
+    print_row(["---"] * 6)
+    for method, runs in methods.items():
+        completions = [run[-1].get("completions", run[-1].get("N")) for run in runs]
+        print_row(
+            [
+                method,
+                f"{statistics.mean(completions):,.0f}",
+                spread([run[-1]["kl"] for run in runs], digits=2),
+                spread([proxy(run[-1], run) for run in runs], digits=2),
+                spread([run[-1]["gold"] for run in runs]),
+                spread([max(point["gold"] for point in run) for run in runs]),
+            ]
+        )
 
 
 COLOURS = dict(zip(STUDIES["sort"], ("#222222", "C0", "C2", "C6", "C1", "C3", "C4", "C5", "C9")))
 DASHED = ("REINFORCE, no baseline", "PPO, learned reward", "DPO", "rejection sampling")
+AXES = {
+    "completions": "completions the policy sampled (DPO: answers in its pairs)",
+    "seconds": "seconds of training on two CPU cores",
+    "kl": "KL from the SFT model, nats per completion",
+}
 
 
 def draw_mean(axes, runs, axis, value, method, **style):
@@ -272,7 +273,8 @@ def draw_mean(axes, runs, axis, value, method, **style):
     import numpy as np
 
     n = min(map(len, runs))
-    x, y = (np.array([[p[name] for p in r[:n]] for r in runs]) for name in (axis, value))
+    x = np.array([[point[axis] for point in run[:n]] for run in runs])
+    y = np.array([[point[value] for point in run[:n]] for run in runs])
     style = dict(color=COLOURS.get(method), ls="--" if method in DASHED else "-") | style
     axes.plot(x.mean(0), y.mean(0), label=method, marker="o", ms=2.5, lw=1.4, **style)
     if axis != "kl":
@@ -281,65 +283,64 @@ def draw_mean(axes, runs, axis, value, method, **style):
         axes.plot(x[:, -1], y[:, -1], ".", ms=4, alpha=0.5, color=style["color"])
 
 
-def figures(studies):
+def draw(studies):
     """PNG files on white, which light and dark pages show alike."""
+    if "sort" in studies:
+        draw_methods("curves", studies["sort"], ["completions", "seconds"])
+        draw_methods("frontier", studies["sort"], ["kl"])
+    if "proxy" in studies:
+        draw_proxy(studies["proxy"])
+
+
+def draw_methods(name, methods, panels):
     import matplotlib.pyplot as plt
 
-    words = dict(
-        completions="completions sampled (DPO: in its pairs)",
-        seconds="seconds, evaluations left out",
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(5 * len(panels) + 2, 4.2),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
-    words["kl"] = "KL from the SFT model, nats per completion"
-    reached = dict(gold="held-out prompts solved, sampled", mood="mood of held-out stories (words)")
-    plots = [
-        ("curves", "sort", ("completions", "seconds"), "gold"),
-        ("frontier", "sort", ("kl",), "gold"),
-    ]
-    plots += [("stories", "stories", ("completions", "kl"), "mood")]
-    for name, study, panels, value in plots:
-        if study not in studies:
-            continue
-        figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(5 * len(panels) + 2, 4.2),
-            layout="constrained",
-            squeeze=False,
-            sharey=True,
-        )
-        for panel, axis in zip(axes[0], panels):
-            for method, runs in studies[study].items():
-                draw_mean(panel, runs, axis, value, method)
-            panel.set(xlabel=words[axis], xlim=(0, None))
-            panel.grid(alpha=0.3)
-        axes[0][0].set_ylabel(reached[value])
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-        figure.savefig(HERE / f"{name}.png", dpi=130)
-    if "proxy" in studies:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for i, (method, runs) in enumerate(studies["proxy"].items()):
-            for r in runs:
-                for p in r:
-                    p["proxy"] = (p["score"] - r[0]["score"]) / r[0]["score_deviation"]
-            for panel, value in zip(axes, ("proxy", "gold")):
-                style = (
-                    dict(color="k", ls=":")
-                    if method == "best of N"
-                    else dict(color=f"C{i}", ls="-")
+    for panel, axis in zip(axes[0], panels):
+        for method, runs in methods.items():
+            draw_mean(panel, runs, axis, "gold", method)
+        panel.set(xlabel=AXES[axis], xlim=(0, None))
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel("held-out prompts answered right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    figure.suptitle("Sorting letters: every method from the same half-trained model", fontsize=11)
+    figure.savefig(HERE / f"{name}.png", dpi=130)
+
+
+def draw_proxy(methods):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for i, (method, runs) in enumerate(methods.items()):
+        runs = [[point | {"proxy": proxy(point, run)} for point in run] for run in runs]
+        style = dict(color=f"C{i}", ls="-")
+        if method == "best of N":
+            style = dict(color="k", ls=":")
+        for panel, value in zip(axes, ("proxy", "gold")):
+            for run in runs:
+                panel.plot(
+                    [point["kl"] for point in run],
+                    [point[value] for point in run],
+                    lw=0.6,
+                    alpha=0.45,
+                    **style,
                 )
-                for r in runs:
-                    panel.plot(
-                        [p["kl"] for p in r], [p[value] for p in r], lw=0.6, alpha=0.45, **style
-                    )
-                draw_mean(panel, runs, "kl", value, method, **style)
-        axes[0].set_ylabel("proxy: reward model's score, deviations above SFT")
-        axes[1].set_ylabel("truth: held-out prompts solved, sampled")
-        for panel in axes:
-            panel.set(xlabel="KL from the SFT model, nats (best of N: upper bound)", xlim=(0, None))
-            panel.grid(alpha=0.3)
-        axes[1].legend(fontsize=8)
-        figure.savefig(HERE / "proxy.png", dpi=130)
+            draw_mean(panel, runs, "kl", value, method, **style)
+    axes[0].set_ylabel("reward model's score, deviations above SFT")
+    axes[1].set_ylabel("held-out prompts answered right")
+    for panel in axes:
+        panel.set(xlabel=f"{AXES['kl']} (best of N: upper bound)", xlim=(0, None))
+        panel.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(HERE / "proxy.png", dpi=130)
 
 
 def main():
@@ -366,15 +367,14 @@ def main():
         for method in args.methods or STUDIES[args.study]:
             if (args.study, method, seed) in known:
                 continue
-            name = "stories" if args.study == "stories" else "sort"
-            folder = args.runs.resolve() / f"{name}-{seed}"
+            folder = args.runs.resolve() / str(seed)
             folder.mkdir(parents=True, exist_ok=True)
             points = run(args.study, method, seed, folder)
             with open(POINTS, "a") as file:
                 file.write("".join(json.dumps(point) + "\n" for point in points))
     studies = load()
-    tables(studies)
-    figures(studies)
+    print_tables(studies)
+    draw(studies)
 
 
 if __name__ == "__main__":

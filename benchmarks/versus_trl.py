@@ -5,6 +5,7 @@ rows, batch, lengths, learning rate and precision.
     python benchmarks/versus_trl.py                    two CPU cores (OMP_NUM_THREADS)
     python benchmarks/versus_trl.py --only grpo sft    these only
     python benchmarks/versus_trl.py --repeats 1 --steps 8      to see that it runs
+    python benchmarks/versus_trl.py --model ../models/smollm2 --steps 12    a real model, hours
     python benchmarks/versus_trl.py --gpu              Qwen2.5-0.5B's shape, bfloat16 autocast
     python benchmarks/versus_trl.py --table            prints what is in benchmarks/versus_trl.jsonl
 
@@ -14,7 +15,8 @@ x 8 completions of at most 32 (3% end before), one update per rollout, temperatu
 reference, a reward that counts words. sft, reward_model, dpo: 32 rows or pairs, prompts of 32
 tokens; completions of 96 tokens ("equal"), or of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4,
 constant; gradients clipped at 1; no dropout and no gradient checkpointing; DPO's reference
-log-probs are computed before the steps that are timed.
+log-probs are computed before the steps that are timed. With --model, and a tokenizer that has
+spaces in its words: 8 rows or pairs of 50 to 300 tokens, 2 prompts x 8 completions of at most 128.
 
 Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by
 default and changes the rows that share a batch; ours cuts the same batch into micro-batches of
@@ -22,9 +24,10 @@ about one length. Not measured: what needs another package or a kernel for GPUs 
 with FlashAttention, Liger).
 
 Runs alternate, ours, TRL, ours, TRL, each a process of its own: 25 steps, the first 5 of which do
-not count. A step lasts from the end of one to the end of the next, with data and sampling; its
-seconds are the mean over the steps, as batches of about one length are not alike. Memory is that of
-the process, resident, or of the GPU's tensors. Ratios are ours / TRL: below 1, ours needs less."""
+not count (2 with --model). A step lasts from the end of one to the end of the next, with data and
+sampling; its seconds are the mean over the steps, as batches of about one length are not alike.
+Memory is that of the process, resident, or of the GPU's tensors. Ratios are ours / TRL: below 1,
+ours needs less."""
 
 import argparse
 import datetime
@@ -45,12 +48,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "versus_trl.jsonl"
-WARM_UP, STEPS = 5, 25
+STEPS = 25
 # group_by_length sorts 10 batches at a time, longest first: steps 6 to 25 see all lengths alike
 BATCHES = 40
 SIZES = dict(
     vocab=1024, prompt=32, completion=96, ragged=(8, 256), batch=32, prompts=8, group=8, new=32
 )
+REAL_SIZES = SIZES | dict(completion=118, ragged=(18, 268), batch=8, prompts=2, new=128)
 GPU_SIZES = SIZES | dict(vocab=151_936, completion=224, ragged=(16, 480), batch=16, new=256)
 LLAMA = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
@@ -80,12 +84,37 @@ def count_words(prompts, completions, rows=None, **more):
     return [sum(word[-1] == "7" for word in each) / max(1, len(each)) for each in words]
 
 
-def make_rows(method, variant, sizes):
-    """Rows of a data set, one word a token; a completion's last token is EOS, which both add."""
+def words_of(args):
+    """Words of which each is one token."""
+    if args.model is None:
+        return [f"w{i} " for i in range(2, sizes_of(args)["vocab"])]
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    words = [f" {token[1:]}" for token in sorted(tokenizer.get_vocab()) if token[1:].isalpha()]
+    words = [word for word in words if len(tokenizer.tokenize(word)) == 1]
+    if not words:
+        sys.exit(f"--model {args.model}: its tokenizer has no words that begin with a space")
+    return words
+
+
+def sizes_of(args):
+    if args.gpu:
+        return GPU_SIZES
+    return SIZES if args.model is None else REAL_SIZES
+
+
+def warm_up(args):
+    """Steps that do not count."""
+    return 5 if args.model is None else 2
+
+
+def make_rows(method, variant, sizes, words):
+    """Rows of a data set; a completion's last token is EOS, which both add."""
     draw = random.Random(1)
 
     def text(tokens):
-        return "".join(f"w{draw.randrange(2, sizes['vocab'])} " for _ in range(tokens))
+        return "".join(draw.choice(words) for _ in range(tokens))
 
     def completion():
         low, high = sizes["ragged"]
@@ -253,7 +282,7 @@ def run_trl(method, sizes, *, variant, folder, steps, gpu, step_ended):
 def child(args):
     """Run `steps` steps, print one line of JSON: seconds of each after the warm-up, memory in
     MiB."""
-    sizes = GPU_SIZES if args.gpu else SIZES
+    sizes = sizes_of(args)
     method, variant = args.case
     ended = []
     if args.child == "model":
@@ -268,7 +297,7 @@ def child(args):
     else:
         loaded = run_trl(method, sizes, variant=variant, **common)
     assert len(ended) == args.steps, f"{len(ended)} steps of {args.steps}"
-    times = [moment for moment, _ in ended][WARM_UP - 1 :]
+    times = [moment for moment, _ in ended][warm_up(args) - 1 :]
     peak = ended[-1][1]
     seconds = [round(after - before, 5) for before, after in zip(times, times[1:])]
     print("\n" + json.dumps(dict(seconds=seconds, peak=round(peak), loaded=round(loaded))))
@@ -280,6 +309,7 @@ def start(side, folder, args, case=("sft", "equal"), steps=0):
     end."""
     command = [sys.executable, __file__, "--child", side, "--folder", folder, "--case", *case]
     command += ["--steps", str(steps), *(["--gpu"] if args.gpu else [])]
+    command += [] if args.model is None else ["--model", args.model]
     offline = dict(HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/hub", TRANSFORMERS_VERBOSITY="error")
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)
     if done.returncode != 0:
@@ -292,16 +322,21 @@ def measure(args):
     """Pairs of runs, ours and TRL's in turn, each pair a line of versus_trl.jsonl."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
     setting = dict(device="GPU" if args.gpu else "CPU", threads=int(os.environ["OMP_NUM_THREADS"]))
+    setting |= dict(model="random" if args.model is None else Path(args.model).name)
     setting |= dict(steps=args.steps) | versions
     today = dict(date=f"{datetime.date.today()}")
     cases = [
         case for case in CASES if case[0] in args.only and case[1] in [*OFFLINE, *args.backends]
     ]
+    words = words_of(args)
     with tempfile.TemporaryDirectory() as folder:
-        start("model", f"{folder}/model", args)
+        if args.model is None:
+            start("model", f"{folder}/model", args)
+        else:
+            Path(folder, "model").symlink_to(Path(args.model).resolve())
         for pair in range(1, args.repeats + 1):
             for method, variant in cases:
-                rows = make_rows(method, variant, GPU_SIZES if args.gpu else SIZES)
+                rows = make_rows(method, variant, sizes_of(args), words)
                 Path(folder, "rows.jsonl").write_text(
                     "".join(json.dumps(row) + "\n" for row in rows)
                 )
@@ -360,6 +395,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--model")
     parser.add_argument("--table", action="store_true")
     for name in ("--child", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -371,8 +407,8 @@ def main():
     if not args.table:
         if importlib.util.find_spec("trl") is None:
             sys.exit("TRL is not installed: run `pip install trl==1.16.0`")
-        if not WARM_UP < args.steps <= BATCHES:
-            sys.exit(f"--steps is {args.steps}: wanted are {WARM_UP + 1} to {BATCHES}")
+        if not warm_up(args) < args.steps <= BATCHES:
+            sys.exit(f"--steps is {args.steps}: wanted are {warm_up(args) + 1} to {BATCHES}")
         measure(args)
     table(
         [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
