@@ -207,7 +207,7 @@ def print_methods(methods):
             "tokens trained, thousand",
         ]
     )
-    print_row(["---"] * 7)
+    print("|" + "---|" * 7)
     start = [run[0] for run in next(iter(methods.values()))]
     before = spread([point["gold"] for point in start])
     print_row(["before", before, "", spread([point["gold_greedy"] for point in start]), "", "", ""])
@@ -244,7 +244,7 @@ def print_proxy(methods):
             "largest gold",
         ]
     )
-    print_row(["---"] * 6)
+    print("|" + "---|" * 6)
     for method, runs in methods.items():
         completions = [run[-1].get("completions", run[-1].get("N")) for run in runs]
         print_row(

@@ -99,7 +99,7 @@ def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module(name)
     if name == "curves":
-        benchmark.tables(benchmark.load())
+        benchmark.print_tables(benchmark.load())
     else:
         lines = (ROOT / "benchmarks/closed_form.jsonl").read_text().splitlines()
         benchmark.table([json.loads(line) for line in lines])
