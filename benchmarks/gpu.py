@@ -101,6 +101,7 @@ def main():
         torch.manual_seed(1)
         write_data(folder, prompt_length, completion_length)
         tokenizer = sft.tiny_tokenizer()
+        tokenizer.model_max_length = 2048
         config = transformers.AutoConfig.for_model(
             **SHAPES[args.shape], num_labels=1, pad_token_id=0, eos_token_id=1, bos_token_id=None
         )

@@ -87,6 +87,16 @@ SMALL = {
         num_attention_heads=8,
         max_position_embeddings=512,
     ),
+    "135M": dict(  # SmolLM2-135M
+        model_type="llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
 }
 PARTS = [
     "weights",
@@ -359,6 +369,7 @@ def check(names, numbers_of_processes):
     print("|---" * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = sft.tiny_tokenizer()
+        tokenizer.model_max_length = 512
         prompt = "abcdefgh" * 8
         Path(folder, "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
         length = len(prompt) + 64
