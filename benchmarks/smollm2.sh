@@ -42,8 +42,12 @@ run rejection-sampling rejection_sampling.py $start --reward gsm8k --temperature
 ppo="$start --prompts-per-step 64 --update-epochs 2 --steps 20"
 run ppo-exact ppo.py $ppo --reward gsm8k
 # the classic chain: a reward model of the rollouts that rejection sampling left, and PPO against it
-run rm-sums reward_model.py --model "$runs/sft-sums" --dataset "$runs/rejection-sampling/rollouts.jsonl" \
-    --loss outcome --batch-size 16 --learning-rate 1e-5
+if [ -f "$runs/rejection-sampling/config.json" ]; then
+    head -n 208 "$runs/rejection-sampling/rollouts.jsonl" >"$data/rollouts.jsonl"
+    tail -n +209 "$runs/rejection-sampling/rollouts.jsonl" >"$data/rollouts-test.jsonl"
+fi
+run rm-sums reward_model.py --model "$runs/sft-sums" --dataset "$data/rollouts.jsonl" \
+    --eval-dataset "$data/rollouts-test.jsonl" --loss outcome --batch-size 16 --learning-rate 1e-5
 run ppo-learned ppo.py $ppo --reward "$runs/rm-sums"
 run rloo rloo.py $groups
 run grpo-2 grpo.py $groups --seed 2
