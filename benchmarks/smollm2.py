@@ -81,18 +81,20 @@ def write_parts(folder, name, rows):
 def add_point(run):
     """What a finished run said of its held-out data before and after, and five of its samples."""
     rows = read(run / "metrics.jsonl")
-    held_out = [row for row in rows if any("eval/" in name for name in row)]
+    evaluated = [row for row in rows if any("eval/" in name for name in row)]
     point = {"run": run.name, "steps": rows[-1]["step"]}
     point["seconds"] = sum(v for row in rows for name, v in row.items() if "seconds/" in name)
-    if held_out:
-        for when, row in (("before", held_out[0]), ("after", held_out[-1])):
+    if evaluated:
+        for when, row in (("before", evaluated[0]), ("after", evaluated[-1])):
             point[when] = {name[5:]: v for name, v in row.items() if name.startswith("eval/")}
     if (run / "samples.jsonl").exists():
         samples = read(run / "samples.jsonl")
         for when, step in (("before", samples[0]["step"]), ("after", samples[-1]["step"])):
             point[f"samples_{when}"] = [row for row in samples if row["step"] == step][:5]
     args = json.loads((run / "args.json").read_text())
-    if args["eval_dataset"] and "chosen" in (pairs := read(Path(args["eval_dataset"])))[0]:
+    held_out = read(Path(args["eval_dataset"])) if args["eval_dataset"] else []
+    pairs = [row for row in held_out if "chosen" in row]
+    if pairs:
         point["longer_is_chosen"] = sum(map(longer, pairs)) / len(pairs)
         point["pairs"] = len(pairs)
     with open(POINTS, "a") as file:
