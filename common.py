@@ -1,6 +1,5 @@
-"""What the methods of RLHF share and no method is: models, data, sampling, rewards, runs on disk.
-
-Log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in order:
+"""What the methods of RLHF share: models, data, sampling, rewards, runs on disk. No method is here:
+log-probs, advantages, losses, evaluation and update loops stand in the scripts. Here, in order:
 
     1. command line   2. processes   3. models    4. the built-in task   5. data
     6. batches        7. sampling    8. rewards   9. runs
@@ -19,7 +18,6 @@ import os
 import random
 import re
 import runpy
-import shutil
 import signal
 import sys
 import time
@@ -72,11 +70,7 @@ def cli(Args, laptop):
     """Command line -> Args.
 
     Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved
-    in --output-dir are the defaults. What stands on the command line wins."""
-    # in a terminal that is too narrow --help would be a letter a line
-    os.environ["COLUMNS"] = str(max(80, shutil.get_terminal_size().columns))
-    if "--help" in sys.argv and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word
+    in --output-dir are the defaults. Flags on the command line win."""
     is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
         f"{sys.modules[Args.__module__].__doc__}\n\n"
@@ -149,9 +143,10 @@ def check_output_dir(args):
             fail(f"{folder} holds a run: --resume goes on, --overwrite sets it aside")
         for name, value in vars(args).items():
             for path in str(value).split(","):
-                path = Path(path.partition(".py:")[0]).resolve()
+                path = Path(path.partition(".py:")[0]).expanduser().resolve()
                 if folder.resolve() in [path, *path.parents] and name != "output_dir":
-                    fail(f"--{name} {value} lies in --output-dir, which --overwrite would move")
+                    flag = f"--{name.replace('_', '-')}"
+                    fail(f"{flag} {value} lies in --output-dir, which --overwrite would move")
     elif set(names) - {LOCK, "args.json.new"}:
         fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
 
@@ -176,7 +171,7 @@ def generator(seed, *purpose):
 
 
 # ---------------------------------------------------------------- 2. processes
-# One process has none of this in its way. Under torchrun each model is split over all processes
+# With one process nothing of this runs. Under torchrun each model is split over all processes
 # (FSDP2), each takes its share of every batch, and sums run over all of them: the same numbers as
 # with one.
 def rank():
@@ -276,7 +271,9 @@ def clip_gradients(model, max_norm):
 def from_pretrained(cls, path, flag, **options):
     """cls.from_pretrained(path), a failure as one sentence that names the flag."""
     if path.startswith("runs/") and not Path(path).exists():
-        fail(f"{flag} {path} is not there: run `python {Path(path).name}.py` first")
+        script = Path(__file__).with_name(f"{Path(path).name}.py")
+        advice = f": run `python {script.name}` first" if script.exists() else ""
+        fail(f"{flag} {path} is not there{advice}")
     if Path(path, "adapter_config.json").exists():
         fail(f"{flag} {path} is an adapter (LoRA): merge it into its model first")
     try:
@@ -290,7 +287,7 @@ def load_weights(cls, path, flag, config, has_new_head=False):
     """A model with float32 weights: those of the checkpoint, all of them and no others, but for the
     new head of a language model that is to be a scorer."""
     if getattr(config, "quantization_config", None) is not None:
-        fail(f"{flag} {path} is quantised, and cannot be trained in full: name the model it is of")
+        fail(f"{flag} {path} is quantised, and weights here are float32: name the model it is of")
     model, info = from_pretrained(
         cls,
         path,
@@ -383,13 +380,17 @@ def check_fit(path, examples, tokens, flag):
         fail(f"--model {path} has no embedding of token {largest}, its tokenizer has: resize it")
 
 
-def load_policy(path, device, trainable=False, gradient_checkpointing=False):
+def load_policy(path, device, flag="--model", *, trainable=False, gradient_checkpointing=False):
     """A causal language model with float32 weights, on its device."""
-    config = from_pretrained(AutoConfig, path, "--model")
-    model = load_weights(AutoModelForCausalLM, path, "--model", config)
-    if trainable:  # a frozen one is the same model again
-        check_policy(model)
-    return prepare(model, device, trainable, gradient_checkpointing)
+    config = from_pretrained(AutoConfig, path, flag)
+    model = load_weights(AutoModelForCausalLM, path, flag, config)
+    check_policy(model, flag)
+    return prepare(
+        model,
+        device,
+        trainable=trainable,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def load_scorer(
@@ -422,7 +423,12 @@ def load_scorer(
     if init is not None:
         with torch.no_grad():
             init(model, not is_scorer)
-    return prepare(model, device, trainable, gradient_checkpointing)
+    return prepare(
+        model,
+        device,
+        trainable=trainable,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def has_score_head(model):
@@ -458,7 +464,7 @@ def head_logits(model, hidden):
 
 
 @torch.no_grad()
-def check_policy(model):
+def check_policy(model, flag):
     """Stop unless training (right padding, head_logits) and sampling (left padding, a cache whose
     rows are moved and dropped) have the logits of the model's own forward without any."""
     if model.config.get_text_config().vocab_size < 28:
@@ -468,7 +474,10 @@ def check_policy(model):
     completions = torch.tensor([[7, 8, 9], [11, 12, 13], [23, 24, 25]])
     mask = torch.ones_like(rows).tril(5)  # of 6, 7 and 8 tokens
     check = functools.partial(
-        torch.testing.assert_close, rtol=1e-3, atol=1e-3, msg="padding, cache or head change logits"
+        torch.testing.assert_close,
+        rtol=1e-3,
+        atol=1e-3,
+        msg="padding, cache or head change logits",
     )
 
     def choose(logits, noise):
@@ -482,7 +491,8 @@ def check_policy(model):
         outputs = model.base_model(input_ids=rows * mask, attention_mask=mask, use_cache=False)
         check(head_logits(model, outputs.last_hidden_state)[mask > 0], own[mask > 0])
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        fail(f"{type(model).__name__} cannot be sampled from and trained here ({str(e)!r:.200})")
+        name = type(model).__name__
+        fail(f"{flag}: {name} cannot be sampled from and trained here ({str(e)!r:.200})")
 
 
 # ---------------------------------------------------------------- 4. the built-in task
@@ -818,7 +828,7 @@ def take(batch, rows):
 
 
 def micro_batch_rows(batch, budget):
-    """Row numbers of the micro-batches of this process: lists, of which the last may be empty."""
+    """Row numbers of the micro-batches of this process: lists; the last ones may be empty."""
     lengths = batch["attention_mask"].sum(1).tolist()
     group_of_row = batch["group"].tolist() if "group" in batch else range(len(lengths))
     groups = {}
@@ -890,7 +900,11 @@ def sample(
     if temperature < 0:
         raise ValueError(f"the temperature is {temperature}, and it cannot be negative")
     noise = torch.rand(
-        len(prompts), num_generations, max_new_tokens, generator=rng, dtype=torch.float64
+        len(prompts),
+        num_generations,
+        max_new_tokens,
+        generator=rng,
+        dtype=torch.float64,
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     order = order[rank() :: world_size()]
@@ -1019,7 +1033,8 @@ CHECKERS = {TASK: task_checker, "gsm8k": gsm8k_checker}  # both read the column 
 
 
 def checker_reward(function, tokenizer, eos_ids):
-    """A checker -> score as load_rewards has it. Only the first process calls the checker."""
+    """A checker -> function (examples, completions) -> scores (B,) on the CPU, NaN where it cannot
+    judge. Only the first process calls the checker."""
 
     def numbers_of(returned):
         if not isinstance(returned, Iterable):
@@ -1121,8 +1136,8 @@ class RewardModel:
             )
 
     def __call__(self, examples, completions):
-        sequences = [self.ids_of(*pair) for pair in zip(examples, completions)]
-        masks = [self.mask_of(*pair) for pair in zip(examples, sequences)]
+        sequences = [self.ids_of(example, ids) for example, ids in zip(examples, completions)]
+        masks = [self.mask_of(example, ids) for example, ids in zip(examples, sequences)]
         device = self.model.device
         batch = {
             # (a model's own forward may look for PAD)
@@ -1260,8 +1275,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class Run:
     """A run's folder (args.json, metrics, samples, checkpoint/, the model) and its terminal.
 
-    Only the first process writes. Random numbers and the position in the data are functions of seed
-    and step, so that a checkpoint is the step, the models and the optimiser."""
+    Only the first process writes files. Random numbers and the position in the data are functions
+    of seed and step, so that a checkpoint is the step, the models and the optimiser."""
 
     def __init__(self, args, models, optimizer, steps, examples):
         self.args = args
@@ -1270,6 +1285,7 @@ class Run:
         self.steps = steps
         self.dir = Path(args.output_dir)
         self.signal = 0
+        self.agreed_signal = 0
         self.started = time.time()
         self.digest = digest_of(examples, models)
         on_first_rank(self.make_folder)
@@ -1298,7 +1314,6 @@ class Run:
         """Write what --resume needs, whole or not at all. All processes call it."""
         state = {
             "step": step,
-            "digest": self.digest,
             "models": get_model_state_dict(self.models, options=WHOLE),
             "optimizer": get_optimizer_state_dict(self.models, self.optimizer, options=WHOLE),
         }
@@ -1309,20 +1324,22 @@ class Run:
     def restore(self):
         """With --resume read models and optimiser and cut the logs back to the checkpoint -> steps
         done, 0 without a checkpoint. Then the flags are written, which are now this run's."""
+        digest = self.dir / "digest"
+        if self.args.resume and digest.exists() and digest.read_text() != self.digest:
+            fail(
+                f"--resume: data or start model differ from those that {self.dir} began with; "
+                "give these, or start a new run in another --output-dir"
+            )
         path = self.dir / "checkpoint" / "state.pt"
         step = -1  # without a checkpoint the run begins again, and so do its logs
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["digest"] != self.digest:
-                fail(
-                    f"--resume: data or start model differ from those that {self.dir} began with; "
-                    "give these, or start a new run in another --output-dir"
-                )
             set_model_state_dict(self.models, state["models"], options=WHOLE)
             set_optimizer_state_dict(self.models, self.optimizer, state["optimizer"], options=WHOLE)
             step = state["step"]
         flags = json.dumps(vars(self.args) | {"resume": False}, indent=1)
         replace_file(self.dir / "args.json", lambda file: file.write(flags.encode()))
+        replace_file(digest, lambda file: file.write(self.digest.encode()))
         if not self.args.resume:
             return 0
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -1343,7 +1360,8 @@ class Run:
 
     # ------------------------------------------------ signals
     def interrupt(self, number, frame):
-        """At the first Ctrl-C or SIGTERM finish the step, save, exit; the second stops at once."""
+        """At the first Ctrl-C or SIGTERM finish the step, save, exit. A second one stops at once;
+        with several processes it is ignored."""
         self.signal = number
         # (torchrun sends its own after Ctrl-C, and kills what is left in 30 s)
         for each in self.handlers:
@@ -1351,14 +1369,15 @@ class Run:
 
     def is_interrupted(self):
         """True in all processes if a signal came to one of them."""
-        self.signal = all_reduce(self.signal, op="max")
-        return self.signal > 0
+        # (not into self.signal: one that comes during the all-reduce would be overwritten)
+        self.agreed_signal = all_reduce(self.signal, op="max")
+        return self.agreed_signal > 0
 
     def exit(self, done):
         """End with the status that shells expect after a signal; `done` says how far it came."""
         self.close()
         print(f"stopped after {done}; go on with --resume --output-dir {self.dir}", flush=True)
-        raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + self.agreed_signal)
 
     def close(self):
         self.bar.close()
@@ -1388,9 +1407,9 @@ class Run:
         self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
         if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
             print(f"step {step}/{self.steps}: {self.bar.postfix}", flush=True)
-        held_out = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
-        if held_out:
-            tqdm.write(f"step {step}/{self.steps}: {', '.join(held_out)}", file=sys.stdout)
+        evaluations = [f"{name} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
+        if evaluations:
+            tqdm.write(f"step {step}/{self.steps}: {', '.join(evaluations)}", file=sys.stdout)
 
     def log_samples(self, step, rows):
         """Rows of prompt, completion and numbers go to samples.jsonl; the first three are shown."""

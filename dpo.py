@@ -1,5 +1,5 @@
-"""Direct preference optimisation (DPO): learn from pairs of answers which people prefer, in one
-stage.
+"""Direct preference optimisation (DPO): learn from pairs of answers, of which people prefer
+one, in one stage.
 
     loss = - log sigmoid(beta log pi/pi_ref(chosen) - beta log pi/pi_ref(rejected)), mean over pairs
 
@@ -89,13 +89,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -139,9 +140,10 @@ def preference_example(row, tokenizer, end_id, args):
     """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
     chosen = text_or_messages(row, ["chosen"])
     rejected = text_or_messages(row, ["rejected"])
-    # UltraFeedback's form: a text, which stands in both conversations, too
-    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
-    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
+    # UltraFeedback: `prompt` is a text that both conversations repeat as their first message
+    repeats_prompt = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    has_prompt = row.keys() & PROMPT_COLUMNS and not repeats_prompt
+    if args.prompt_template != "{prompt}" or has_prompt:
         prompt = prompt_of(row, args)
     else:
         prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
@@ -149,7 +151,10 @@ def preference_example(row, tokenizer, end_id, args):
     if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
         raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
     prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
-        tokenizer, prompt, [chosen, rejected], end_id
+        tokenizer,
+        prompt,
+        [chosen, rejected],
+        end_id,
     )
     if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
         raise DroppedRow(f"longer than --max-length {args.max_length}")
@@ -226,6 +231,16 @@ def token_logprobs(model, batch, temperature=1.0):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
+def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
+    """Log-probs of a whole batch, without gradient -> (B, T)."""
+    with autocast():
+        return in_micro_batches(
+            lambda mb: token_logprobs(model, mb, temperature),
+            batch,
+            args.micro_batch_tokens,
+        )
+
+
 def preference_loss(  # noqa: PLR0917
     chosen_logps,
     rejected_logps,
@@ -242,8 +257,7 @@ def preference_loss(  # noqa: PLR0917
 
     With h = chosen reward - rejected reward - margin, s the label smoothing and odds = p / (1 - p):
     sigmoid: - (1-s) log sigmoid(h) - s log sigmoid(-h) (Rafailov et al. 2023, equation 7; s > 0:
-    cDPO,
-        Mitchell 2023; a margin: ODPO, Amini et al. 2024)
+        cDPO, Mitchell 2023; a margin: ODPO, Amini et al. 2024)
     sigmoid-norm: the same of means over tokens, so that a longer answer is not preferred for its
         length (Lambert et al. 2024, Tulu 3, equation 6)
     ipo: (difference of log-ratios - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
@@ -270,8 +284,8 @@ def preference_loss(  # noqa: PLR0917
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) of log p; any shape, in nats. p stays below 1 by 1e-6: there it is
-    infinite."""
+    """log(p / (1 - p)) of log p; any shape, in nats. In 1 - p log p is held at -1e-6 or below,
+    since it is infinite at p = 1."""
     return logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 
@@ -283,7 +297,8 @@ def pair_accuracy(chosen, rejected):
 def pair_length(example):
     """Tokens of the longer of the two sequences."""
     return len(example["prompt_ids"]) + max(
-        len(example["chosen_ids"]), len(example["rejected_ids"])
+        len(example["chosen_ids"]),
+        len(example["rejected_ids"]),
     )
 
 
@@ -309,8 +324,8 @@ def pair_batch(examples, device):
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -321,16 +336,6 @@ def of_pairs(values):
     """Values of B pairs side by side (2B,) -> of the chosen ones (B,), of the rejected ones
     (B,)."""
     return values[0::2], values[1::2]
-
-
-def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
-    """Log-probs of a whole batch, without gradient -> (B, T)."""
-    with autocast():
-        return in_micro_batches(
-            lambda mb: token_logprobs(model, mb, temperature),
-            batch,
-            args.micro_batch_tokens,
-        )
 
 
 def add_reference(model, examples, args, autocast):
@@ -373,7 +378,6 @@ def pair_losses(logprobs, batch, args):
     # the two share most of their tokens. It is no harm while the margin grows and samples stay
     # good; it is when eval/kl runs away or samples get worse: the mass has gone to answers in
     # neither (Razin et al. 2024)
-    chosen_logratio, rejected_logratio = of_pairs(logps - ref_logps)
     logged = {
         "loss": losses,
         "accuracy": pair_accuracy(chosen_rewards, rejected_rewards),
@@ -382,6 +386,7 @@ def pair_losses(logprobs, batch, args):
         "rejected_reward": rejected_rewards,
     }
     if args.loss_type not in REFERENCE_FREE:
+        chosen_logratio, rejected_logratio = of_pairs(logps - ref_logps)
         logged["chosen_logratio"] = chosen_logratio
         logged["rejected_logratio"] = rejected_logratio
     return losses, logged
@@ -395,10 +400,8 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
-    for suffix, temperature in [
-        ("_greedy", 0.0),
-        ("", 1.0),
-    ]:  # what follows the loop is of the sampled ones
+    # the sampled completions come second: what follows the loop is about them
+    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:
         with autocast():
             completions = sample(
                 policy,
@@ -455,11 +458,16 @@ def evaluate_preferences(policy, examples, *, gold, tokenizer, eos_ids, args, au
     )
     metrics |= more_metrics
     batch = completion_batch(
-        [example["prompt_ids"] for example in examples], completions, policy.device
+        [example["prompt_ids"] for example in examples],
+        completions,
+        policy.device,
     )
     logprobs = batch_token_logprobs(policy, batch, args, autocast)
     ref_logprobs = batch_token_logprobs(
-        load_policy(args.model, policy.device), batch, args, autocast
+        load_policy(args.model, policy.device),
+        batch,
+        args,
+        autocast,
     )
     metrics["eval/kl"] = (logprobs - ref_logprobs).sum(1).mean()
     return metrics, rows
@@ -471,8 +479,10 @@ def main(args):
         fail(f"--label-smoothing is for sigmoid and sigmoid-norm, not {args.loss_type}")
     if args.simpo_margin is not None and args.loss_type != "simpo":
         fail(f"--simpo-margin is for --loss-type simpo, not {args.loss_type}")
-    if (args.beta is not None and args.beta <= 0) or args.label_smoothing > 0.5:
-        fail(f"--beta is to be above 0, --label-smoothing {args.label_smoothing} at most 0.5")
+    if args.beta is not None and args.beta <= 0:
+        fail(f"--beta {args.beta}: it must be above 0")
+    if not 0 <= args.label_smoothing <= 0.5:
+        fail(f"--label-smoothing {args.label_smoothing}: it must be from 0 to 0.5")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
@@ -508,10 +518,11 @@ def main(args):
         fused=True,
     )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
-    steps = min(steps, args.steps or steps)
+    if args.steps is not None:
+        steps = min(steps, args.steps)
     run = Run(args, models, optimizer, steps, examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate_preferences(
             policy,
             held_out,
@@ -527,13 +538,13 @@ def main(args):
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for step in range(start, steps):
         # take the next pairs, in an order of its own for every epoch
         began = time.time()
-        first = step * args.batch_size
-        last = min(first + args.batch_size, args.epochs * len(examples))
-        batch = pair_batch(stream(examples, args.seed, first, last), device)
+        first_row = step * args.batch_size
+        stop_row = min(first_row + args.batch_size, args.epochs * len(examples))
+        batch = pair_batch(stream(examples, args.seed, first_row, stop_row), device)
 
         # update: one normaliser for the whole batch, however it is cut into micro-batches
         totals = Counter()
@@ -568,7 +579,7 @@ def main(args):
         }
         metrics = totals | metrics
         if held_out and is_due(args.eval_every, step + 1, steps):
-            metrics |= evaluate_and_log(step + 1)
+            metrics |= held_out_metrics(step + 1)
         run.log(
             step + 1,
             metrics,

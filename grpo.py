@@ -96,13 +96,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -239,13 +240,14 @@ def batch_logprobs(model, batch, args, autocast):
 
 
 def equal_groups(rewards, group_size):
-    """True for groups of equal rewards, whose advantages are all 0: (B,) -> (P,) bool."""
+    """True for groups of equal rewards, which teach nothing but the KL: (B,) -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.amax(1) == groups.amin(1)
 
 
 def group_advantages(rewards, group_size, scale="group"):
-    """A_i = (r_i - mean of its group) / (its std + 1e-6) (DeepSeekMath, section 4.1.2).
+    """A_i = (r_i - mean of its group) / (its std + 1e-6) (DeepSeekMath, section 4.1.2,
+    without the 1e-6).
 
     rewards (B,), groups side by side -> (B,). scale "batch": the standard deviation of all rewards
     of the batch (Liu et al. 2025, Tricks or traps); "none": no division (Dr. GRPO: dividing favours
@@ -266,13 +268,16 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     """Estimate of KL(policy || reference) at each token: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x
     with x = log pi - log pi_ref (Schulman 2020, Approximating KL divergence). All (B, T).
 
-    Where they lead with --scale-rewards none: k1 in the reward to pi_ref exp(r / beta) / Z. k2 as a
-    loss, on one-token completions, there too, with b = beta G / (G-1) for beta, since a group's
-    mean includes the sample. k3 as a loss, GRPO's, on one-token completions to another law, b
-    pi_ref / (lambda - r): its gradient is that of KL(pi_ref || pi). All this at ratio 1: once the
-    policy has left the one that sampled, the gradients of k2 and k3 are those of no KL, and only
-    ratio * k3 (--kl-ratio) still has that of KL(pi || pi_ref). Not offered: k1 as a loss (does not
-    regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point).
+    Where each ends with --scale-rewards none; beta is --kl-coef, G --num-generations, b = beta G /
+    (G-1), since a group's mean includes the sample, lambda what makes probabilities sum to 1:
+    k1 in the reward   at pi_ref exp(r / beta) / Z
+    k2 as a loss       on one-token completions at the same, with b for beta
+    k3 as a loss       on one-token completions at b pi_ref / (lambda - r): its gradient is that of
+        KL(pi_ref || pi)
+    All this at ratio 1: once the policy has left the one that sampled, the gradients of k2 and k3
+    are those of no KL, and only ratio * k3 (--kl-ratio) still has that of KL(pi || pi_ref). Not
+    offered: k1 as a loss (does not regularise: its mean gradient is 0), k2 and k3 in the reward (no
+    sound fixed point).
 
     With --reward none, from another --reference: k1 in the reward gives the gradient of KL(policy
     || reference) of whole completions on the policy's own samples (times (G-1)/G); k2 as a loss
@@ -363,7 +368,8 @@ def member_metrics(member_scores):
 
 def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
     """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
-    side: its example with completion_ids, finished, score and reward."""
+    side: its example with completion_ids, finished, score, member_scores and reward. A group with a
+    completion that cannot be judged is left out."""
     with autocast():
         completions = sample(
             policy,
@@ -431,12 +437,12 @@ def load_reference(args, tokenizer, device):
     other = load_tokenizer(path, "--reference")
     if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
         fail(f"--reference {path}: its tokens are not those of --model, so it cannot judge them")
-    return load_policy(path, device)
+    return load_policy(path, device, "--reference")
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -451,7 +457,8 @@ def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
     ratio_max_dev = 0.0
     for epoch in range(args.update_epochs):
         order = torch.randperm(
-            len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
+            len(batch["inputs"]),
+            generator=generator(args.seed, "minibatch", step, epoch),
         )
         for minibatch_rows in order.tensor_split(args.num_minibatches):
             minibatch = take(batch, minibatch_rows)
@@ -464,13 +471,17 @@ def grpo_update(policy, reference, optimizer, batch, *, step, args, autocast):
                 if is_kl_loss:  # before the policy's activations exist
                     with torch.no_grad(), autocast():
                         mb_ref_logprobs, _ = token_logprobs_and_entropy(
-                            reference, mb, args.temperature
+                            reference,
+                            mb,
+                            args.temperature,
                         )
                 with autocast():
                     mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                        policy, mb, args.temperature
+                        policy,
+                        mb,
+                        args.temperature,
                     )
-                # where a rollout is stepped on once, its old log-probs are the update's own
+                # with one update a rollout, its old log-probs are the update's own
                 mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
                 pg_logprobs = mb_logprobs
                 if args.ratio == "sequence":
@@ -546,7 +557,9 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
     batch = completion_batch(
-        [example["prompt_ids"] for example in repeated], completions, policy.device
+        [example["prompt_ids"] for example in repeated],
+        completions,
+        policy.device,
     )
     logprobs = batch_logprobs(policy, batch, args, autocast)
     reference = reference or load_policy(args.model, policy.device)
@@ -597,7 +610,12 @@ def main(args):
 
     # load the models
     ensemble = load_rewards(
-        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+        args,
+        examples + held_out,
+        tokenizer,
+        eos_ids,
+        device=device,
+        autocast=autocast,
     )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
@@ -617,7 +635,7 @@ def main(args):
     )
     run = Run(args, models, optimizer, args.steps, examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate(
             policy,
             reference,
@@ -635,7 +653,7 @@ def main(args):
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for step in range(start, args.steps):
         # take the next prompts, in an order of its own for every pass over the data
         began = time.time()
@@ -671,7 +689,9 @@ def main(args):
             fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
         completions = [rollout["completion_ids"] for rollout in rollouts]
         batch = completion_batch(
-            [rollout["prompt_ids"] for rollout in rollouts], completions, device
+            [rollout["prompt_ids"] for rollout in rollouts],
+            completions,
+            device,
         )
         mask = batch["mask"]  # (B, T)
         scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
@@ -680,16 +700,18 @@ def main(args):
         # compute advantages
         # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at
         # the temperature of sampling, else they speak of another distribution (B)
-        is_stepped_on_once = args.update_epochs * args.num_minibatches == 1
+        has_one_update = args.update_epochs * args.num_minibatches == 1
         is_kl_reward = reference is not None and args.kl_in == "reward"
         is_kl_loss = reference is not None and args.kl_in == "loss"
-        if is_kl_reward or not is_stepped_on_once:
+        if is_kl_reward or not has_one_update:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
         if args.overlong_buffer:
             lengths = mask.sum(1)
             rewards = rewards + overlong_penalty(
-                lengths, args.max_completion_length, args.overlong_buffer
+                lengths,
+                args.max_completion_length,
+                args.overlong_buffer,
             )
         zero_std_groups = equal_groups(rewards, args.num_generations).float().mean()
         # 6. with --kl-in reward a completion's KL is part of its reward, before the group's mean
@@ -719,25 +741,28 @@ def main(args):
         )
 
         # log, evaluate, save
+        seconds = time.time() - began
+        updates = totals["updates"]
+        trained_tokens = args.update_epochs * mask.sum()
+        clip_tokens = args.update_epochs * batch["trained"].sum().clamp(min=1)
         batch_tokens = batch["attention_mask"].sum()
         metrics = {
-            "loss": totals["loss"] / totals["updates"],
+            "loss": totals["loss"] / updates,
             "reward": rewards.mean(),
             "score": scores.mean(),
-            "entropy": totals["entropy"] / (args.update_epochs * mask.sum()),
+            "entropy": totals["entropy"] / trained_tokens,
             "ratio_max_dev": totals["ratio_max_dev"],
-            "clip_fraction": totals["clipped"]
-            / (args.update_epochs * batch["trained"].sum().clamp(min=1)),
+            "clip_fraction": totals["clipped"] / clip_tokens,
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
             "unjudged": 1 - len(rollouts) / batch_size,
             "zero_std_groups": zero_std_groups,
-            "grad_norm": totals["grad_norm"] / totals["updates"],
+            "grad_norm": totals["grad_norm"] / updates,
             "learning_rate": learning_rate,
             "padding": 1 - args.update_epochs * batch_tokens / totals["padded_tokens"],
-            "tokens_per_second": batch_tokens / (time.time() - began),
+            "tokens_per_second": batch_tokens / seconds,
             "seconds/sample": sampling_seconds,
-            "seconds/train": time.time() - began - sampling_seconds,
+            "seconds/train": seconds - sampling_seconds,
         }
         if is_kl_reward:
             metrics["kl"] = kl.mean()
@@ -749,7 +774,7 @@ def main(args):
             metrics["gold"] = gold(rollouts, completions).mean()
         metrics |= member_metrics(torch.stack([x["member_scores"] for x in rollouts], dim=1))
         if held_out and is_due(args.eval_every, step + 1, args.steps):
-            metrics |= evaluate_and_log(step + 1)
+            metrics |= held_out_metrics(step + 1)
         run.log(
             step + 1,
             metrics,

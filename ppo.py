@@ -97,13 +97,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -344,7 +345,9 @@ def value_loss(values, old_values, returns, weights, value_clip):
     vf_loss1 = (values - returns) ** 2
     vf_loss2 = (clipped_values - returns) ** 2
     loss = 0.5 * (weights * torch.max(vf_loss1, vf_loss2)).sum()
-    clipped = (vf_loss2 > vf_loss1) & (weights > 0)
+    # (within the clip the two are equal but for rounding)
+    is_outside = (values - old_values).abs() > value_clip
+    clipped = is_outside & (vf_loss2 > vf_loss1) & (weights > 0)
     return loss, clipped
 
 
@@ -388,7 +391,8 @@ def member_metrics(member_scores):
 
 def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
     """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
-    side: its example with completion_ids, finished, score and reward."""
+    side: its example with completion_ids, finished, score, member_scores and reward. A group with a
+    completion that cannot be judged is left out."""
     with autocast():
         completions = sample(
             policy,
@@ -455,8 +459,8 @@ def load_value_model(args, tokenizer, ensemble, device):
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -472,7 +476,8 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
     num_updates = args.update_epochs * args.num_minibatches
     for epoch in range(args.update_epochs):
         order = torch.randperm(
-            len(batch["inputs"]), generator=generator(args.seed, "minibatch", step, epoch)
+            len(batch["inputs"]),
+            generator=generator(args.seed, "minibatch", step, epoch),
         )
         for minibatch_rows in order.tensor_split(args.num_minibatches):
             minibatch = take(batch, minibatch_rows)
@@ -480,7 +485,9 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
             for mb in micro_batches(minibatch, args.micro_batch_tokens):
                 with autocast():
                     mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                        policy, mb, args.temperature
+                        policy,
+                        mb,
+                        args.temperature,
                     )
                 pg_loss, clipped = policy_loss(
                     mb_logprobs,
@@ -493,7 +500,7 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
                 pg_loss.backward()  # before the value model's activations exist
                 with autocast():
                     mb_values = token_values(value_model, mb)
-                vf_loss, _ = value_loss(
+                vf_loss, value_clipped = value_loss(
                     mb_values,
                     mb["old_values"],
                     mb["returns"],
@@ -505,6 +512,7 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
                 totals["value_loss"] += vf_loss.detach()
                 totals["entropy"] += mb_entropy.sum()
                 totals["clipped"] += clipped.sum()
+                totals["value_clipped"] += value_clipped.sum()
                 totals["padded_tokens"] += mb["inputs"].numel()
                 # before the first update the ratio is 1, up to rounding
                 if totals["updates"] == 0:
@@ -513,10 +521,15 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
             # with --ptx-coef as many of its rows join the update, with a normaliser of their own
             if args.ptx_coef:
                 first = (step * num_updates + totals["updates"]) * ptx_batch_size
-                rows = stream(ptx_examples, f"{args.seed} ptx", first, first + ptx_batch_size)
+                batch_examples = stream(
+                    ptx_examples,
+                    f"{args.seed} ptx",
+                    first,
+                    first + ptx_batch_size,
+                )
                 ptx_batch = completion_batch(
-                    [row["prompt_ids"] for row in rows],
-                    [row["completion_ids"] for row in rows],
+                    [example["prompt_ids"] for example in batch_examples],
+                    [example["completion_ids"] for example in batch_examples],
                     policy.device,
                 )
                 ptx_batch["weights"] = ptx_batch["mask"] / ptx_batch["mask"].sum()
@@ -537,7 +550,15 @@ def ppo_update(policy, value_model, optimizer, batch, ptx_examples, *, step, arg
             totals["grad_norm"] += grad_norm
             totals["value_grad_norm"] += value_grad_norm
             totals["updates"] += 1
-    for name in ("policy_loss", "value_loss", "ptx_loss", "entropy", "clipped", "padded_tokens"):
+    for name in (
+        "policy_loss",
+        "value_loss",
+        "ptx_loss",
+        "entropy",
+        "clipped",
+        "value_clipped",
+        "padded_tokens",
+    ):
         totals[name] = all_reduce(totals[name])
     totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
     return totals
@@ -578,7 +599,9 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
     batch = completion_batch(
-        [example["prompt_ids"] for example in repeated], completions, policy.device
+        [example["prompt_ids"] for example in repeated],
+        completions,
+        policy.device,
     )
     logprobs = batch_logprobs(policy, batch, args, autocast)
     reference = reference or load_policy(args.model, policy.device)
@@ -622,7 +645,12 @@ def main(args):
 
     # load the models
     ensemble = load_rewards(
-        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+        args,
+        examples + held_out,
+        tokenizer,
+        eos_ids,
+        device=device,
+        autocast=autocast,
     )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
@@ -643,7 +671,7 @@ def main(args):
     )
     run = Run(args, models, optimizer, args.steps, examples + ptx_examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate(
             policy,
             reference,
@@ -661,7 +689,7 @@ def main(args):
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for step in range(start, args.steps):
         # take the next prompts, in an order of its own for every pass over the data
         began = time.time()
@@ -682,18 +710,20 @@ def main(args):
             fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
         completions = [rollout["completion_ids"] for rollout in rollouts]
         batch = completion_batch(
-            [rollout["prompt_ids"] for rollout in rollouts], completions, device
+            [rollout["prompt_ids"] for rollout in rollouts],
+            completions,
+            device,
         )
         mask = batch["mask"]  # (B, T)
         scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
         sampling_seconds = time.time() - began
 
-        # take log-probs with the forward that trains them: the sampler's differ by rounding
-        # 5. all are at the temperature of sampling, else they speak of another distribution (B)
+        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at
+        # the temperature of sampling, else they speak of another distribution (B)
         batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
-        batch["ref_logprobs"] = batch["old_logprobs"]
+        ref_logprobs = batch["old_logprobs"]  # without a KL
         if reference is not None:
-            batch["ref_logprobs"] = batch_logprobs(reference, batch, args, autocast)
+            ref_logprobs = batch_logprobs(reference, batch, args, autocast)
         batch["old_values"] = batch_values(value_model, batch, args, autocast)
 
         # compute rewards, advantages and returns
@@ -701,7 +731,7 @@ def main(args):
         rewards = token_rewards(
             torch.tensor([rollout["reward"] for rollout in rollouts], device=device),
             batch["old_logprobs"],
-            batch["ref_logprobs"],
+            ref_logprobs,
             mask,
             args.kl_coef,
         )
@@ -711,7 +741,11 @@ def main(args):
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         # 8. returns are taken before advantages are whitened over all tokens of the batch (N+)
         advantages, batch["returns"] = gae(
-            rewards, batch["old_values"], mask, args.gamma, args.gae_lambda
+            rewards,
+            batch["old_values"],
+            mask,
+            gamma=args.gamma,
+            gae_lambda=args.gae_lambda,
         )
         batch["advantages"] = masked_whiten(advantages, mask)
 
@@ -730,6 +764,7 @@ def main(args):
         )
 
         # log, evaluate, save
+        seconds = time.time() - began
         updates = totals["updates"]
         trained_tokens = args.update_epochs * mask.sum()
         batch_tokens = batch["attention_mask"].sum()
@@ -742,6 +777,7 @@ def main(args):
             "entropy": totals["entropy"] / trained_tokens,
             "ratio_max_dev": totals["ratio_max_dev"],
             "clip_fraction": totals["clipped"] / trained_tokens,
+            "value_clip_fraction": totals["value_clipped"] / trained_tokens,
             "explained_variance": explained_variance(batch["returns"], batch["old_values"], mask),
             "completion_length": mask.sum(1).float().mean(),
             "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
@@ -750,22 +786,24 @@ def main(args):
             "value_grad_norm": totals["value_grad_norm"] / updates,
             "learning_rate": learning_rate,
             "padding": 1 - args.update_epochs * batch_tokens / totals["padded_tokens"],
-            "tokens_per_second": batch_tokens / (time.time() - began),
+            "tokens_per_second": batch_tokens / seconds,
             "seconds/sample": sampling_seconds,
-            "seconds/train": time.time() - began - sampling_seconds,
+            "seconds/train": seconds - sampling_seconds,
         }
         if args.ptx_coef:
             metrics["loss/ptx"] = totals["ptx_loss"] / updates
             metrics["loss"] = metrics["loss"] + args.ptx_coef * metrics["loss/ptx"]
         if reference is not None:
-            metrics["kl"] = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean()
+            metrics["kl"] = (batch["old_logprobs"] - ref_logprobs).sum(1).mean()
         if gold is not None:
             metrics["gold"] = gold(rollouts, completions).mean()
         metrics |= member_metrics(torch.stack([x["member_scores"] for x in rollouts], dim=1))
         if held_out and is_due(args.eval_every, step + 1, args.steps):
-            metrics |= evaluate_and_log(step + 1)
+            metrics |= held_out_metrics(step + 1)
         run.log(
-            step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"]
+            step + 1,
+            metrics,
+            show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"],
         )
         run.checkpoint_if_due(step + 1)
     run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")

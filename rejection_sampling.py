@@ -2,7 +2,7 @@
 sft.py.
 
     loss = - sum over tokens of the kept completions of log pi(token | what stands before it) /
-    their number
+    number of those tokens
 
 Nakano et al. 2021 (best of N), Touvron et al. 2023 (Llama 2, section 3.2.3), Dong et al. 2023
 (RAFT: several --iterations, each from the policy of the one before). N completions of each of M
@@ -91,13 +91,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -246,7 +247,7 @@ def best_of_n_metrics(scores, values, name):
     """Means of best_of_n over the rows of scores (M, n) that have no NaN, and in nats the bound log
     N - (N-1)/N on the KL of best-of-N from the policy that was sampled (Beirami et al. 2024)."""
     is_known = ~scores.isnan().any(1)
-    curves = [best_of_n(*row) for row in zip(scores[is_known], values[is_known])]
+    curves = [best_of_n(s, v) for s, v in zip(scores[is_known], values[is_known])]
     metrics = {}
     for N in curves[0] if curves else ():
         metrics[f"best_of_{N}/{name}"] = sum(curve[N] for curve in curves) / len(curves)
@@ -277,8 +278,8 @@ def member_metrics(member_scores):
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -304,8 +305,9 @@ def roll_out(
     """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has
     them.
 
-    What that file holds of this iteration, from before a --resume, is read; a chunk that was cut
-    off is sampled again. A score is None where the reward cannot judge."""
+    What that file holds of this iteration, from before a --resume, is read, whatever flags have
+    changed since; a chunk that was cut off is sampled again. A score is None where the reward
+    cannot judge."""
     records = on_first_rank(lambda: read_rows(run.dir / "rollouts.jsonl"))
     earlier = [record for record in records if record["iteration"] < iteration]
     records = [record for record in records if record["iteration"] == iteration]
@@ -398,7 +400,7 @@ def fine_tune(
     first_step,
     start,
     log_first,
-    evaluate_and_log,
+    held_out_metrics,
     args,
     autocast,
 ):
@@ -412,12 +414,12 @@ def fine_tune(
     for step in range(max(start, first_step), first_step + steps):
         # take the next completions, in an order of its own for every epoch
         began = time.time()
-        first = (step - first_step) * args.batch_size
-        last = min(first + args.batch_size, args.epochs * len(examples))
-        rows = stream(examples, f"{args.seed}/{iteration}", first, last)
+        first_row = (step - first_step) * args.batch_size
+        stop_row = min(first_row + args.batch_size, args.epochs * len(examples))
+        batch_examples = stream(examples, f"{args.seed}/{iteration}", first_row, stop_row)
         batch = completion_batch(
-            [row["prompt_ids"] for row in rows],
-            [row["completion_ids"] for row in rows],
+            [example["prompt_ids"] for example in batch_examples],
+            [example["completion_ids"] for example in batch_examples],
             policy.device,
         )
 
@@ -455,11 +457,11 @@ def fine_tune(
             metrics |= log_first
         is_last = step + 1 == first_step + steps
         is_evaluation_due = is_last or is_due(args.eval_every, step + 1, run.steps)
-        if evaluate_and_log is not None and is_evaluation_due:
-            metrics |= evaluate_and_log(step + 1)
+        if held_out_metrics is not None and is_evaluation_due:
+            metrics |= held_out_metrics(step + 1)
         run.log(step + 1, metrics, show=["iteration", "loss", "grad_norm", "tokens_per_second"])
         # an iteration ends with a checkpoint, since the next one samples from its policy
-        run.checkpoint_if_due(step + 1, is_last)
+        run.checkpoint_if_due(step + 1, is_last=is_last)
     return first_step + steps, metrics
 
 
@@ -498,7 +500,9 @@ def evaluate_policy(policy, examples, *, ensemble, gold, tokenizer, eos_ids, arg
     metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
 
     batch = completion_batch(
-        [example["prompt_ids"] for example in repeated], completions, policy.device
+        [example["prompt_ids"] for example in repeated],
+        completions,
+        policy.device,
     )
     logprobs = batch_token_logprobs(policy, batch, args, autocast, args.temperature)
     reference = load_policy(args.model, policy.device)
@@ -519,7 +523,7 @@ def evaluate_policy(policy, examples, *, ensemble, gold, tokenizer, eos_ids, arg
 def main(args):
     device, autocast = setup(args)
     if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
-        fail(f"--select {args.select}, --select-k {args.select_k}: top-k and random-k need it")
+        fail(f"--select {args.select}, --select-k {args.select_k}: it is for top-k and random-k")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
@@ -536,7 +540,12 @@ def main(args):
 
     # load the models
     ensemble = load_rewards(
-        args, examples + held_out, tokenizer, eos_ids, device=device, autocast=autocast
+        args,
+        examples + held_out,
+        tokenizer,
+        eos_ids,
+        device=device,
+        autocast=autocast,
     )
     gold = load_gold(args, tokenizer, eos_ids)
     policy = load_policy(
@@ -556,11 +565,13 @@ def main(args):
     N = args.num_generations
     if args.select_k is not None and not 1 <= args.select_k <= M * N:
         fail(f"--select-k is {args.select_k}, and an iteration has {M * N} completions")
+    # (fewer if some prompts have no score)
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
-    steps = min(steps, args.steps or steps)  # fewer if some prompts have no score
+    if args.steps is not None:
+        steps = min(steps, args.steps)
     run = Run(args, models, optimizer, steps, examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate_policy(
             policy,
             held_out,
@@ -578,7 +589,7 @@ def main(args):
     step = 0
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for iteration in range(args.iterations):
         # take the next M prompts, in an order of its own for every pass over the data
         began = time.time()
@@ -634,7 +645,7 @@ def main(args):
             first_step=step,
             start=start,
             log_first=selection,
-            evaluate_and_log=evaluate_and_log if held_out else None,
+            held_out_metrics=held_out_metrics if held_out else None,
             args=args,
             autocast=autocast,
         )
@@ -642,7 +653,10 @@ def main(args):
         if step == args.steps:
             break
     run.finish(
-        policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl"
+        policy,
+        tokenizer,
+        eos_ids,
+        f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl",
     )
     return metrics
 

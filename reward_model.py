@@ -10,7 +10,7 @@ pairs; --loss chooses the others: rankings of K answers (Plackett 1975; Zhu et a
 and process reward models (Cobbe et al. 2021; Lightman et al. 2023). All take one form of example, a
 prompt with K completions and a label wherever a score is read, and all completions of a prompt
 stand in one batch: as separate pairs in many batches they are learnt by heart (Ouyang et al.,
-section 3.4). The score is a scalar head on the hidden state of the last real token, EOS. Left out:
+section 3.5). The score is a scalar head on the hidden state of the last real token, EOS. Left out:
 shifting the scores to mean 0 after training (Stiennon et al. do): a constant of one model changes
 no advantage once PPO's values have learnt it. `eval/score_mean` is logged. An ensemble is several
 runs with other seeds, and `--reward a,b,c` in the scripts that use them; pairs and rankings leave a
@@ -100,13 +100,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -138,9 +139,10 @@ def preference_example(row, tokenizer, end_id, args):
     """Prompt, chosen, rejected, or chosen and rejected that begin alike; `margin` is optional."""
     chosen = text_or_messages(row, ["chosen"])
     rejected = text_or_messages(row, ["rejected"])
-    # UltraFeedback's form: a text, which stands in both conversations, too
-    is_whole = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
-    if args.prompt_template != "{prompt}" or row.keys() & PROMPT_COLUMNS and not is_whole:
+    # UltraFeedback: `prompt` is a text that both conversations repeat as their first message
+    repeats_prompt = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    has_prompt = row.keys() & PROMPT_COLUMNS and not repeats_prompt
+    if args.prompt_template != "{prompt}" or has_prompt:
         prompt = prompt_of(row, args)
     else:
         prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
@@ -148,7 +150,10 @@ def preference_example(row, tokenizer, end_id, args):
     if not (isinstance(margin, numbers.Real) and abs(margin) < 1e9):  # nor NaN
         raise BadRow(f"`margin` must be a number, found {margin!r:.60}")
     prompt_ids, (chosen_ids, rejected_ids) = encode_completions(
-        tokenizer, prompt, [chosen, rejected], end_id
+        tokenizer,
+        prompt,
+        [chosen, rejected],
+        end_id,
     )
     if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
         raise DroppedRow(f"longer than --max-length {args.max_length}")
@@ -260,7 +265,10 @@ def step_example(row, tokenizer, end_id, args):
         raise BadRow(f"`labels` must be true or false, 1 or 0, found {labels!r:.60}")
     prompt = prompt_of(row, args)
     prompt_ids, completion_ids = encode_completions(
-        tokenizer, prompt, [args.step_separator.join(steps)], end_id
+        tokenizer,
+        prompt,
+        [args.step_separator.join(steps)],
+        end_id,
     )
     ends = step_ends(tokenizer, completion_ids[0], args.step_separator)
     if len(ends) != len(labels):
@@ -372,10 +380,10 @@ def score_batch(examples, device, whole=None):
     sequences = []
     masks = []
     labels = []
-    numbers = []
+    groups = []
     margins = []
     pair_weights = []
-    for number, example in enumerate(examples):
+    for group, example in enumerate(examples):
         num_pairs = count_pairs(example)
         for i, completion_ids in enumerate(example["completion_ids"]):
             sequence = example["prompt_ids"] + completion_ids
@@ -387,7 +395,7 @@ def score_batch(examples, device, whole=None):
             sequences.append(sequence)
             masks.append(mask)
             labels.append(row_labels)
-            numbers.append(number)
+            groups.append(group)
             margins.append(example["margin"])
             pair_weights.append(1 / (num_pairs * num_compared) if num_pairs else 0.0)
     mask = pad_rows(masks, device)
@@ -397,7 +405,7 @@ def score_batch(examples, device, whole=None):
         "mask": mask,
         "labels": pad_rows(labels, device),
         "weights": mask / num_labels,
-        "group": torch.tensor(numbers, device=device),
+        "group": torch.tensor(groups, device=device),
         "margins": torch.tensor(margins, device=device),
         "pair_weights": torch.tensor(pair_weights, device=device),
         "prompt_weights": torch.full((len(sequences),), 1 / len(whole), device=device),
@@ -460,8 +468,8 @@ def choose_pad(model, tokenizer, eos_ids):
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
     done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
@@ -478,7 +486,7 @@ def evaluate_scores(model, examples, *, tokenizer, args, autocast):
     at_a_time = max(1, 1000 // max(len(example["labels"]) for example in examples))
     num_compared = sum(count_pairs(example) > 0 for example in examples)
     totals = Counter()
-    scores = []
+    score_parts = []
     for start in range(0, len(examples), at_a_time):
         batch = score_batch(examples[start : start + at_a_time], model.device, whole=examples)
         with autocast():
@@ -492,20 +500,20 @@ def evaluate_scores(model, examples, *, tokenizer, args, autocast):
             totals.update(pair_metrics(batch_scores, batch))
         if args.loss in LABEL_LOSSES:
             totals.update(label_metrics(batch_scores, batch))
-        scores.append(batch_scores[batch["mask"] > 0])
-    scores = torch.cat(scores)
+        score_parts.append(batch_scores[batch["mask"] > 0])
+    scores = torch.cat(score_parts)
     metrics = {f"eval/{name}": total for name, total in totals.items()}
     metrics["eval/score_mean"] = scores.mean()
     metrics["eval/score_std"] = scores.std(correction=0)
 
     rows = []
-    is_best_right = []
-    scores = iter(scores.tolist())
+    top1_accuracies = []
+    remaining = iter(scores.tolist())
     for example in examples:
         last_scores = []
         last_labels = []
         for completion_ids, labels in zip(example["completion_ids"], example["labels"]):
-            completion_scores = [next(scores) for _ in labels]
+            completion_scores = [next(remaining) for _ in labels]
             last_scores.append(completion_scores[-1])
             last_labels.append(labels[-1])
             if len(rows) < 1000:
@@ -513,21 +521,24 @@ def evaluate_scores(model, examples, *, tokenizer, args, autocast):
                     {
                         "prompt": example["prompt"],
                         "completion": completion_text(
-                            tokenizer, example["prompt_ids"], completion_ids
+                            tokenizer,
+                            example["prompt_ids"],
+                            completion_ids,
                         ),
                         "labels": labels,
                         "scores": completion_scores,
                     }
                 )
         if count_pairs(example):
-            best = last_scores.index(max(last_scores))
-            is_best_right.append(last_labels[best] == max(last_labels))
+            best = max(last_scores)
+            tied = [label for score, label in zip(last_scores, last_labels) if score == best]
+            top1_accuracies.append(sum(label == max(last_labels) for label in tied) / len(tied))
     if num_compared:
         accuracy = totals["accuracy"].item()
         num_all = sum(math.comb(len(example["labels"]), 2) for example in examples)
         num_unequal = sum(count_pairs(example) for example in examples)
         metrics["eval/accuracy_stderr"] = math.sqrt(accuracy * (1 - accuracy) / num_compared)
-        metrics["eval/top1_accuracy"] = sum(is_best_right) / num_compared
+        metrics["eval/top1_accuracy"] = sum(top1_accuracies) / num_compared
         metrics["eval/tied_pairs"] = 1 - num_unequal / num_all
     return metrics, rows
 
@@ -574,10 +585,11 @@ def main(args):
         fused=True,
     )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
-    steps = min(steps, args.steps or steps)
+    if args.steps is not None:
+        steps = min(steps, args.steps)
     run = Run(args, models, optimizer, steps, examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate_scores(
             model,
             held_out,
@@ -592,13 +604,13 @@ def main(args):
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for step in range(start, steps):
         # take the next prompts, in an order of its own for every epoch
         began = time.time()
-        first = step * args.batch_size
-        last = min(first + args.batch_size, args.epochs * len(examples))
-        batch = score_batch(stream(examples, args.seed, first, last), device)
+        first_row = step * args.batch_size
+        stop_row = min(first_row + args.batch_size, args.epochs * len(examples))
+        batch = score_batch(stream(examples, args.seed, first_row, stop_row), device)
         if args.loss in LABEL_LOSSES:  # each row stands alone
             del batch["group"]
 
@@ -606,11 +618,11 @@ def main(args):
         totals = Counter()
         for mb in micro_batches(batch, args.micro_batch_tokens):
             with autocast():
-                scores = token_scores(model, mb)
-            loss = weighted_loss(scores, mb, args.loss, args.center_coef)
+                mb_scores = token_scores(model, mb)
+            loss = weighted_loss(mb_scores, mb, args.loss, args.center_coef)
             loss.backward()
             totals["loss"] += loss.detach()
-            totals.update(metrics_of(scores.detach(), mb))
+            totals.update(metrics_of(mb_scores.detach(), mb))
             totals["padded_tokens"] += mb["inputs"].numel()
         learning_rate = scheduled_learning_rate(step, steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -633,9 +645,11 @@ def main(args):
         }
         metrics = totals | metrics
         if held_out and is_due(args.eval_every, step + 1, steps):
-            metrics |= evaluate_and_log(step + 1)
+            metrics |= held_out_metrics(step + 1)
         run.log(
-            step + 1, metrics, show=["loss", "accuracy", "label_accuracy", "margin", "grad_norm"]
+            step + 1,
+            metrics,
+            show=["loss", "accuracy", "label_accuracy", "margin", "grad_norm"],
         )
         run.checkpoint_if_due(step + 1)
     is_laptop = (

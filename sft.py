@@ -15,7 +15,7 @@ lines of peft or bitsandbytes at load_policy).
 Data: rows of prompt and completion (or instruction and output, question and answer), or of
 messages. Expect the held-out loss to fall, and to rise again once the rows are learnt by heart:
 stop there. The laptop run ends near 35% exact match (`gold`): 165 demonstrations do not teach more,
-and the next stages shall."""
+the later stages do."""
 
 import math
 import time
@@ -93,13 +93,14 @@ class Args:
     warmup_steps: int = 10
     """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """from the peak down to 0, which would be reached one step after the last; or not"""
+    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
+    constant: at the peak"""
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
     micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (without it GPU: 16,384, CPU: 4,096)"""
+    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
     gradient_checkpointing: bool = False
@@ -235,19 +236,19 @@ def batch_token_logprobs(model, batch, args, autocast, temperature=1.0):
         )
 
 
-def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last: of the step
-    alone."""
-    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
-    return args.learning_rate * decay[args.lr_schedule] * warmup
-
-
 def sft_loss(logprobs, weights):
     """- sum of weights * logprobs; with weights = mask / number of trained tokens of the whole
     batch, their mean NLL. logprobs, weights (B, T) -> scalar, nats per token."""
     return -(weights * logprobs).sum()
+
+
+def scheduled_learning_rate(step, steps, args):
+    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
+    of the step alone, so that --resume has no state to restore."""
+    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+    return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
 @torch.no_grad()
@@ -258,10 +259,8 @@ def complete_prompts(policy, examples, longest, *, gold, tokenizer, eos_ids, arg
     prompts = [example["prompt_ids"] for example in examples]
     room = context_of(policy.config) - max(map(len, prompts))
     metrics = {}
-    for suffix, temperature in [
-        ("_greedy", 0.0),
-        ("", 1.0),
-    ]:  # what follows the loop is of the sampled ones
+    # the sampled completions come second: what follows the loop is about them
+    for suffix, temperature in [("_greedy", 0.0), ("", 1.0)]:
         with autocast():
             completions = sample(
                 policy,
@@ -345,10 +344,11 @@ def main(args):
         fused=True,
     )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
-    steps = min(steps, args.steps or steps)
+    if args.steps is not None:
+        steps = min(steps, args.steps)
     run = Run(args, models, optimizer, steps, examples)
 
-    def evaluate_and_log(step):
+    def held_out_metrics(step):
         metrics, rows = evaluate_answers(
             policy,
             held_out,
@@ -364,14 +364,18 @@ def main(args):
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, evaluate_and_log(0))
+        run.log(0, held_out_metrics(0))
     for step in range(start, steps):
         # take the next rows, in an order of its own for every epoch
         began = time.time()
-        first = step * args.batch_size
-        last = min(first + args.batch_size, args.epochs * len(examples))
-        rows = stream(examples, args.seed, first, last)
-        batch = make_batch([row["ids"] for row in rows], [row["mask"] for row in rows], device)
+        first_row = step * args.batch_size
+        stop_row = min(first_row + args.batch_size, args.epochs * len(examples))
+        batch_examples = stream(examples, args.seed, first_row, stop_row)
+        batch = make_batch(
+            [example["ids"] for example in batch_examples],
+            [example["mask"] for example in batch_examples],
+            device,
+        )
 
         # update: one normaliser for the whole batch, however it is cut into micro-batches
         batch["weights"] = batch["mask"] / batch["mask"].sum()
@@ -403,7 +407,7 @@ def main(args):
             "seconds/train": seconds,
         }
         if held_out and is_due(args.eval_every, step + 1, steps):
-            metrics |= evaluate_and_log(step + 1)
+            metrics |= held_out_metrics(step + 1)
         run.log(step + 1, metrics, show=["loss", "grad_norm", "tokens_per_second"])
         run.checkpoint_if_due(step + 1)
     is_laptop = args.model is None and args.output_dir == "runs/sft"

@@ -548,6 +548,34 @@ def test_overwrite_moves_no_member(chain, tmp_path, refused):  # noqa: F811
     refused(["--reward", "lies in --output-dir"], ppo.main, args)
 
 
+def test_overwrite_moves_no_member_of_the_home_folder(chain, tmp_path, refused, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text("{}")
+    args = ppo.Args(
+        model=str(chain / "sft"),
+        reward="sort,~/run/reward.py:f",
+        output_dir=str(tmp_path / "run"),
+        overwrite=True,
+    )
+    refused(["--reward", "lies in --output-dir"], ppo.main, args)
+
+
+def test_top1_of_ties_is_their_mean(chain):  # noqa: F811
+    """Else a model that gives all the same score would seem perfect on pairs, whose chosen answer
+    comes first."""
+    model = common.load_scorer(str(chain / "reward_model"), CPU, "--model")
+    with torch.no_grad():
+        model.score.weight.zero_()
+    args = reward_model.Args(dataset="sort", micro_batch_tokens=1000)
+    tokenizer = common.load_tokenizer(str(chain / "sft"))
+    examples = common.load_examples("sort", reward_model.comparison_example, tokenizer, args)
+    metrics, _ = reward_model.evaluate_scores(
+        model, examples, tokenizer=tokenizer, args=args, autocast=contextlib.nullcontext
+    )
+    assert metrics["eval/accuracy"] == metrics["eval/top1_accuracy"] == 0.5
+
+
 # ---------------------------------------------------------------- from rollouts to a reward
 def test_rollouts_train_a_reward_model_that_ppo_takes(chain, tmp_path):  # noqa: F811
     """rollouts.jsonl as it is -> reward_model.py -> ppo.py."""

@@ -365,7 +365,7 @@ def test_bad_rows_stop_each_script_before_a_model_loads(tmp_path, refused, scrip
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])
-def test_texts(load, row, prompt, completion, chat):
+def test_texts_are_used_as_they_are(load, row, prompt, completion, chat):
     """Texts are used as they are, whether or not the tokenizer has a chat template."""
     tokenizer = letters(chat=chat)
     (example,) = load([row], tokenizer=tokenizer)
@@ -427,7 +427,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": talk("hi", "yo", "so?"), "completion": "no"}, "all", ["no"]),
     ],
 )
-def test_messages(load, row, train_on, shown):
+def test_messages_train_the_turns_asked_for_and_their_end(load, row, train_on, shown):
     """Trained: the turns asked for and the token that ends each, not the newline after it."""
     tokenizer = letters(chat=True)
     (example,) = load([row], tokenizer=tokenizer, train_on=train_on)

@@ -102,7 +102,7 @@ def test_an_unknown_loss_type_is_an_error():
         dpo.preference_loss(*logps(1), 0.1, "kto")
 
 
-def test_limits():
+def test_preference_loss_at_half_smoothing_and_at_beta_zero():
     given = logps(2)
     plain, smoothed = (dpo.preference_loss(*given, 0.1, "sigmoid", s)[0] for s in (0.0, 0.5))
     assert torch.equal(plain, dpo.preference_loss(*given, 0.1)[0])
@@ -149,7 +149,7 @@ def examples_of(pairs):
     ]
 
 
-def test_pair_batch():
+def test_chosen_and_rejected_stand_side_by_side():
     """Chosen and rejected stand side by side; margins and weights are the pair's."""
     batch = dpo.pair_batch(examples_of(PAIRS), CPU)
     assert batch["mask"].sum(1).tolist() == [2, 5, 3, 3, 4, 1]
@@ -315,9 +315,10 @@ def test_sft_coef_adds_the_nll_per_token(chain, tmp_path):  # noqa: F811
         (dict(beta=0.0), ["--beta"]),
         (dict(beta=-1.0), ["--beta"]),
         (dict(label_smoothing=0.7), ["--label-smoothing 0.7"]),
+        (dict(label_smoothing=-0.3), ["--label-smoothing -0.3"]),
     ],
 )
-def test_refused(chain, tmp_path, capsys, changes, words):  # noqa: F811
+def test_flags_that_contradict_are_refused(chain, tmp_path, capsys, changes, words):  # noqa: F811
     """What would train on something else than it says."""
     with pytest.raises(SystemExit) as stopped:
         dpo.main(run_args(chain, tmp_path / "run", **changes))

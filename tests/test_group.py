@@ -4,7 +4,6 @@ loops, closed forms and invariances; then both mains on a tiny model."""
 import contextlib
 import json
 import math
-import random
 import shutil
 import zlib
 from functools import partial
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import CPU, end_two_of_three
 from test_scripts import chain, metrics, refused, weights  # noqa: F401 (a fixture)
 
@@ -997,7 +997,7 @@ def test_dynamic_sampling_gives_up_in_the_end(chain, tmp_path):  # noqa: F811
 
 
 # ---------------------------------------------------------------- evaluation, and what is refused
-def test_pass_at_g(chain, tmp_path, monkeypatch):  # noqa: F811
+def test_pass_at_g_counts_prompts_that_one_sample_solves(chain, tmp_path, monkeypatch):  # noqa: F811
     """Of two held-out prompts the first is solved by one of two samples, the second by none."""
     args = run_args(grpo, chain, tmp_path / "run", num_generations=2, reward="sort")
     args.temperature = 0.7
@@ -1070,6 +1070,27 @@ def test_a_teacher_with_other_tokens_is_refused(chain, tmp_path, capsys):  # noq
 
 
 @pytest.mark.parametrize("script", [grpo, rloo])
+def test_a_teacher_that_cannot_be_computed_is_refused(script, chain, tmp_path, capsys):  # noqa: F811
+    """One whose head is no plain product: its log-probs would be wrong."""
+    tokenizer = common.load_tokenizer(str(chain / "sft"))
+    config = transformers.RoFormerConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+        pad_token_id=0,
+    )
+    transformers.RoFormerForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    args = run_args(script, chain, tmp_path / "run", reference=str(tmp_path / "teacher"))
+    with pytest.raises(SystemExit):
+        script.main(args)
+    refused(capsys, "--reference: RoFormerForCausalLM cannot be")
+
+
+@pytest.mark.parametrize("script", [grpo, rloo])
 def test_distillation_without_a_reward(script, chain, tmp_path):  # noqa: F811
     """From the teacher that it is already nothing moves it; a score of 0, and the exact checker
     still logged. (That it ends at the teacher's law: test_theorems.py.)"""
@@ -1113,7 +1134,7 @@ def test_overlong_penalty():
 
 
 @pytest.mark.parametrize("name, changes, words", REFUSED)
-def test_refused(chain, tmp_path, capsys, name, changes, words):  # noqa: F811, PLR0917
+def test_flags_that_contradict_are_refused(chain, tmp_path, capsys, name, changes, words):  # noqa: F811, PLR0917
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[name].main(run_args(SCRIPTS[name], chain, tmp_path / "run", **changes))
     assert ended.value.code == 2
@@ -1127,63 +1148,6 @@ def test_plain_reinforce_needs_no_group(chain, tmp_path):  # noqa: F811
 
 
 # ---------------------------------------------------------------- GSM8K
-FORMS = [
-    ("#### 18", 18),
-    ("She has 9 * 2 = $<<9*2=18>>18.\n#### 18", 18),
-    ("####18", 18),
-    ("#### 18.", 18),
-    ("#### 18.50", 18.5),
-    ("#### $18", 18),
-    ("#### 18%", 18),
-    ("#### 18 dollars", 18),
-    ("#### **18**", 18),
-    ("#### $18$", 18),
-    ("#### The answer is 18.", 18),
-    ("#### x = 18", 18),
-    ("#### 1,234,567.25", 1234567.25),
-    ("#### -5", -5),
-    ("#### −5", -5),
-    ("#### -$5", -5),
-    ("#### $-5", -5),
-    ("#### 18\nThat was easy, 20 of 20.", 18),
-    ("#### Step 1: halve 36\n#### 18", 18),
-    ("#### Conclusion\nSo we get \\boxed{18}.", 18),
-    ("#### Conclusion\nThe answer is 18.", 18),
-    ("\\boxed{18}", 18),
-    ("It is \\boxed{17}, no, \\boxed{18}. Of 20.", 18),
-    ("\\boxed{\\$18}", 18),
-    ("\\boxed{18\\%}", 18),
-    ("\\boxed{1{,}234}", 1234),
-    ("\\boxed{1\\,234}", 1234),
-    ("\\boxed{-0.25}", -0.25),
-    ("#### Step 2: compute 5 + 3\nSo \\boxed{8}", 8),
-    ("The answer is 18", 18),
-    ("2 and 3 make 5.", 5),
-    ("48/2 = 24", 24),
-    ("He pays $1,234.5", 1234.5),
-    ("--18", -18),
-    ("", None),
-    ("no idea", None),
-    ("####", None),
-]
-
-
-@pytest.mark.parametrize("text, number", FORMS)
-def test_gsm8k_reads_answer_forms(text, number):
-    assert common.gsm8k_number(text) == number
-    rows = [{"answer": f"They did it.\n#### {answer}"} for answer in (number or 18, 5551)]
-    scores = common.gsm8k_checker(["", ""], [text, text], rows)
-    assert scores == [float(number is not None), 0.0]
-
-
-def test_gsm8k_never_raises():
-    """Whatever a model writes: it would end the run."""
-    draw = random.Random(1)
-    for _ in range(20_000):
-        common.gsm8k_number("".join(draw.choices("-−$,./x* #09\\{}boxed\n", k=draw.randint(0, 12))))
-        common.gsm8k_number("#### " + "".join(draw.choices("-−$,./09 ", k=6)))
-
-
 def gsm8k_rows(count):
     return [
         {"question": f"What is {i} and {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>.\n#### {2 * i}"}

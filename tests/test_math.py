@@ -287,7 +287,7 @@ def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scor
     assert not ppo.masked_whiten(x, torch.zeros_like(MASK)).any()
 
 
-def test_masked_mean():
+def test_masked_mean_has_one_denominator_for_all_rows():
     """One denominator for all rows: not a mean of the rows' means. What lies outside plays no
     part."""
     x = normal(1, ROWS, WIDTH, shift=2.0) + 1e3 * (1 - MASK)
@@ -324,7 +324,7 @@ def test_masked_whiten_of_equal_numbers_is_finite():
     )
 
 
-def test_token_rewards():
+def test_every_token_pays_the_kl_and_the_last_gets_the_score():
     """Every action pays kl_coef for a log-ratio above 0; the score comes once, at the last
     action."""
     scores, logprobs, ref_logprobs = normal(1, ROWS), normal(2, ROWS, WIDTH), normal(3, ROWS, WIDTH)
@@ -358,7 +358,7 @@ def test_token_rewards_of_a_row_that_takes_no_part():
 
 
 @pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
-def test_gae(gamma, gae_lambda):
+def test_gae_is_the_discounted_sum_of_deltas_within_a_row(gamma, gae_lambda):
     """A_t is the sum of (gamma lambda)^k delta_{t+k} over the row's own actions, V past the last
     being 0."""
     rewards, values = normal(1, ROWS, WIDTH), normal(2, ROWS, WIDTH)  # rubbish outside the mask

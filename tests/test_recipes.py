@@ -71,7 +71,7 @@ def test_pairs_of_rollouts(rollouts, chain, tmp_path, monkeypatch):  # noqa: F81
     dpo.main(dpo.Args(**args, output_dir=str(tmp_path / "dpo")))
 
 
-def test_a_judge(tmp_path, monkeypatch):
+def test_swapped_answers_swap_the_judges_sign(tmp_path, monkeypatch):
     """Swapped answers swap the sign, and it is a reward like any other."""
     tokenizer = letters(chat=True)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def apply(diff, text):
     return text
 
 
-def test_rebel(chain, tmp_path, monkeypatch):  # noqa: F811
+def test_rebel_starts_at_the_squared_reward_difference_and_falls(chain, tmp_path, monkeypatch):  # noqa: F811
     """The loss of the first update, where every log-ratio is 0, is the mean of the squared
     differences of rewards, over 2; three more updates bring it down."""
     (tmp_path / "rebel.py").write_text(

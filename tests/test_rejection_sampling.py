@@ -367,6 +367,20 @@ def fail_now():
     raise Broken
 
 
+def test_rollouts_of_other_data_are_not_taken(start, tmp_path, monkeypatch, capsys):
+    """A stop in the first rollouts, before any checkpoint, and --resume with other prompts."""
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, 2, fail_now)
+        with pytest.raises(Broken):
+            rs.main(run_args(start, tmp_path / "run", **IN_TWO))
+    rollouts = (tmp_path / "run/rollouts.jsonl").read_text()
+    assert rollouts and not (tmp_path / "run/checkpoint/state.pt").exists()
+    with pytest.raises(SystemExit):
+        rs.main(run_args(start, tmp_path / "run", **IN_TWO, resume=True, seed=2))
+    assert "data or start model differ" in capsys.readouterr().err
+    assert (tmp_path / "run/rollouts.jsonl").read_text() == rollouts
+
+
 @pytest.mark.parametrize("where", ["first", "sampling", "writing", "signal", "training"])
 def test_resume_is_exact(start, whole, tmp_path, monkeypatch, where):
     """A stop in the first iteration's rollouts, in the second's, in the middle of a line, by a
@@ -537,7 +551,7 @@ def test_micro_batches_change_nothing(start, tmp_path, monkeypatch):
         (dict(min_score=1e9), ["0 completions", "usable score"]),
     ],
 )
-def test_refused(start, tmp_path, capsys, changes, words):
+def test_flags_that_contradict_are_refused(start, tmp_path, capsys, changes, words):
     if "reward" in changes:
         changes = changes | dict(reward=checker(tmp_path, changes["reward"]))
     with pytest.raises(SystemExit) as stopped:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import background
 import processes
@@ -137,7 +138,32 @@ def handlers():
         signal.signal(number, handler)
 
 
-def test_handlers(chain, tmp_path, at_step):  # noqa: F811
+def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
+    """It comes during the all-reduce: too late for this step, in time for the next."""
+    run = SimpleNamespace(signal=0)
+
+    def interrupted_all_reduce(value, op):
+        run.signal = signal.SIGTERM
+        return value
+
+    monkeypatch.setattr(common, "all_reduce", interrupted_all_reduce)
+    assert not common.Run.is_interrupted(run)
+    assert common.Run.is_interrupted(run)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "rejection_sampling"])
+def test_no_steps_train_nothing(name, chain, tmp_path):  # noqa: F811
+    """--steps 0: the start is evaluated and saved."""
+    run(name, chain, tmp_path / "run", steps=0, epochs=1, eval_every=0)
+    assert {row["step"] for row in metrics(tmp_path / "run")} == {0}
+    start = load_file(chain / "sft/model.safetensors")
+    saved = load_file(tmp_path / "run/model.safetensors")
+    common_names = start.keys() & saved.keys()
+    assert len(common_names) > 5
+    assert all(torch.equal(start[key], saved[key]) for key in common_names)
+
+
+def test_a_second_signal_stops_at_once_and_handlers_come_back(chain, tmp_path, at_step):  # noqa: F811
     """After the first signal a second one of either kind stops at once; whoever called main gets
     theirs back, whether the run has finished or was stopped."""
     numbers = (signal.SIGTERM, signal.SIGINT)

@@ -542,7 +542,7 @@ def load_new_scorer(path):
     return common.load_scorer(path, CPU, "--model", trainable=True, init=random_head)
 
 
-def test_new_head(save):
+def test_a_language_model_gets_a_new_head_and_a_scorer_keeps_its_own(save):
     """A language model gets a head that the caller fills; a model that has one keeps it."""
     path = save(sft.tiny_tokenizer(), "LlamaForCausalLM")
     model = load_new_scorer(path)
@@ -575,7 +575,7 @@ BARE = ["[EOS]", *common.LETTERS]  # no PAD, no UNK
         (BARE, 0, "[PAD]", 28),
     ],
 )
-def test_choose_pad(save, tokens, spare, expected, rows):
+def test_pad_is_no_eos_and_has_an_embedding(save, tokens, spare, expected, rows):
     """A PAD that is no EOS, with a row in the embedding; that grows only if it must. `tokens`: the
     PAD of the tiny tokenizer, or all tokens of another one."""
     tokenizer = sft.tiny_tokenizer()

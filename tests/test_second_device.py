@@ -33,5 +33,5 @@ def test_computes_what_the_cpu_does(name, rehearsal, one):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_resume(name, rehearsal):
+def test_resume_ends_as_the_run_that_never_stopped(name, rehearsal):
     assert_same_run(rehearsal / name, rehearsal / "halves" / name)

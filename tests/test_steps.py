@@ -671,7 +671,7 @@ def ptx_loss(update, args):
 
 
 @pytest.mark.parametrize("flags", PPO_FLAGS.values(), ids=PPO_FLAGS)
-def test_ppo(models, tmp_path, monkeypatch, flags):
+def test_ppo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """Both gradients of every step, and every metric."""
     flags = dict(value_model=str(models / "scorer")) | flags
     if "ptx_coef" in flags:
@@ -687,6 +687,7 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
         value_losses = []
         ptx_losses = []
         clipped = []
+        value_clipped = []
         for update, value_update in zip(step.updates, step.value_updates):
             gains = []
             errors = []
@@ -701,6 +702,7 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
                         values[t], rollout.values[t], rollout.returns[t], args.value_clip
                     )
                     errors.append(error)
+                    value_clipped.append(error > 0.5 * (values[t] - rollout.returns[t]) ** 2)
             ptx = ptx_loss(update, args) if args.ptx_coef else torch.zeros(())
             check_gradient(update, -mean(gains) + args.ptx_coef * ptx)
             ptx_losses.append(ptx)
@@ -724,6 +726,7 @@ def test_ppo(models, tmp_path, monkeypatch, flags):
             expected["loss/ptx"] = mean(ptx_losses)
         check_logged(step.row, expected)
         check_count(step.row["clip_fraction"], clipped)
+        check_count(step.row["value_clip_fraction"], value_clipped)
     if args.ptx_coef:
         taken = [ids for step in steps for update in step.updates for ids in update.others]
         counts = [taken.count(tuple(ids_of(f"{p}>{c}$"))) for p, c in PTX]
@@ -800,7 +803,7 @@ def grpo_loss(minibatch, token_losses, args):
 
 
 @pytest.mark.parametrize("flags", GRPO_FLAGS.values(), ids=GRPO_FLAGS)
-def test_grpo(models, tmp_path, monkeypatch, flags):
+def test_grpo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """The gradient of every step, and every metric."""
     args, steps = online_steps(grpo, models, tmp_path, monkeypatch, **flags)
     for step in steps:
@@ -841,7 +844,7 @@ RLOO_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", RLOO_FLAGS.values(), ids=RLOO_FLAGS)
-def test_rloo(models, tmp_path, monkeypatch, flags):
+def test_rloo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """The gradient of every step, and every metric. A completion is one action: its ratio is a
     factor, and the clip takes its gradient away whole."""
     args, steps = online_steps(rloo, models, tmp_path, monkeypatch, **flags)
@@ -875,7 +878,7 @@ def test_rloo(models, tmp_path, monkeypatch, flags):
 
 
 @pytest.mark.parametrize("script", [ppo, grpo, rloo])
-def test_ratio_max_dev(models, tmp_path, monkeypatch, script):
+def test_ratio_max_dev_is_of_the_first_update_alone(models, tmp_path, monkeypatch, script):
     """Of the first update alone: where the forward that trains gives log-probs 0.03 above those
     that were taken before, it is exp(0.03) - 1."""
     inner = script.token_logprobs_and_entropy
@@ -1011,7 +1014,7 @@ def trained_nlls(model, ids, mask):
 
 
 @pytest.mark.parametrize("form, train_on", [("text", "last"), ("chat", "last"), ("chat", "all")])
-def test_sft(models, tmp_path, monkeypatch, form, train_on):
+def test_sft_step_is_the_formula(models, tmp_path, monkeypatch, form, train_on):
     """The gradient of every step, and every metric: means over the tokens of the batch, in the
     evaluation over those of all held-out rows."""
     conversations = CONVERSATIONS
@@ -1104,7 +1107,7 @@ def pair_scores(model, pair):
 
 
 @pytest.mark.parametrize("center_coef", [0.0, 0.3])
-def test_reward_model(models, tmp_path, monkeypatch, center_coef):
+def test_reward_model_step_is_the_formula(models, tmp_path, monkeypatch, center_coef):
     """The gradient of every step, and every metric; the head that it starts from."""
     flags = dict(center_coef=center_coef)
     if center_coef == 0.0:
@@ -1398,7 +1401,7 @@ def mean_of_each(logged):
 
 
 @pytest.mark.parametrize("flags", DPO_FLAGS.values(), ids=DPO_FLAGS)
-def test_dpo(models, tmp_path, monkeypatch, flags):
+def test_dpo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """The gradient of every step, and every metric, with a reference that the policy does not start
     from."""
     rows = pair_rows(PAIRS)
@@ -1452,7 +1455,7 @@ def selected_of(groups, args):
     ],
     ids=["top-per-prompt", "top-k"],
 )
-def test_rejection_sampling(models, tmp_path, monkeypatch, flags):
+def test_rejection_sampling_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """What each iteration selects and trains, the gradient of every step, and every metric.
     Training is at temperature 1, sampling and the evaluation's KL at --temperature."""
     flags = dict(prompts_per_iteration=5, iterations=3, epochs=2, batch_size=3) | flags
