@@ -83,7 +83,6 @@ def add_point(run):
     rows = read(run / "metrics.jsonl")
     evaluated = [row for row in rows if any("eval/" in name for name in row)]
     point = {"run": run.name, "steps": rows[-1]["step"]}
-    point["seconds"] = sum(v for row in rows for name, v in row.items() if "seconds/" in name)
     if evaluated:
         for when, row in (("before", evaluated[0]), ("after", evaluated[-1])):
             point[when] = {name[5:]: v for name, v in row.items() if name.startswith("eval/")}
@@ -124,12 +123,11 @@ KEYS = {
 
 def print_table():
     """Markdown: before and after of each number, and samples as they are."""
-    points = read(POINTS)
-    print(f"| run | steps | seconds | {' | '.join(KEYS.values())} |\n|{'---|' * (len(KEYS) + 3)}")
+    points = [point for point in read(POINTS) if "after" in point]
+    print(f"| run | steps | {' | '.join(KEYS.values())} |\n|{'---|' * (len(KEYS) + 2)}")
     for point in points:
         cells = [cell(point, key) for key in KEYS]
-        print(f"| {point['run']} | {point['steps']} | {point['seconds']:.0f} ", end="")
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {point['run']} | {point['steps']} | {' | '.join(cells)} |")
     print("\n| held-out pairs | accuracy | the longer one |\n|---|---|---|")
     for point in points:
         if "longer_is_chosen" in point:

@@ -93,17 +93,19 @@ def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert isinstance(capsys.readouterr().out, str)
 
 
-@pytest.mark.parametrize("name", ["curves", "closed_form"])
+@pytest.mark.parametrize("name", ["curves", "closed_form", "smollm2"])
 def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
-    """The tables of curves and closed forms, row by row, are those of the committed points."""
+    """Tables of curves, closed forms and the real model are, row by row, those of the points."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module(name)
     if name == "curves":
         benchmark.print_tables(benchmark.load())
+    elif name == "smollm2":
+        benchmark.print_table()
     else:
         lines = (ROOT / "benchmarks/closed_form.jsonl").read_text().splitlines()
         benchmark.table([json.loads(line) for line in lines])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    page = {"curves": "results", "closed_form": "correctness"}[name]
+    page = "correctness" if name == "closed_form" else "results"
     shown = (ROOT / f"docs/{page}.md").read_text().splitlines()
     assert len(printed) > 8 and not set(printed) - set(shown)
