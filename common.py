@@ -271,7 +271,7 @@ def clip_gradients(model, max_norm):
 def from_pretrained(cls, path, flag, **options):
     """cls.from_pretrained(path), a failure as one sentence that names the flag."""
     if path.startswith("runs/") and not Path(path).exists():
-        script = Path(__file__).with_name(f"{Path(path).name}.py")
+        script = Path(__file__).with_name(f"{path.removeprefix('runs/')}.py")
         advice = f": run `python {script.name}` first" if script.exists() else ""
         fail(f"{flag} {path} is not there{advice}")
     if Path(path, "adapter_config.json").exists():
@@ -627,6 +627,8 @@ def read_file(path):
             if line.strip():
                 rows.append((where, json.loads(line)))
         return rows
+    except FileNotFoundError:
+        fail(f"{path}: there is no such file")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         fail(f"{where}: cannot be read ({error}); wanted a JSON object a line, in .json a list")
 
@@ -638,7 +640,7 @@ def read_table(dataset):
     """Rows of a .csv, .parquet or .jsonl.gz file, or of a Hub data set: name, name:split or
     name:configuration:split."""
     if importlib.util.find_spec("datasets") is None:
-        fail(f"{dataset}: to read what is no .jsonl or .json file, run `pip install datasets`")
+        fail(f"{dataset} is no .jsonl or .json file: to read others, run `pip install datasets`")
     import datasets
 
     kind = TABLES.get(Path(dataset).suffix)

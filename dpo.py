@@ -586,7 +586,8 @@ def main(args):
             show=["loss", "accuracy", "margin", "chosen_reward", "rejected_reward"],
         )
         run.checkpoint_if_due(step + 1)
-    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
+    logs = "samples.jsonl" if held_out else "metrics.jsonl"
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/{logs}")
     return metrics
 
 

@@ -806,7 +806,8 @@ def main(args):
             show=["score", "gold", "kl", "entropy", "eos_rate", "clip_fraction"],
         )
         run.checkpoint_if_due(step + 1)
-    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/samples.jsonl")
+    logs = "samples.jsonl" if held_out else "metrics.jsonl"
+    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/{logs}")
     return metrics
 
 

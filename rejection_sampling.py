@@ -656,7 +656,7 @@ def main(args):
         policy,
         tokenizer,
         eos_ids,
-        f"look at {args.output_dir}/samples.jsonl and rollouts.jsonl",
+        f"look at {args.output_dir}/rollouts.jsonl",
     )
     return metrics
 

@@ -42,7 +42,10 @@ def points_of(rows, name, over):
 
 
 def draw(runs, over, out):
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("to draw, run `pip install matplotlib`")
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

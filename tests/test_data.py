@@ -225,6 +225,7 @@ def test_bad_files(load, refused, name, content, words):
 def test_hub_name_without_the_datasets_package(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(["someone/data", "pip install datasets", ".jsonl"], load_file, "someone/data")
+    refused(["nowhere.jsonl: there is no such file"], load_file, "nowhere.jsonl")
 
 
 @pytest.mark.parametrize("split, prompts", [("", ["a>", "b>"]), (":test", ["c>"])])

@@ -83,6 +83,7 @@ def refused(capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ")
         assert all(word in lines[0] for word in words), lines[0]
+        return lines[0]
 
     return function
 
@@ -521,7 +522,9 @@ def test_models_that_are_no_reward_model(save, refused, kind, labels, words):
 def test_missing_reward_model(tmp_path, refused):
     path = str(tmp_path / "none")
     refused([f"--reward {path}", "no directory"], load_reward, path, [])
-    refused(["--reward runs/no_such_run", "python"], load_reward, "runs/no_such_run", [])
+    line = refused(["--reward runs/no_such_run is not there"], load_reward, "runs/no_such_run", [])
+    assert "python" not in line
+    refused(["run `python ppo.py` first"], load_reward, "runs/ppo", [])
 
 
 def test_score_that_is_not_finite(save, refused):

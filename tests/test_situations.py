@@ -323,7 +323,8 @@ def test_overwrite_moves_nothing_that_it_needs(flag, place, tiny_dirs, run_dir, 
     before = contents(run_dir)
     value = str((folder if place.startswith("link") else run_dir) / place)
     flags = {"model": tiny_dirs["llama"], "folder": folder, "overwrite": True} | {flag: value}
-    stop([f"--{flag} {value}", "--output-dir", "--overwrite"], ppo.main, args_of(ppo, **flags))
+    name = flag.replace("_", "-")
+    stop([f"--{name} {value}", "--output-dir", "--overwrite"], ppo.main, args_of(ppo, **flags))
     assert contents(run_dir) == before and not (folder / "run.old").exists()
 
 
