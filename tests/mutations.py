@@ -1515,6 +1515,41 @@ MUTANTS = [
         "rewards stay on the CPU",
         "test_second_device.py::test_resume_ends_as_the_run_that_never_stopped[sft]",
     ),
+    Mutant(
+        "ppo.py",
+        "clipped = is_outside & (vf_loss2 > vf_loss1)",
+        "clipped = (vf_loss2 > vf_loss1)",
+        "rounding within the clip counts as clipping",
+        "test_steps.py::test_ppo_step_is_the_formula[no-kl]",
+    ),
+    Mutant(
+        "common.py",
+        'self.agreed_signal = all_reduce(self.signal, op="max")',
+        'self.signal = self.agreed_signal = all_reduce(self.signal, op="max")',
+        "a signal that comes during the all-reduce is overwritten",
+        "test_resume.py::test_a_signal_while_the_processes_agree_is_not_lost",
+    ),
+    Mutant(
+        "common.py",
+        "if self.args.resume and digest.exists() and digest.read_text() != self.digest:",
+        "if (self.dir / 'checkpoint/state.pt').exists() and digest.read_text() != self.digest:",
+        "rollouts of other data are taken where no checkpoint is",
+        "test_rejection_sampling.py::test_rollouts_of_other_data_are_not_taken",
+    ),
+    Mutant(
+        "reward_model.py",
+        "sum(label == max(last_labels) for label in tied) / len(tied)",
+        "float(tied[0] == max(last_labels))",
+        "of tied scores the first counts: a constant scorer is always right on pairs",
+        "test_comparisons.py::test_top1_of_ties_is_their_mean",
+    ),
+    Mutant(
+        "common.py",
+        "    check_policy(model, flag)\n    return prepare(",
+        "    if trainable:\n        check_policy(model, flag)\n    return prepare(",
+        "a teacher is not checked",
+        "test_group.py::test_a_teacher_that_cannot_be_computed_is_refused[grpo]",
+    ),
 ]
 
 
