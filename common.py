@@ -1275,7 +1275,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
-    """A run's folder (args.json, metrics, samples, checkpoint/, the model) and its terminal.
+    """A run's folder (args.json, digest, metrics, samples, checkpoint/, the model), its terminal.
 
     Only the first process writes files. Random numbers and the position in the data are functions
     of seed and step, so that a checkpoint is the step, the models and the optimiser."""

@@ -284,8 +284,8 @@ def preference_loss(  # noqa: PLR0917
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) of log p; any shape, in nats. In 1 - p log p is held at -1e-6 or below,
-    since it is infinite at p = 1."""
+    """log(p / (1 - p)) of log p; any shape, in nats. In 1 - p, log p is held at -1e-6 or
+    below: at p = 1 the odds are infinite."""
     return logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 

@@ -523,7 +523,7 @@ def evaluate_policy(policy, examples, *, ensemble, gold, tokenizer, eos_ids, arg
 def main(args):
     device, autocast = setup(args)
     if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
-        fail(f"--select {args.select}, --select-k {args.select_k}: it is for top-k and random-k")
+        fail(f"--select {args.select}, --select-k {args.select_k}: only top-k and random-k need it")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)

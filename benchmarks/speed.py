@@ -136,9 +136,10 @@ def measure(sizes, model, steps):
             peak = torch.cuda.max_memory_allocated() / 2**30
         policy = common.load_policy(model, DEVICE)
         least = flops(policy, sizes)
+        rate = matmul_rate()
         generate = [seconds_of(lambda: generated(policy, samples, sizes)) for _ in range(3)]
         return found | dict(
-            bound={name: value / matmul_rate() for name, value in least.items()},
+            bound={name: value / rate for name, value in least.items()},
             generate=generate,
             peak=peak,
         )

@@ -1550,6 +1550,13 @@ MUTANTS = [
         "a teacher is not checked",
         "test_group.py::test_a_teacher_that_cannot_be_computed_is_refused[grpo]",
     ),
+    Mutant(
+        "grpo.py",
+        '"seconds/train": seconds - sampling_seconds,',
+        '"seconds/train": seconds,',
+        "sampling counts as training too",
+        "test_steps.py::test_grpo_step_is_the_formula[kl3-loss]",
+    ),
 ]
 
 

@@ -462,6 +462,10 @@ def check_shared_metrics(row, rollouts, args):
         assert "kl" not in row
     check_logged(row, expected)
     assert row["ratio_max_dev"] < 1e-4
+    # sampling and training are the whole step, of which the rate is
+    seconds = row["seconds/sample"] + row["seconds/train"]
+    tokens = sum(len(r.prompt) + len(r.completion) - 1 for r in rollouts)
+    assert row["tokens_per_second"] * seconds == pytest.approx(tokens, rel=1e-3)
 
 
 def check_count(fraction, flags):
