@@ -309,9 +309,9 @@ def draw_methods(name, methods, panels):
         panel.set(xlabel=AXES[axis], xlim=(0, None))
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out prompts answered right")
+    axes[0][0].set_title("Sorting letters, from one half-trained model", loc="left", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle("Sorting letters: every method from the same half-trained model", fontsize=11)
     figure.savefig(HERE / f"{name}.png", dpi=130)
 
 
