@@ -519,7 +519,8 @@ def test_models_that_are_no_reward_model(save, refused, kind, labels, words):
     refused([f"--reward {path}", *words], reward_model, path, tokenizer)
 
 
-def test_missing_reward_model(tmp_path, refused):
+def test_missing_reward_model(tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     path = str(tmp_path / "none")
     refused([f"--reward {path}", "no directory"], load_reward, path, [])
     line = refused(["--reward runs/no_such_run is not there"], load_reward, "runs/no_such_run", [])
