@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import numbers
@@ -138,6 +139,8 @@ def check_output_dir(args):
         lock(folder).release()
     if args.resume:
         saved_flags(args)
+    elif set(names) <= BEGUN:
+        return
     elif "args.json" in names:
         if not args.overwrite:
             fail(f"{folder} holds a run: --resume goes on, --overwrite sets it aside")
@@ -147,11 +150,13 @@ def check_output_dir(args):
                 if folder.resolve() in [path, *path.parents] and name != "output_dir":
                     flag = f"--{name.replace('_', '-')}"
                     fail(f"{flag} {value} lies in --output-dir, which --overwrite would move")
-    elif set(names) - {LOCK, "args.json.new"}:
+    else:
         fail(f"--output-dir {folder}: holds files, and they are no run; name a new folder")
 
 
 LOCK = ".lock"
+# what a run has that came to no step: the next may take its folder
+BEGUN = {LOCK, "args.json", "args.json.new", "digest", "digest.new"}
 
 
 def lock(folder):
@@ -575,8 +580,8 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
         rows = [(f"{dataset} row {number}", row) for number, row in enumerate(rows, 1)]
 
     examples = []
-    dropped = Counter()
-    columns = set()
+    dropped = {}  # reason -> where
+    columns = Counter()
     for where, row in rows:
         try:
             if not isinstance(row, dict):
@@ -586,20 +591,25 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
         except BadRow as error:
             fail(f"{where}: {error}")
         except DroppedRow as error:
-            dropped[str(error)] += 1
-        columns |= row.keys()
+            dropped.setdefault(str(error), []).append(where)
+        columns.update(row.keys())
 
     report = f"{dataset}{' (held out)' if held_out else ''}: {len(examples)} rows"
-    for reason, count in dropped.items():
-        report += f"; {count} dropped {reason}"
+    for reason, places in dropped.items():
+        report += f"; {len(places)} dropped {reason}, the first at {places[0]}"
     if not examples:
         fail(f"{report}: nothing is left")
     print(report)
+    if tokenizer.chat_template is not None and isinstance(examples[0]["prompt"], str):
+        print(f"{dataset}: texts, which no chat template touches (lists of messages go through it)")
     read = READ_COLUMNS | (COMPARED_COLUMNS if kind == "comparison" else set())
-    unread = [name for name in columns - read if "{" + name not in args.prompt_template]
+    unread = [name for name in columns.keys() - read if "{" + name not in args.prompt_template]
     if unread and dataset != TASK:
         use = "for a reward function alone" if kind == "prompt" else "that are not used"
         print(f"{dataset}: columns {use}: {', '.join(sorted(unread))}")
+    for name, count in columns.items():
+        if count < len(rows):
+            print(f"{dataset}: column {name} is in {count} of {len(rows)} rows")
     return examples
 
 
@@ -1198,11 +1208,14 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
     rewards = []
     for reward in args.reward.split(","):
         path, _, name = os.path.expanduser(reward).rpartition(":")
+        if reward.endswith(".py"):
+            fail(f"--reward {reward}: wanted is file.py:function")
         if path.endswith(".py"):
             sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
             functions = runpy.run_path(path) if Path(path).is_file() else {}
             if name not in functions:
                 fail(f"--reward {reward}: no such file, or no function {name} in it")
+            check_signature(functions[name], reward)
             rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
         elif reward == "none":  # for distillation, where the KL is all
             if args.reward != "none" or not getattr(args, "reference", None):
@@ -1223,6 +1236,14 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
             )
             rewards.append(model)
     return rewards
+
+
+def check_signature(function, reward):
+    """Stop unless a reward function can be called with prompts, completions and rows."""
+    try:
+        inspect.signature(function).bind([], [], [])
+    except TypeError as error:
+        fail(f"--reward {reward} is called with prompts, completions, rows ({error})")
 
 
 def check_answers(examples, reward):

@@ -6,15 +6,21 @@ Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. A completion's a
 less the mean of its group and divided by the group's standard deviation, is that of all its tokens;
 PPO's clipped surrogate is averaged over the tokens of each completion, then over completions; the
 KL is a second loss, the k3 estimate (its gradient is not quite that of the objective: see
-kl_penalty). Later work is one flag each. Dr. GRPO (Liu et al. 2025): --scale-rewards none
---loss-aggregation constant --kl-coef 0. DAPO (Yu et al. 2025): --loss-aggregation token
---epsilon-high 0.28 --num-minibatches 16 --kl-coef 0 --dynamic-sampling, and --mask-truncated or
---overlong-buffer (with one update per rollout, the default, no ratio leaves 1 and no clip is at
-work). GSPO (Zheng et al. 2025): --ratio sequence --epsilon 3e-4 --epsilon-high 4e-4
---num-minibatches 4 --kl-coef 0. On-policy distillation: --reference TEACHER --reward none --kl-coef
-1 --scale-rewards none, and for each token's KL (Agarwal et al. 2024, GKD; Lu 2025) --kl-estimator
-k2, for that of whole completions (Gu et al. 2024, MiniLLM) --kl-estimator k1 --kl-in reward. Left
-out: a value model, generation engines, LoRA.
+kl_penalty). Later work is one flag each:
+
+    Dr. GRPO (Liu et al. 2025)     --scale-rewards none --loss-aggregation constant --kl-coef 0
+    DAPO (Yu et al. 2025)          --loss-aggregation token --epsilon-high 0.28 --kl-coef 0
+                                   --num-minibatches 16 --dynamic-sampling, and --mask-truncated or
+                                   --overlong-buffer
+    GSPO (Zheng et al. 2025)       --ratio sequence --epsilon 3e-4 --epsilon-high 4e-4 --kl-coef 0
+                                   --num-minibatches 4
+    distillation of a teacher      --reference TEACHER --reward none --kl-coef 1
+                                   --scale-rewards none
+      each token's KL              --kl-estimator k2 (Agarwal et al. 2024, GKD; Lu 2025)
+      whole completions' KL        --kl-estimator k1 --kl-in reward (Gu et al. 2024, MiniLLM)
+
+With one update per rollout, the default, no ratio leaves 1 and no clip is at work. Left out: a
+value model, generation engines, LoRA.
 
     python grpo.py                    after sft.py: two minutes, two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl

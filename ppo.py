@@ -8,9 +8,9 @@ is an action. Its reward is - kl_coef * (log pi - log pi_ref), and the score com
 token. A value model predicts what is still to come, GAE turns both into advantages, and the clipped
 surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. PPO-ptx (Ouyang et
 al. 2022, equation 2), by --ptx-dataset and --ptx-coef, adds - ptx_coef * mean log pi(token) of rows
-that the policy must not forget to the loss of every update. Left out: an adaptive
-KL coefficient (later work fixes it), reward scaling, a trunk shared by policy and value model,
-generation engines, LoRA.
+that the policy must not forget to the loss of every update. Left out: an adaptive KL coefficient
+(later work fixes it), reward scaling, a trunk shared by policy and value model, generation engines,
+LoRA.
 
     python ppo.py                     after sft.py and reward_model.py: two minutes, two cores
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl

@@ -345,6 +345,8 @@ def main(args):
     )
     steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     if args.steps is not None:
+        if args.steps > steps:
+            print(f"--steps {args.steps}: the run ends after {steps}, which are all --epochs")
         steps = min(steps, args.steps)
     run = Run(args, models, optimizer, steps, examples)
 

@@ -26,6 +26,27 @@ Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
         "common.py",
+        'BEGUN = {LOCK, "args.json", ',
+        'BEGUN = {LOCK, "metrics.jsonl", "args.json", ',
+        "a run that has a log is written over",
+        "test_situations.py::test_a_run_that_came_to_no_step_may_be_begun_again",
+    ),
+    Mutant(
+        "common.py",
+        "            check_signature(functions[name], reward)\n",
+        "",
+        "a reward of other arguments fails at the first rollout",
+        "test_rewards.py::test_function_of_other_arguments",
+    ),
+    Mutant(
+        "common.py",
+        "        if count < len(rows):\n",
+        "        if count > len(rows):\n",
+        "a column that only some rows have goes unnamed",
+        "test_data.py::test_columns_that_only_some_rows_have_are_named",
+    ),
+    Mutant(
+        "common.py",
         "module.set_gradient_divide_factor(1.0)",
         "module.set_gradient_divide_factor(2.0)",
         "FSDP's mean over processes, where weights carry the whole count",

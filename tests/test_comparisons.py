@@ -539,6 +539,7 @@ def test_overwrite_moves_no_member(chain, tmp_path, refused):  # noqa: F811
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "args.json").write_text("{}")
+    (folder / "reward.py").write_text("")
     args = ppo.Args(
         model=str(chain / "sft"),
         reward=f"sort,{folder}/reward.py:f",
@@ -552,6 +553,7 @@ def test_overwrite_moves_no_member_of_the_home_folder(chain, tmp_path, refused, 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
+    (tmp_path / "run/reward.py").write_text("")
     args = ppo.Args(
         model=str(chain / "sft"),
         reward="sort,~/run/reward.py:f",

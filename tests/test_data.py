@@ -687,7 +687,8 @@ def test_overlong_rows_are_dropped_and_counted(load, capsys):
     rows = [dict(prompt="a>", completion="b" * n) for n in (1, 2, 3, 4)]
     examples = load(rows, max_length=5)  # prompt, completion and EOS
     assert [e["row"] for e in examples] == rows[:2]
-    assert "2 rows; 2 dropped longer than --max-length 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 rows; 2 dropped longer than --max-length 5, the first at" in said
 
 
 def test_overlong_pairs_and_prompts_are_dropped_and_counted(load, capsys):
@@ -754,6 +755,21 @@ def test_no_row_left(load, refused, kind, row, reason):
 def test_empty_text_is_dropped_and_counted(load, kind, row):
     good = dict(prompt="a>", completion="b", answer="b")
     assert [e["row"] for e in load([good, row], kind)] == [good]
+
+
+def test_columns_that_only_some_rows_have_are_named(load, capsys):
+    load([dict(prompt="a>", answer="b"), dict(prompt="a>"), dict(prompt="b>")], "prompt")
+    assert "column answer is in 1 of 3 rows" in capsys.readouterr().out
+    load([dict(prompt="a>", answer="b")] * 2, "prompt")
+    assert "column answer" not in capsys.readouterr().out
+
+
+def test_texts_beside_a_chat_template_are_named(load, capsys):
+    load([dict(prompt="a>")], "prompt", letters(chat=True))
+    assert "no chat template touches" in capsys.readouterr().out
+    load([dict(prompt=talk("a"))], "prompt", letters(chat=True))
+    load([dict(prompt="a>")], "prompt", letters())
+    assert "chat template" not in capsys.readouterr().out
 
 
 def test_empty_prompt_of_a_tokenizer_with_bos_is_kept(load):

@@ -184,7 +184,19 @@ def test_function_that_is_not_there(file, refused):
     refused(["none/file.py", "no such file"], load_reward, "none/file.py:f", [])
     refused([file, "no function other"], load_reward, f"{file}:other", [])
     refused([file, "no function"], load_reward, f"{file}:", [])
-    refused([f"--reward {file}"], load_reward, file, [])
+    refused([f"--reward {file}", "file.py:function"], load_reward, file, [])
+
+
+def test_function_of_other_arguments(tmp_path, refused):
+    """Seen before a model loads, and not at the first rollout."""
+    lines = ["def two(prompts, completions): return [0.0] * len(prompts)"]
+    lines += ["def more(prompts, completions, rows, weight): return [weight] * len(prompts)"]
+    lines += ["def fine(prompts, completions, rows, weight=1.0): return [weight] * len(prompts)"]
+    (tmp_path / "rules.py").write_text("\n".join(lines))
+    words = ["prompts, completions, rows"]
+    refused([*words, "too many"], load_reward, f"{tmp_path}/rules.py:two", [])
+    refused([*words, "weight"], load_reward, f"{tmp_path}/rules.py:more", [])
+    assert callable(load_reward(f"{tmp_path}/rules.py:fine", []))
 
 
 @pytest.mark.parametrize("reward", ["runs/reward_model", "./model", "someone/some-model", "/x/y.z"])

@@ -370,6 +370,17 @@ def test_two_rows_are_enough(chain, tmp_path):
     assert "gold" not in metrics(tmp_path / "b")[-1]
 
 
+@pytest.mark.parametrize("script", [sft, reward_model, dpo])
+def test_more_steps_than_the_epochs_have_are_named(chain, tmp_path, capsys, script):
+    data = tmp_path / "rows.jsonl"
+    row = dict(prompt="ba>", completion="ab", chosen="ab", rejected="b")
+    data.write_text(json.dumps(row) + "\n")
+    args = dict(model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "run"))
+    script.main(script.Args(**args, epochs=2, batch_size=1, steps=3))
+    assert "--steps 3: the run ends after 2," in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_a_checkpoint_with_sampling_settings_saves(chain, tmp_path):
     """Llama 2 names a temperature without do_sample, which transformers refuses to save."""
     shutil.copytree(chain / "sft", tmp_path / "model")

@@ -364,6 +364,20 @@ def test_two_runs_that_both_found_the_folder_free(tiny_dirs, tmp_path, another, 
     assert list(contents(tmp_path / "run")) == [common.LOCK]
 
 
+def test_a_run_that_came_to_no_step_may_be_begun_again(tiny_dirs, tmp_path):
+    """Its reward failed, say: nothing is there that could be lost. What has a log is a run."""
+    reward_file(tmp_path, "return [1 / 0]")
+    args = args_of(rloo, tiny_dirs["llama"], tmp_path, reward=f"{tmp_path / 'reward.py'}:reward")
+    with pytest.raises(ZeroDivisionError):
+        rloo.main(args)
+    assert (tmp_path / "run/args.json").exists()
+    with pytest.raises(ZeroDivisionError):
+        rloo.main(args)
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        rloo.main(args)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl/run", "x" * 300, "model"])
 def test_folders_that_cannot_be_a_run(name, tiny_dirs, tmp_path, stop):
     """A file, a folder in a file, too long a name, a model that is not ours: one sentence, before a
