@@ -16,7 +16,8 @@ reference, a reward that counts words. sft, reward_model, dpo: 32 rows or pairs,
 tokens; completions of 96 tokens ("equal"), or of 8 to 256, log-uniformly ("ragged"). AdamW at 1e-4,
 constant; gradients clipped at 1; no dropout and no gradient checkpointing; DPO's reference
 log-probs are computed before the steps that are timed. With --model, and a tokenizer that has
-spaces in its words: 8 rows or pairs of 50 to 300 tokens, 2 prompts x 8 completions of at most 128.
+spaces in its words: 8 rows or pairs of 50 to 300 tokens ("ragged" alone), 2 prompts x 8 completions
+of at most 128 by generate.
 
 Both run at their defaults otherwise. "TRL by length": with TRL's group_by_length, which is off by
 default and changes the rows that share a batch; ours cuts the same batch into micro-batches of
@@ -24,8 +25,9 @@ about one length. Not measured: what needs another package or a kernel for GPUs 
 with FlashAttention, Liger).
 
 Runs alternate, ours, TRL, ours, TRL, each a process of its own: 25 steps, the first 5 of which do
-not count (2 with --model). A step lasts from the end of one to the end of the next, with data and
-sampling; its seconds are the mean over the steps, as batches of about one length are not alike.
+not count. A step lasts from the end of one to the end of the next, with data and sampling; its
+seconds are the mean over the steps, as batches of about one length are not alike. With --model all
+steps count, and their rows are all of the data, so that both sides see each row once.
 Memory is that of the process, resident, or of the GPU's tensors. Ratios are ours / TRL: below 1,
 ours needs less."""
 
@@ -106,10 +108,10 @@ def sizes_of(args):
 
 def warm_up(args):
     """Steps that do not count."""
-    return 5 if args.model is None else 2
+    return 5 if args.model is None else 0
 
 
-def make_rows(method, variant, sizes, words):
+def make_rows(method, variant, sizes, words, batches):
     """Rows of a data set; a completion's last token is EOS, which both add."""
     draw = random.Random(1)
 
@@ -125,7 +127,7 @@ def make_rows(method, variant, sizes, words):
         sft=["completion"], reward_model=["chosen", "rejected"], dpo=["chosen", "rejected"]
     )
     rows = []
-    for _ in range(BATCHES * sizes["batch"]):
+    for _ in range(batches * sizes["prompts" if method in ("rloo", "grpo") else "batch"]):
         row = {"prompt": text(sizes["prompt"])} | {
             name: completion() for name in columns.get(method, [])
         }
@@ -178,17 +180,24 @@ def load(folder, gpu):
     return memory(gpu)
 
 
-def run_ours(method, sizes, *, folder, steps, gpu, step_ended):
+def run_ours(method, sizes, *, folder, steps, gpu, step_ended, begin):
     """One of our scripts, through its main -> peak with imports and the model, MiB."""
     sys.path.insert(0, str(HERE.parent))
     script = importlib.import_module(method)
     loaded = load(folder, gpu)
     log = script.Run.log
+    restore = script.Run.restore
+
+    def timed_restore(*args, **kwargs):  # the last thing before the steps
+        start = restore(*args, **kwargs)
+        begin()
+        return start
 
     def timed_log(*args, **kwargs):  # the end of every step
         log(*args, **kwargs)
         step_ended()
 
+    script.Run.restore = timed_restore
     script.Run.log = timed_log
     flags = dict(
         model=f"{folder}/model",
@@ -216,7 +225,7 @@ def run_ours(method, sizes, *, folder, steps, gpu, step_ended):
     return loaded
 
 
-def run_trl(method, sizes, *, variant, folder, steps, gpu, step_ended):
+def run_trl(method, sizes, *, variant, folder, steps, gpu, step_ended, begin):
     """TRL's trainer of that method -> peak with imports and the model, MiB."""
     import transformers
     import trl
@@ -227,6 +236,9 @@ def run_trl(method, sizes, *, variant, folder, steps, gpu, step_ended):
     loaded = load(folder, gpu)
 
     class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            begin()
+
         def on_step_end(self, *args, **kwargs):
             step_ended()
 
@@ -284,6 +296,7 @@ def child(args):
     MiB."""
     sizes = sizes_of(args)
     method, variant = args.case
+    began = []
     ended = []
     if args.child == "model":
         return make_model(args.folder, sizes, args.gpu)
@@ -291,13 +304,14 @@ def child(args):
     def step_ended():
         ended.append((time.perf_counter(), memory(args.gpu)))
 
-    common = dict(folder=args.folder, steps=args.steps, gpu=args.gpu, step_ended=step_ended)
+    common = dict(folder=args.folder, steps=args.steps, gpu=args.gpu)
+    common |= dict(step_ended=step_ended, begin=lambda: began.append(time.perf_counter()))
     if args.child == "ours":
         loaded = run_ours(method, sizes, **common)
     else:
         loaded = run_trl(method, sizes, variant=variant, **common)
     assert len(ended) == args.steps, f"{len(ended)} steps of {args.steps}"
-    times = [moment for moment, _ in ended][warm_up(args) - 1 :]
+    times = [began[-1], *(moment for moment, _ in ended)][warm_up(args) :]
     peak = ended[-1][1]
     seconds = [round(after - before, 5) for before, after in zip(times, times[1:])]
     print("\n" + json.dumps(dict(seconds=seconds, peak=round(peak), loaded=round(loaded))))
@@ -325,9 +339,9 @@ def measure(args):
     setting |= dict(model="random" if args.model is None else Path(args.model).name)
     setting |= dict(steps=args.steps) | versions
     today = dict(date=f"{datetime.date.today()}")
-    cases = [
-        case for case in CASES if case[0] in args.only and case[1] in [*OFFLINE, *args.backends]
-    ]
+    variants = [*OFFLINE, *args.backends] if args.model is None else [*OFFLINE[1:], BACKENDS[0]]
+    cases = [case for case in CASES if case[0] in args.only and case[1] in variants]
+    batches = BATCHES if args.model is None else args.steps
     words = words_of(args)
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
@@ -336,7 +350,7 @@ def measure(args):
             Path(folder, "model").symlink_to(Path(args.model).resolve())
         for pair in range(1, args.repeats + 1):
             for method, variant in cases:
-                rows = make_rows(method, variant, sizes_of(args), words)
+                rows = make_rows(method, variant, sizes_of(args), words, batches)
                 Path(folder, "rows.jsonl").write_text(
                     "".join(json.dumps(row) + "\n" for row in rows)
                 )
