@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from common import gsm8k_checker  # noqa: E402
+
 DATA = HERE.parents[1] / "shared" / "data"
 POINTS = HERE / "smollm2.jsonl"
 
@@ -92,6 +95,10 @@ def add_point(run):
             point[f"samples_{when}"] = [row for row in samples if row["step"] == step][:5]
     args = json.loads((run / "args.json").read_text())
     held_out = read(Path(args["eval_dataset"])) if args["eval_dataset"] else []
+    if evaluated and "answer" in held_out[0] and "gold" not in point["after"]:  # a learned reward
+        for when, step in (("before", 0), ("after", point["steps"])):
+            texts = [row["completion"] for row in samples if row["step"] == step]
+            point[when]["gold"] = sum(gsm8k_checker(None, texts, held_out)) / len(texts)
     pairs = [row for row in held_out if "chosen" in row]
     if pairs:
         point["longer_is_chosen"] = sum(map(longer, pairs)) / len(pairs)
