@@ -600,17 +600,23 @@ def load_examples(dataset, make_example, tokenizer, args, held_out=False):
     if not examples:
         fail(f"{report}: nothing is left")
     print(report)
+    if dataset != TASK:
+        print_columns(dataset, columns, len(rows), kind, args)
     if tokenizer.chat_template is not None and isinstance(examples[0]["prompt"], str):
         print(f"{dataset}: texts, which no chat template touches (lists of messages go through it)")
+    return examples
+
+
+def print_columns(dataset, columns, num_rows, kind, args):
+    """Columns (name -> rows that have it) that no script reads, and those that some rows lack."""
     read = READ_COLUMNS | (COMPARED_COLUMNS if kind == "comparison" else set())
     unread = [name for name in columns.keys() - read if "{" + name not in args.prompt_template]
-    if unread and dataset != TASK:
+    if unread:
         use = "for a reward function alone" if kind == "prompt" else "that are not used"
         print(f"{dataset}: columns {use}: {', '.join(sorted(unread))}")
     for name, count in columns.items():
-        if count < len(rows):
-            print(f"{dataset}: column {name} is in {count} of {len(rows)} rows")
-    return examples
+        if count < num_rows:
+            print(f"{dataset}: column {name} is in {count} of {num_rows} rows")
 
 
 def load_held_out(make_example, tokenizer, args):

@@ -40,8 +40,8 @@ MUTANTS = [
     ),
     Mutant(
         "common.py",
-        "        if count < len(rows):\n",
-        "        if count > len(rows):\n",
+        "        if count < num_rows:\n",
+        "        if count > num_rows:\n",
         "a column that only some rows have goes unnamed",
         "test_data.py::test_columns_that_only_some_rows_have_are_named",
     ),
