@@ -19,6 +19,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -72,6 +73,10 @@ def cli(Args, laptop):
 
     Without --model it is the laptop run, whose flags `laptop` gives. With --resume the flags saved
     in --output-dir are the defaults. Flags on the command line win."""
+    # in a terminal that is too narrow --help would be a letter a line
+    os.environ["COLUMNS"] = str(max(80, shutil.get_terminal_size().columns))
+    if "--help" in sys.argv and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word
     is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
         f"{sys.modules[Args.__module__].__doc__}\n\n"

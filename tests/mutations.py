@@ -26,6 +26,13 @@ Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
         "common.py",
+        "max(80, shutil.get_terminal_size().columns)",
+        "shutil.get_terminal_size().columns",
+        "--help in a narrow terminal is a letter a line",
+        "test_situations.py::test_help_in_a_narrow_terminal",
+    ),
+    Mutant(
+        "common.py",
         'BEGUN = {LOCK, "args.json", ',
         'BEGUN = {LOCK, "metrics.jsonl", "args.json", ',
         "a run that has a log is written over",

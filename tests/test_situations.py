@@ -883,6 +883,25 @@ def test_under_nohup_a_hang_up_does_not_stop_the_run(tiny_dirs, tmp_path, monkey
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_help_into_a_pipe_that_is_closed():
+    """As after `--help | head -1`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, sft.__file__, "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b"" and done.returncode == -signal.SIGPIPE
+
+
+def test_help_in_a_narrow_terminal():
+    """Words, and not one letter a line."""
+    command = [sys.executable, sft.__file__, "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "20"}
+    )
+    assert len(done.stdout.splitlines()) < 200
+
+
 @pytest.mark.parametrize("size", ["2", "", "many"])
 def test_world_size_that_no_torchrun_set(size, tiny_dirs, tmp_path, monkeypatch):
     """As clusters do: one process is one process."""
