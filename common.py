@@ -80,7 +80,7 @@ def cli(Args, laptop):
     is_laptop = not any(word.partition("=")[0] == "--model" for word in sys.argv[1:])
     description = (
         f"{sys.modules[Args.__module__].__doc__}\n\n"
-        "The defaults below are those of the laptop run, or with --model those for real models."
+        "Defaults are those of the laptop run; `--model X --help` shows those for real models."
     )
     args = tyro.cli(Args, default=Args(**laptop) if is_laptop else Args(), description=description)
     if args.resume:
@@ -377,17 +377,16 @@ def context_of(config):
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_fit(path, examples, tokens, flag):
-    """Stop if sequences of that many tokens, or ids of the examples, are beyond what a model was
-    made for."""
-    config = from_pretrained(AutoConfig, path, "--model")
-    if tokens > context_of(config):
-        fail(
-            f"{tokens} tokens do not fit the context of {path}, {context_of(config)}: lower {flag}"
-        )
+def check_fit(path, flag, examples, tokens, lengths):
+    """Stop if sequences of that many tokens, which the flags `lengths` limit, or ids of the
+    examples, are beyond what a model was made for."""
+    config = from_pretrained(AutoConfig, path, flag)
+    context = context_of(config)
+    if tokens > context:
+        fail(f"{tokens} tokens do not fit the context of {flag} {path}, {context}: lower {lengths}")
     largest = max(max(ids) for x in examples for name, ids in x.items() if name.endswith("ids"))
     if largest >= config.get_text_config().vocab_size:
-        fail(f"--model {path} has no embedding of token {largest}, its tokenizer has: resize it")
+        fail(f"{flag} {path} has no embedding of token {largest}, its tokenizer has: resize it")
 
 
 def load_policy(path, device, flag="--model", *, trainable=False, gradient_checkpointing=False):
@@ -491,12 +490,14 @@ def check_policy(model, flag):
     )
 
     def choose(logits, noise):
-        """The noise is the token itself."""
+        """The noise is the token to take: number v stands at place v - 1 of `rows`, so that the
+        logits of v - 2 speak of it."""
         check(logits, own.flatten(0, 1)[noise - 2])
         return noise
 
     try:
         own = model(input_ids=rows, use_cache=False).logits
+        # (7: the first row ends at once, and its cache is dropped)
         sample_rows(model, prompts, completions, choose, eos_ids=torch.tensor([7]))
         outputs = model.base_model(input_ids=rows * mask, attention_mask=mask, use_cache=False)
         check(head_logits(model, outputs.last_hidden_state)[mask > 0], own[mask > 0])
@@ -755,6 +756,7 @@ def encode_completions(tokenizer, prompt, completions, end_id):
     is_chat = isinstance(prompt, list)
     if is_chat:
         conversations = [join_messages(prompt, completion) for completion in completions]
+        check_answer_roles(prompt, conversations)
         check_control_tokens(tokenizer, sum(conversations, prompt))
         texts = [render_prompt(tokenizer, prompt, completions)]
         texts += [render(tokenizer, messages) for messages in conversations]
@@ -774,6 +776,13 @@ def encode_completions(tokenizer, prompt, completions, end_id):
         raise DroppedRow(f"whose prompt is, in tokens, no prefix of prompt and completion{cause}")
     completions = [ids[len(prompt_ids) :] for ids in sequences]
     return prompt_ids, [end_once(tokenizer, ids, end_id, is_chat) for ids in completions]
+
+
+def check_answer_roles(prompt, conversations):
+    """Drop a row whose answer goes on with a turn that the assistant did not write."""
+    for messages in conversations:
+        if any(message["role"] != "assistant" for message in messages[len(prompt) :]):
+            raise DroppedRow("whose answer holds turns of others than the assistant")
 
 
 def render_prompt(tokenizer, prompt, completions):
@@ -1040,7 +1049,7 @@ def gsm8k_number(text):
     """The answer that a worked solution ends in: the first number after the last `####` or in the
     last \\boxed{}, else the last number of all; None without one. Nothing is evaluated."""
     text = re.sub(r"\{,\}|\\,|\\!", "", text)  # LaTeX's thousands commas
-    marked = re.findall(r"####([^\n]*)|\\boxed\{([^{}]*)\}", text)
+    marked = re.findall(r"####([^\n]*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     found = re.findall(NUMBER, "".join(marked[-1]))[:1] if marked else []
     found = found or re.findall(NUMBER, text)[-1:]
     return float(re.sub("[$,]", "", found[0]).replace("−", "-")) if found else None
@@ -1230,7 +1239,7 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
             rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
         elif reward == "none":  # for distillation, where the KL is all
             if args.reward != "none" or not getattr(args, "reference", None):
-                fail(f"--reward {args.reward}: none stands alone, and beside --reference")
+                fail("--reward none stands alone, and beside --reference (rloo.py, grpo.py)")
             rewards.append(lambda examples, completions: torch.zeros(len(completions)))
         elif reward in CHECKERS:
             check_answers(examples, reward)
@@ -1266,10 +1275,10 @@ def check_answers(examples, reward):
             fail(f"{example['where']}: --reward {reward} finds no `answer` in {answer!r:.60}")
 
 
-def load_gold(args, tokenizer, eos_ids):
-    """The exact checker of --dataset or --reward, to be logged beside the score; None if there is
-    none."""
-    name = args.dataset if args.dataset in CHECKERS else getattr(args, "reward", None)
+def load_gold(args, dataset, tokenizer, eos_ids):
+    """The exact checker of a data set or of --reward, to be logged beside the score; None if there
+    is none."""
+    name = dataset if dataset in CHECKERS else getattr(args, "reward", None)
     return checker_reward(CHECKERS[name], tokenizer, eos_ids) if name in CHECKERS else None
 
 
@@ -1361,8 +1370,8 @@ class Run:
         digest = self.dir / "digest"
         if self.args.resume and digest.exists() and digest.read_text() != self.digest:
             fail(
-                f"--resume: data or start model differ from those that {self.dir} began with; "
-                "give these, or start a new run in another --output-dir"
+                "--resume: data, their order or start model differ from those that "
+                f"{self.dir} began with; give these, or start a new run in another --output-dir"
             )
         path = self.dir / "checkpoint" / "state.pt"
         step = -1  # without a checkpoint the run begins again, and so do its logs

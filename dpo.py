@@ -182,7 +182,10 @@ def split_shared_prefix(chosen, rejected):
         match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
         cut = match.end() if match else 0
     if cut == 0:
-        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
+        raise BadRow(
+            "`chosen` and `rejected` share no beginning that could be the prompt (beside a text as "
+            "`prompt` they are texts, or conversations that begin with it)"
+        )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -490,8 +493,8 @@ def main(args):
     examples = load_examples(args.dataset, preference_example, tokenizer, args)
     held_out = load_held_out(preference_example, tokenizer, args)
     longest = max(map(pair_length, examples + held_out))
-    check_fit(args.model, examples + held_out, longest, "--max-length")
-    gold = load_gold(args, tokenizer, eos_ids)
+    check_fit(args.model, "--model", examples + held_out, longest, "--max-length")
+    gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     num_margins = sum(example["margin"] != 0 for example in examples)
     if num_margins and args.loss_type in ("ipo", "orpo"):
         print(f"{num_margins} rows have a `margin`, which --loss-type {args.loss_type} leaves out")

@@ -6,7 +6,7 @@ Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. A completion's a
 less the mean of its group and divided by the group's standard deviation, is that of all its tokens;
 PPO's clipped surrogate is averaged over the tokens of each completion, then over completions; the
 KL is a second loss, the k3 estimate (its gradient is not quite that of the objective: see
-kl_penalty). Later work is one flag each:
+kl_penalty). Later work, by flags:
 
     Dr. GRPO (Liu et al. 2025)     --scale-rewards none --loss-aggregation constant --kl-coef 0
     DAPO (Yu et al. 2025)          --loss-aggregation token --epsilon-high 0.28 --kl-coef 0
@@ -19,7 +19,7 @@ kl_penalty). Later work is one flag each:
       each token's KL              --kl-estimator k2 (Agarwal et al. 2024, GKD; Lu 2025)
       whole completions' KL        --kl-estimator k1 --kl-in reward (Gu et al. 2024, MiniLLM)
 
-With one update per rollout, the default, no ratio leaves 1 and no clip is at work. Left out: a
+With one update per rollout, the default, every ratio is 1, and --epsilon has no effect. Left out: a
 value model, generation engines, LoRA.
 
     python grpo.py                    after sft.py: two minutes, two cores
@@ -165,7 +165,8 @@ class Args:
     mask_truncated: bool = False
     """no gradient from a completion without EOS, whose score still counts (DAPO, section 3.4)"""
     dynamic_sampling: bool = False
-    """replace groups of equal rewards by fresh prompts, in 8 rounds at most (DAPO, section 3.2)"""
+    """replace groups of equal rewards (score, --missing-eos-penalty) by fresh prompts, in 8 rounds
+    at most (DAPO, section 3.2)"""
     overlong_buffer: int = 0
     """tokens before --max-completion-length over which the reward falls by 1 (DAPO, section 3.4)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -280,14 +281,15 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     k2 as a loss       on one-token completions at the same, with b for beta
     k3 as a loss       on one-token completions at b pi_ref / (lambda - r): its gradient is that of
         KL(pi_ref || pi)
-    All this at ratio 1: once the policy has left the one that sampled, the gradients of k2 and k3
-    are those of no KL, and only ratio * k3 (--kl-ratio) still has that of KL(pi || pi_ref). Not
-    offered: k1 as a loss (does not regularise: its mean gradient is 0), k2 and k3 in the reward (no
-    sound fixed point).
+    ratio * k3 as a loss (--kl-ratio)   where k2 ends: its gradient is that of KL(pi || pi_ref)
+    With ratio * k3 this holds after several updates of a rollout too; k2 and k3 alone point there
+    only while the ratio is 1, and later to no divergence's minimum. Not offered: k1 as a loss (does
+    not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point).
 
-    With --reward none, from another --reference: k1 in the reward gives the gradient of KL(policy
-    || reference) of whole completions on the policy's own samples (times (G-1)/G); k2 as a loss
-    that of each next token's KL, which ignores that a token changes the next ones."""
+    With --reward none, from another --reference, and --loss-aggregation constant: k1 in the reward
+    gives the gradient of KL(policy || reference) of whole completions on the policy's own samples
+    (times (G-1)/G); k2 as a loss that of each next token's KL, which ignores that a token changes
+    the next ones. The other aggregations weigh tokens by the lengths of their completions."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -302,9 +304,9 @@ def loss_weights(mask, aggregation, max_completion_length):
     """mask (b, T) of a minibatch -> weights (b, T) of its token losses.
 
     "sequence": mean over the tokens of each completion, then over completions (DeepSeekMath,
-    equation 3); "token": mean over all tokens (DAPO, section 3.3), neither counting what has no
-    trained token; "constant": sum over the longest possible length, then mean over all completions
-    (Dr. GRPO)."""
+    equation 3); "token": mean over all tokens (DAPO, section 3.3); a completion without a trained
+    token (--mask-truncated) counts in neither; "constant": sum over the longest possible length,
+    then mean over all completions (Dr. GRPO)."""
     if aggregation == "sequence":
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         num_sequences = mask.any(1).sum().clamp(min=1)
@@ -585,6 +587,8 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
 
 def main(args):
     device, autocast = setup(args)
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
     if args.num_generations < 2:
         fail("--num-generations is 1, and a group of one has no advantage: give at least 2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
@@ -607,12 +611,15 @@ def main(args):
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    check_fit(
-        args.model,
-        examples + held_out,
-        longest_prompt + args.max_completion_length,
-        "--max-prompt-length or --max-completion-length",
-    )
+    for flag, path in [("--model", args.model), ("--reference", args.reference)]:
+        if path is not None:
+            check_fit(
+                path,
+                flag,
+                examples + held_out,
+                longest_prompt + args.max_completion_length,
+                "--max-prompt-length or --max-completion-length",
+            )
 
     # load the models
     ensemble = load_rewards(
@@ -623,7 +630,8 @@ def main(args):
         device=device,
         autocast=autocast,
     )
-    gold = load_gold(args, tokenizer, eos_ids)
+    gold = load_gold(args, args.dataset, tokenizer, eos_ids)
+    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
         device,
@@ -647,7 +655,7 @@ def main(args):
             reference,
             held_out,
             ensemble=ensemble,
-            gold=gold,
+            gold=eval_gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
             args=args,

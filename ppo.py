@@ -9,8 +9,8 @@ token. A value model predicts what is still to come, GAE turns both into advanta
 surrogate (Schulman et al. 2017, equation 7) is stepped on for several epochs. PPO-ptx (Ouyang et
 al. 2022, equation 2), by --ptx-dataset and --ptx-coef, adds - ptx_coef * mean log pi(token) of rows
 that the policy must not forget to the loss of every update. Left out: an adaptive KL coefficient
-(later work fixes it), reward scaling, a trunk shared by policy and value model, generation engines,
-LoRA.
+(later work keeps it constant), reward scaling, a trunk shared by policy and value model, generation
+engines, LoRA.
 
     python ppo.py                     after sft.py and reward_model.py: two minutes, two cores
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
@@ -148,8 +148,8 @@ class Args:
     """where values start; without it the reward model if it has the policy's tokens, else a zero
     head"""
     value_coef: float = 0.1
-    """weight of the value loss (0.1: N+). Adam hides it where, as here, the value model stands
-    apart"""
+    """weight of the value loss (0.1: N+). The value model stands apart, so it scales that gradient
+    alone: without effect where --max-grad-norm clips it, with little far above Adam's eps"""
     value_clip: float = 0.2
     """a value moves this far from its old one before its gradient stops (0.2: N+)"""
     gamma: float = 1.0
@@ -157,7 +157,8 @@ class Args:
     gae_lambda: float = 0.95
     """of GAE: 0 trusts the value model, 1 the sampled rewards"""
     whiten_rewards: bool = False
-    """divide rewards by their standard deviation (lmhp does, N+ does not)"""
+    """divide token rewards by their deviation, and keep their mean (lmhp does, N+ does not): this
+    adds a constant to every token, which pays or costs length"""
     ptx_dataset: str | None = None
     """rows of prompt and completion that the policy must not forget (PPO-ptx)"""
     ptx_coef: float = 0.0
@@ -291,9 +292,9 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """- kl_coef * (log pi - log pi_ref) at every completion token, the k1 estimate of the KL, and
     the score at the last.
 
-    scores (B,), the others (B, T) -> (B, T). Ziegler et al. 2019, equation 2; at the last
-    completion token, which is EOS unless the completion was cut, so that one mask serves rewards,
-    values and log-probs (N+ puts the score one token later and needs a second mask)."""
+    scores (B,), the others (B, T) -> (B, T). Ziegler et al. 2019, equation 2. The score stands at
+    the last completion token, EOS unless the completion was cut, so that one mask serves rewards,
+    values and log-probs (N+ puts it one token later and needs a second mask)."""
     tokens_from_here = mask.flip(1).cumsum(1).flip(1)
     is_last = (tokens_from_here == 1) & mask.bool()
     kl = (logprobs - ref_logprobs) * mask
@@ -621,6 +622,8 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
 
 def main(args):
     device, autocast = setup(args)
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
     batch_size = args.prompts_per_step * args.num_generations
     if batch_size < args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
@@ -636,12 +639,15 @@ def main(args):
     if args.ptx_coef:
         ptx_examples = load_examples(args.ptx_dataset, ptx_example, tokenizer, args)
     longest_prompt = max(len(x["prompt_ids"]) for x in examples + held_out + ptx_examples)
-    check_fit(
-        args.model,
-        examples + held_out + ptx_examples,
-        longest_prompt + args.max_completion_length,
-        "--max-prompt-length or --max-completion-length",
-    )
+    for flag, path in [("--model", args.model), ("--value-model", args.value_model)]:
+        if path is not None:
+            check_fit(
+                path,
+                flag,
+                examples + held_out + ptx_examples,
+                longest_prompt + args.max_completion_length,
+                "--max-prompt-length or --max-completion-length",
+            )
 
     # load the models
     ensemble = load_rewards(
@@ -652,7 +658,8 @@ def main(args):
         device=device,
         autocast=autocast,
     )
-    gold = load_gold(args, tokenizer, eos_ids)
+    gold = load_gold(args, args.dataset, tokenizer, eos_ids)
+    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
         device,
@@ -677,7 +684,7 @@ def main(args):
             reference,
             held_out,
             ensemble=ensemble,
-            gold=gold,
+            gold=eval_gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
             args=args,

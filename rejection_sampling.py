@@ -132,7 +132,7 @@ class Args:
     """the best completion of each prompt, the --select-k best of all, or as many at random: the
     controls"""
     select_k: int | None = None
-    """completions that top-k and random-k keep"""
+    """completions that top-k and random-k keep (equal ones of a prompt count once)"""
     min_score: float | None = None
     """completions with a lower score are not selected, by the controls neither"""
     prompts_per_iteration: int | None = None
@@ -238,8 +238,9 @@ def best_of_n(scores, values):
     ranked_values = values.flip(0)[ascending].tolist()
     curve = {}
     for N in [2**i for i in range(n.bit_length())]:
-        total = sum(value * math.comb(i, N - 1) for i, value in enumerate(ranked_values))
-        curve[N] = total / math.comb(n, N)
+        # (a whole number over a whole number first: alone they can be beyond any float)
+        shares = [math.comb(i, N - 1) / math.comb(n, N) for i in range(n)]
+        curve[N] = sum(share * value for share, value in zip(shares, ranked_values))
     return curve
 
 
@@ -305,9 +306,9 @@ def roll_out(
     """Sample and score N completions of each prompt -> one record a prompt, as rollouts.jsonl has
     them.
 
-    What that file holds of this iteration, from before a --resume, is read, whatever flags have
-    changed since; a chunk that was cut off is sampled again. A score is None where the reward
-    cannot judge."""
+    What that file holds of this iteration, from before a --resume, is read, whatever --reward or
+    --temperature are now; a chunk that was cut off is sampled again. A score is None where the
+    reward cannot judge."""
     records = on_first_rank(lambda: read_rows(run.dir / "rollouts.jsonl"))
     earlier = [record for record in records if record["iteration"] < iteration]
     records = [record for record in records if record["iteration"] == iteration]
@@ -315,6 +316,10 @@ def roll_out(
         records = records[: len(records) // CHUNK * CHUNK]
         run.rewrite("rollouts.jsonl", earlier + records)
     N = args.num_generations
+    if any(len(record["ids"]) != N for record in records):
+        fail(
+            f"--num-generations {N}: the rollouts that --resume found have another number; keep it"
+        )
     for first in range(len(records), len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         with autocast():
@@ -522,6 +527,8 @@ def evaluate_policy(policy, examples, *, ensemble, gold, tokenizer, eos_ids, arg
 
 def main(args):
     device, autocast = setup(args)
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
     if (args.select in ("top-k", "random-k")) != (args.select_k is not None):
         fail(f"--select {args.select}, --select-k {args.select_k}: only top-k and random-k need it")
 
@@ -533,6 +540,7 @@ def main(args):
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
     check_fit(
         args.model,
+        "--model",
         examples + held_out,
         longest_prompt + args.max_completion_length,
         "--max-prompt-length or --max-completion-length",
@@ -547,7 +555,8 @@ def main(args):
         device=device,
         autocast=autocast,
     )
-    gold = load_gold(args, tokenizer, eos_ids)
+    gold = load_gold(args, args.dataset, tokenizer, eos_ids)
+    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
         device,
@@ -568,15 +577,19 @@ def main(args):
     # (fewer if some prompts have no score)
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
     if args.steps is not None:
+        if args.steps > steps:
+            print(f"--steps {args.steps}: the run ends after {steps}, which are all --iterations")
         steps = min(steps, args.steps)
-    run = Run(args, models, optimizer, steps, examples)
+    # (the order too: rollouts.jsonl is of these prompts)
+    order = stream(examples, args.seed, 0, M)
+    run = Run(args, models, optimizer, steps, examples + order)
 
     def held_out_metrics(step):
         metrics, rows = evaluate_policy(
             policy,
             held_out,
             ensemble=ensemble,
-            gold=gold,
+            gold=eval_gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
             args=args,

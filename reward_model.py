@@ -181,7 +181,10 @@ def split_shared_prefix(chosen, rejected):
         match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
         cut = match.end() if match else 0
     if cut == 0:
-        raise BadRow("has no prompt, and `chosen` and `rejected` do not begin alike")
+        raise BadRow(
+            "`chosen` and `rejected` share no beginning that could be the prompt (beside a text as "
+            "`prompt` they are texts, or conversations that begin with it)"
+        )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -545,6 +548,8 @@ def evaluate_scores(model, examples, *, tokenizer, args, autocast):
 
 def main(args):
     device, autocast = setup(args)
+    if args.outcome_tokens == "all" and args.loss != "outcome":
+        fail(f"--outcome-tokens all is for --loss outcome, not {args.loss}")
 
     # load the data first, so that a bad file costs no time
     tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
@@ -558,7 +563,7 @@ def main(args):
         for ids in example["completion_ids"]
     ]
     longest = max(len(sequence["ids"]) for sequence in sequences)
-    check_fit(args.model, sequences, longest, "--max-length")
+    check_fit(args.model, "--model", sequences, longest, "--max-length")
 
     def init(model, has_new_head):
         """A head of variance 1 / (H + 1) (Stiennon et al. 2020), a PAD that is no EOS, and what

@@ -451,6 +451,8 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
 
 def main(args):
     device, autocast = setup(args)
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
     if args.baseline == "leave-one-out" and args.num_generations < 2:
         fail("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
     batch_size = args.prompts_per_step * args.num_generations
@@ -463,12 +465,15 @@ def main(args):
     examples = load_examples(args.dataset, prompt_example, tokenizer, args)
     held_out = load_held_out(prompt_example, tokenizer, args)
     longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    check_fit(
-        args.model,
-        examples + held_out,
-        longest_prompt + args.max_completion_length,
-        "--max-prompt-length or --max-completion-length",
-    )
+    for flag, path in [("--model", args.model), ("--reference", args.reference)]:
+        if path is not None:
+            check_fit(
+                path,
+                flag,
+                examples + held_out,
+                longest_prompt + args.max_completion_length,
+                "--max-prompt-length or --max-completion-length",
+            )
 
     # load the models
     ensemble = load_rewards(
@@ -479,7 +484,8 @@ def main(args):
         device=device,
         autocast=autocast,
     )
-    gold = load_gold(args, tokenizer, eos_ids)
+    gold = load_gold(args, args.dataset, tokenizer, eos_ids)
+    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     policy = load_policy(
         args.model,
         device,
@@ -503,7 +509,7 @@ def main(args):
             reference,
             held_out,
             ensemble=ensemble,
-            gold=gold,
+            gold=eval_gold,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
             args=args,

@@ -108,7 +108,7 @@ def solved(folder, out, seed, teacher=None):
     args = rloo.Args(model=path, micro_batch_tokens=4096)
     tokenizer = common.load_tokenizer(path)
     eos_ids = common.find_eos_ids(tokenizer, path)
-    gold = common.load_gold(args, tokenizer, eos_ids)
+    gold = common.load_gold(args, "sort", tokenizer, eos_ids)
     examples = common.load_examples("sort", rloo.prompt_example, tokenizer, args, held_out=True)
     prompt_ids = [example["prompt_ids"] for example in examples]
     found = {}

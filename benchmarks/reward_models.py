@@ -185,7 +185,7 @@ def best_of_n_curves(seed):
         rng=common.generator(seed, "best of N"),
     )
     repeated = [example for example in examples for _ in range(N)]
-    gold = common.load_gold(args, tokenizer, eos_ids)(repeated, completions).view(-1, N)
+    gold = common.load_gold(args, "sort", tokenizer, eos_ids)(repeated, completions).view(-1, N)
     scores = dict(zip(names, [member(repeated, completions) for member in ensemble]))
     members = torch.stack([scores[f"noisy_{i}"] for i in range(MEMBERS)])
     for name, (number, how) in COMBINED.items():

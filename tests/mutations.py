@@ -25,6 +25,41 @@ import pytest
 Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
+        "rejection_sampling.py",
+        "examples + order)",
+        "examples)",
+        "--resume with another seed pairs prompts with the completions of others",
+        "test_rejection_sampling.py::test_rollouts_of_other_flags_are_not_taken",
+    ),
+    Mutant(
+        "sft.py",
+        "load_gold(args, args.eval_dataset or args.dataset, ",
+        "load_gold(args, args.dataset, ",
+        "the truth of held-out rows is that of the rows that are trained on",
+        "test_situations.py::test_gold_is_the_checker_of_what_is_evaluated",
+    ),
+    Mutant(
+        "grpo.py",
+        "gold=eval_gold,",
+        "gold=gold,",
+        "the truth of held-out rows is that of the rows that are trained on",
+        "test_situations.py::test_gold_is_the_checker_of_what_is_evaluated",
+    ),
+    Mutant(
+        "common.py",
+        "for message in messages[len(prompt) :]",
+        "for message in messages[len(prompt) :][:1]",
+        "turns of the user inside an answer are trained",
+        "test_bad_input.py::test_answers_with_turns_of_others_are_dropped",
+    ),
+    Mutant(
+        "ppo.py",
+        ', ("--value-model", args.value_model)]',
+        "]",
+        "a value model of a shorter context is an index error in the first update",
+        "test_situations.py::test_a_second_model_that_is_smaller_is_refused",
+    ),
+    Mutant(
         "common.py",
         "max(80, shutil.get_terminal_size().columns)",
         "shutil.get_terminal_size().columns",

@@ -322,6 +322,23 @@ def test_answers_that_spell_control_are_dropped(column, tmp_path, capsys):
     assert "1 rows; 1 dropped whose messages spell a control token" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "kind, columns", [("sft", ["completion"]), ("preference", ["chosen", "rejected"])]
+)
+def test_answers_with_turns_of_others_are_dropped(kind, columns, tmp_path, capsys):
+    """Their tokens would be trained as the assistant's own."""
+    good = {"prompt": talk("hi"), "chosen": "yes", "rejected": "no", "completion": "so"}
+    rows = [good]
+    for column in columns:
+        rows += [good | {column: talk("hello", "why", "so", first="assistant")}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = load_file(path, kind, letters(chat=True))
+    assert [e["row"] for e in examples] == [good]
+    said = f"1 rows; {len(columns)} dropped whose answer holds turns of others than the assistant"
+    assert said in capsys.readouterr().out
+
+
 def test_rendered_texts_keep_their_control_tokens(tmp_path):
     """People bring prompts that a template has rendered already."""
     path = tmp_path / "rows.jsonl"

@@ -1024,7 +1024,7 @@ def test_pass_at_g_counts_prompts_that_one_sample_solves(chain, tmp_path, monkey
         ensemble=common.load_rewards(
             args, examples, tokenizer, eos_ids, device=device, autocast=autocast
         ),
-        gold=common.load_gold(args, tokenizer, eos_ids),
+        gold=common.load_gold(args, args.dataset, tokenizer, eos_ids),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         args=args,

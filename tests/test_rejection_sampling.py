@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import CPU
+from language import write_rows
 
 import common
 import rejection_sampling as rs
@@ -62,6 +63,12 @@ def test_best_of_n_against_all_subsets():
                 assert mean == pytest.approx(
                     sum(what[i].item() for i in picked) / len(subsets), rel=1e-5
                 )
+
+
+def test_best_of_n_of_many():
+    """The number of subsets is beyond any float."""
+    curve = rs.best_of_n(torch.arange(1100.0), torch.full((1100,), 100.0))
+    assert curve == pytest.approx({2**i: 100.0 for i in range(11)})
 
 
 def test_best_of_n_metrics():
@@ -377,8 +384,35 @@ def test_rollouts_of_other_data_are_not_taken(start, tmp_path, monkeypatch, caps
     assert rollouts and not (tmp_path / "run/checkpoint/state.pt").exists()
     with pytest.raises(SystemExit):
         rs.main(run_args(start, tmp_path / "run", **IN_TWO, resume=True, seed=2))
-    assert "data or start model differ" in capsys.readouterr().err
+    assert "data, their order or start model differ" in capsys.readouterr().err
     assert (tmp_path / "run/rollouts.jsonl").read_text() == rollouts
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(seed=2), "their order"),
+        (dict(prompts_per_iteration=69), "their order"),
+        (dict(num_generations=3), "--num-generations 3"),
+    ],
+)
+def test_rollouts_of_other_flags_are_not_taken(  # noqa: PLR0917
+    changes, words, start, tmp_path, monkeypatch, capsys
+):
+    """Another order of the same rows would pair prompts with the completions of others."""
+    rows = common.task_rows("prompt", held_out=False, seed=1)
+    flags = IN_TWO | dict(dataset=write_rows(tmp_path / "rows.jsonl", rows))
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, 2, fail_now)
+        with pytest.raises(Broken):
+            rs.main(run_args(start, tmp_path / "run", **flags))
+    rollouts = (tmp_path / "run/rollouts.jsonl").read_text()
+    assert rollouts
+    with pytest.raises(SystemExit):
+        rs.main(run_args(start, tmp_path / "run", **flags | changes, resume=True))
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "run/rollouts.jsonl").read_text() == rollouts
+    rs.main(run_args(start, tmp_path / "run", **flags, resume=True))
 
 
 @pytest.mark.parametrize("where", ["first", "sampling", "writing", "signal", "training"])

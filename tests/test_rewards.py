@@ -254,11 +254,11 @@ def test_gold_is_the_exact_checker_of_data_or_reward():
         ("rows.jsonl", "runs/reward_model", False),
         ("rows.jsonl", "my/file.py:sort", False),
     ]:
-        args = types.SimpleNamespace(dataset=dataset, reward=reward)
-        gold = common.load_gold(args, tokenizer, [1])
+        args = types.SimpleNamespace(reward=reward)
+        gold = common.load_gold(args, dataset, tokenizer, [1])
         assert (gold is not None) == has_gold
         assert gold is None or gold(examples, right).tolist() == [1.0]
-    assert common.load_gold(types.SimpleNamespace(dataset="rows.jsonl"), tokenizer, [1]) is None
+    assert common.load_gold(types.SimpleNamespace(), "rows.jsonl", tokenizer, [1]) is None
 
 
 def test_checker_is_given_texts_columns_and_finished():

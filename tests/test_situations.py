@@ -33,6 +33,7 @@ import common
 import dpo
 import grpo
 import ppo
+import rejection_sampling
 import reward_model
 import rloo
 import sft
@@ -249,6 +250,61 @@ def test_a_token_beyond_the_embedding_is_refused(script, chain, tmp_path, stop):
     words = [f"--model {model}", f"token {len(tokenizer) - 1}", "resize"]
     stop(words, script.main, args_of(script, model, tmp_path, dataset=data))
     script.main(args_of(script, model, tmp_path))  # where no row has it, it does no harm
+
+
+@pytest.mark.parametrize("what", ["positions", "embedding"])
+@pytest.mark.parametrize("flag", ["reference", "value_model"])
+def test_a_second_model_that_is_smaller_is_refused(flag, what, chain, tmp_path, stop):  # noqa: PLR0917
+    """Seen before anything is sampled, not as an index error in the first update."""
+
+    def smaller(weights, config):
+        if what == "positions":
+            config.update(max_position_embeddings=7)
+        else:
+            config.update(vocab_size=10)
+            name = "model.embed_tokens.weight"
+            weights[name] = weights[name][:10].clone()
+
+    script, source = {
+        "reference": (grpo, chain / "sft"),
+        "value_model": (ppo, chain / "reward_model"),
+    }[flag]
+    path = changed(source, tmp_path / "smaller", smaller)
+    args = args_of(script, chain / "sft", tmp_path, **{flag: path})
+    words = {
+        "positions": ["8 tokens do not fit the context of", "7: lower --max-prompt-length"],
+        "embedding": ["no embedding of token"],
+    }[what]
+    stop([f"--{flag.replace('_', '-')} {path}", *words], script.main, args)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, rloo, rejection_sampling])
+def test_a_temperature_of_zero_is_refused(script, chain, tmp_path, stop):
+    args = script.Args(model=str(chain / "sft"), reward="sort", temperature=0.0)
+    args.output_dir = str(tmp_path / "run")
+    stop(["--temperature 0.0", "above 0"], script.main, args)
+
+
+def test_outcome_tokens_without_the_loss_that_reads_them(chain, tmp_path, stop):
+    args = args_of(reward_model, chain / "sft", tmp_path, outcome_tokens="all")
+    stop(["--outcome-tokens all is for --loss outcome, not"], reward_model.main, args)
+
+
+# ---------------------------------------------------------------- truth
+@pytest.mark.parametrize("script", [sft, dpo, grpo, ppo])
+@pytest.mark.parametrize("of_task", ["dataset", "eval_dataset"])
+def test_gold_is_the_checker_of_what_is_evaluated(script, of_task, chain, tmp_path):
+    """Not of what is trained on: held-out rows of one's own have no `answer`, or another one."""
+    rows = [{name: row[name] for name in row if name != "answer"} for row in ROWS]
+    other = "eval_dataset" if of_task == "dataset" else "dataset"
+    flags = {of_task: "sort", other: write_rows(tmp_path / "own.jsonl", rows)}
+    if script in (grpo, ppo):
+        flags |= dict(reward=reward_file(tmp_path, "return [len(text) for text in completions]"))
+    script.main(args_of(script, chain / "sft", tmp_path, **flags))
+    first, *_, last = metrics(tmp_path / "run")
+    assert ("eval/gold" in first) == (of_task == "eval_dataset")
+    assert ("gold" in last) == (of_task == "dataset" and script in (grpo, ppo))
 
 
 # ---------------------------------------------------------------- files
@@ -470,7 +526,7 @@ def test_resume_with_other_data_or_another_start(what, tiny_dirs, run_dir, tmp_p
         model = changed(model, tmp_path / "model", change)
     before = contents(run_dir)
     args = go_on(model, run_dir, dataset=write_rows(tmp_path / "other.jsonl", rows))
-    stop(["--resume", "data or start model differ", str(run_dir)], sft.main, args)
+    stop(["--resume", "data, their order or start model differ", str(run_dir)], sft.main, args)
     assert contents(run_dir) == before
     sft.main(go_on(tiny_dirs["llama"], run_dir))
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]

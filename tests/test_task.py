@@ -180,6 +180,7 @@ FORMS = [
     ("#### Conclusion\nSo we get \\boxed{18}.", 18),
     ("#### Conclusion\nThe answer is 18.", 18),
     ("\\boxed{18}", 18),
+    ("So \\boxed{5} each, \\boxed{42 \\text{ dollars}} of 50.", 42),
     ("It is \\boxed{17}, no, \\boxed{18}. Of 20.", 18),
     ("\\boxed{\\$18}", 18),
     ("\\boxed{18\\%}", 18),
