@@ -183,8 +183,8 @@ def split_shared_prefix(chosen, rejected):
         cut = match.end() if match else 0
     if cut == 0:
         raise BadRow(
-            "`chosen` and `rejected` share no beginning that could be the prompt (beside a text as "
-            "`prompt` they are texts, or conversations that begin with it)"
+            "`chosen` and `rejected` do not begin alike, with the prompt (beside a text as `prompt` "
+            "they are texts, or conversations that begin with it)"
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
