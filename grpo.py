@@ -16,7 +16,7 @@ kl_penalty). Later work, by flags:
                                    --num-minibatches 4
     distillation of a teacher      --reference TEACHER --reward none --kl-coef 1
                                    --scale-rewards none
-      each token's KL              --kl-estimator k2 (Agarwal et al. 2024, GKD; Lu 2025)
+      each token's KL              --kl-estimator k2 (Agarwal et al. 2024, GKD)
       whole completions' KL        --kl-estimator k1 --kl-in reward (Gu et al. 2024, MiniLLM)
 
 With one update per rollout, the default, every ratio is 1, and --epsilon has no effect. Left out: a

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from language import kl, law  # noqa: E402
 from theorems import theorem  # noqa: E402
 
-NAMES = {  # theorem -> what README and figure call it, and where it must end
+NAMES = {  # theorem -> what table and figure call it, and where it must end
     "sft": ("sft.py", "the law of its data"),
     "reward_model": ("reward_model.py", "the rewards behind the Bradley-Terry odds"),
     "dpo": ("dpo.py", "p_ref exp(r / beta) / Z, given letters, EOS"),
@@ -105,7 +105,7 @@ def draw(rows, file):
 
 
 def table(rows):
-    """README's table: distances at the start and at the end, mean over seeds and range."""
+    """Table: distances at the start and at the end, mean over seeds and range."""
     print("| file | must converge to | KL before | KL after, mean (range) | steps |")
     print("|---|---|---|---|---|")
     for name, (label, target) in NAMES.items():

@@ -1,6 +1,6 @@
 """How often a chat model as judge (docs/recipes.md, AI feedback) agrees with people.
 
-    JUDGE=models/smollm2 python benchmarks/judge.py pairs.jsonl --rows 20
+    JUDGE=../models/smollm2 python benchmarks/judge.py pairs.jsonl --rows 100
 
 The file has rows of prompt, chosen and rejected, all texts. Printed are the pairs in which the
 judge prefers the chosen one, over both orders, and how often it says A, whatever stands there."""

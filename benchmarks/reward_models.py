@@ -9,7 +9,7 @@ The loop: rejection_sampling.py samples 4 completions of each of 20,000 prompts 
 and the exact checker judges them; reward_model.py learns from that file by --loss outcome,
 bradley-terry (all pairs) and plackett-luce; each, and the reward model of the laptop run (pairs of
 right and wrong answers), picks the best of N of 64 completions of the 500 held-out prompts, beside
-the majority vote; the outcome model and that of the pairs are PPO's reward.
+the majority vote; the outcome model is PPO's reward.
 
 Label noise, after Coste et al. 2023: 35,200 pairs with 25% of their labels flipped; four reward
 models of other seeds; PPO against the first alone and against the ensemble's mean, lowest score and

@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else speed.py would set it for good
     benchmark = importlib.import_module(name)
     if name == "curves":
-        benchmark.print_tables(benchmark.load())
+        benchmark.print_methods(benchmark.load())
     elif name == "smollm2":
         benchmark.print_table()
     else:
