@@ -17,7 +17,15 @@ import sft  # noqa: E402
 
 # of Python programs in general, of torchrun, and of benchmarks/
 OTHER_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-OTHER_FLAGS |= {"--shutdown-timeout", "--seeds", "--study", "--check", "--growth"}
+OTHER_FLAGS |= {
+    "--shutdown-timeout",
+    "--seeds",
+    "--study",
+    "--check",
+    "--growth",
+    "--repeats",
+    "--only",
+}
 FLAG = r"--[a-z][a-z-]*"
 
 
