@@ -182,7 +182,7 @@ def split_shared_prefix(chosen, rejected):
         cut = match.end() if match else 0
     if cut == 0:
         raise BadRow(
-            "`chosen` and `rejected` do not begin alike, with the prompt (beside a text as `prompt` "
+            "`chosen` and `rejected` do not begin alike, with a prompt (beside a text as `prompt` "
             "they are texts, or conversations that begin with it)"
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
