@@ -313,6 +313,8 @@ def evaluate_answers(policy, examples, *, gold, tokenizer, eos_ids, args, autoca
 
 def main(args):
     device, autocast = setup(args)
+    if args.model is None and args.chat_template_kwargs is not None:
+        fail("--chat-template-kwargs needs --model: the laptop run has no chat template")
 
     # load the data first, so that a bad file costs no time
     tokenizer = tiny_tokenizer()
@@ -328,7 +330,12 @@ def main(args):
     if args.model is None:  # new weights
         torch.manual_seed(args.seed)
         model = transformers.LlamaForCausalLM(tiny_config(tokenizer))
-        policy = prepare(model, device, trainable=True)
+        policy = prepare(
+            model,
+            device,
+            trainable=True,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
     else:
         policy = load_policy(
             args.model,

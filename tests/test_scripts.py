@@ -440,6 +440,7 @@ def test_a_folder_of_other_files_is_not_written_to(chain, tmp_path, capsys):
         (grpo, ["--kl-estimator", "k3", "--kl-in", "reward"], ["--kl-estimator k3", "--kl-in"]),
         (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
         (sft, ["--resume"], ["--resume", "runs/sft holds no run"]),
+        (sft, ["--chat-template-kwargs", "{}"], ["--chat-template-kwargs needs --model"]),
         (sft, ["--model", "./nowhere"], ["--model ./nowhere", "no directory or Hub id"]),
     ],
 )
