@@ -322,8 +322,6 @@ def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
 def load_reference(args, tokenizer, device):
     """--reference, or the start; None where --kl-coef is 0."""
     if not args.kl_coef:
-        if args.reference:
-            fail(f"--reference {args.reference} counts for nothing, since --kl-coef is 0")
         return None
     path = args.reference or args.model
     other = load_tokenizer(path, "--reference")
@@ -451,6 +449,8 @@ def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids,
 
 def main(args):
     device, autocast = setup(args)
+    if args.reference is not None and not args.kl_coef:
+        fail(f"--reference {args.reference} counts for nothing, since --kl-coef is 0")
     if args.temperature <= 0:
         fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
     if args.baseline == "leave-one-out" and args.num_generations < 2:
