@@ -1239,7 +1239,7 @@ def load_rewards(args, examples, tokenizer, eos_ids, *, device, autocast):
             rewards.append(checker_reward(functions[name], tokenizer, eos_ids))
         elif reward == "none":  # for distillation, where the KL is all
             if args.reward != "none" or not getattr(args, "reference", None):
-                fail("--reward none stands alone, and beside --reference (rloo.py, grpo.py)")
+                fail(f"--reward {args.reward}: none stands alone, beside --reference (rloo, grpo)")
             rewards.append(lambda examples, completions: torch.zeros(len(completions)))
         elif reward in CHECKERS:
             check_answers(examples, reward)
