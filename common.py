@@ -377,7 +377,7 @@ def context_of(config):
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_fit(path, flag, examples, tokens, lengths):
+def check_fit(path, flag, *, examples, tokens, lengths):
     """Stop if sequences of that many tokens, which the flags `lengths` limit, or ids of the
     examples, are beyond what a model was made for."""
     config = from_pretrained(AutoConfig, path, flag)

@@ -493,7 +493,13 @@ def main(args):
     examples = load_examples(args.dataset, preference_example, tokenizer, args)
     held_out = load_held_out(preference_example, tokenizer, args)
     longest = max(map(pair_length, examples + held_out))
-    check_fit(args.model, "--model", examples + held_out, longest, "--max-length")
+    check_fit(
+        args.model,
+        "--model",
+        examples=examples + held_out,
+        tokens=longest,
+        lengths="--max-length",
+    )
     gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     num_margins = sum(example["margin"] != 0 for example in examples)
     if num_margins and args.loss_type in ("ipo", "orpo"):

@@ -283,13 +283,14 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
         KL(pi_ref || pi)
     ratio * k3 as a loss (--kl-ratio)   where k2 ends: its gradient is that of KL(pi || pi_ref)
     With ratio * k3 this holds after several updates of a rollout too; k2 and k3 alone point there
-    only while the ratio is 1, and later to no divergence's minimum. Not offered: k1 as a loss (does
-    not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed point).
+    only while the ratio is 1, and later theirs is the gradient of no divergence. Not offered: k1 as
+    a loss (does not regularise: its mean gradient is 0), k2 and k3 in the reward (no sound fixed
+    point).
 
     With --reward none, from another --reference, and --loss-aggregation constant: k1 in the reward
     gives the gradient of KL(policy || reference) of whole completions on the policy's own samples
     (times (G-1)/G); k2 as a loss that of each next token's KL, which ignores that a token changes
-    the next ones. The other aggregations weigh tokens by the lengths of their completions."""
+    the next ones. The other aggregations divide by lengths, which turns it a little."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -616,9 +617,9 @@ def main(args):
             check_fit(
                 path,
                 flag,
-                examples + held_out,
-                longest_prompt + args.max_completion_length,
-                "--max-prompt-length or --max-completion-length",
+                examples=examples + held_out,
+                tokens=longest_prompt + args.max_completion_length,
+                lengths="--max-prompt-length or --max-completion-length",
             )
 
     # load the models

@@ -149,7 +149,7 @@ class Args:
     head"""
     value_coef: float = 0.1
     """weight of the value loss (0.1: N+). The value model stands apart, so it scales that gradient
-    alone: without effect where --max-grad-norm clips it, with little far above Adam's eps"""
+    alone: no effect where --max-grad-norm clips it, almost none where it is far above Adam's eps"""
     value_clip: float = 0.2
     """a value moves this far from its old one before its gradient stops (0.2: N+)"""
     gamma: float = 1.0
@@ -644,9 +644,9 @@ def main(args):
             check_fit(
                 path,
                 flag,
-                examples + held_out + ptx_examples,
-                longest_prompt + args.max_completion_length,
-                "--max-prompt-length or --max-completion-length",
+                examples=examples + held_out + ptx_examples,
+                tokens=longest_prompt + args.max_completion_length,
+                lengths="--max-prompt-length or --max-completion-length",
             )
 
     # load the models

@@ -316,10 +316,10 @@ def roll_out(
         records = records[: len(records) // CHUNK * CHUNK]
         run.rewrite("rollouts.jsonl", earlier + records)
     N = args.num_generations
-    if any(len(record["ids"]) != N for record in records):
-        fail(
-            f"--num-generations {N}: the rollouts that --resume found have another number; keep it"
-        )
+    for record in records:
+        sampled = len(record["ids"])
+        if sampled != N:
+            fail(f"--num-generations {N}: --resume found rollouts of {sampled} each; give that")
     for first in range(len(records), len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         with autocast():
@@ -541,9 +541,9 @@ def main(args):
     check_fit(
         args.model,
         "--model",
-        examples + held_out,
-        longest_prompt + args.max_completion_length,
-        "--max-prompt-length or --max-completion-length",
+        examples=examples + held_out,
+        tokens=longest_prompt + args.max_completion_length,
+        lengths="--max-prompt-length or --max-completion-length",
     )
 
     # load the models

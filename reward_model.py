@@ -563,7 +563,13 @@ def main(args):
         for ids in example["completion_ids"]
     ]
     longest = max(len(sequence["ids"]) for sequence in sequences)
-    check_fit(args.model, "--model", sequences, longest, "--max-length")
+    check_fit(
+        args.model,
+        "--model",
+        examples=sequences,
+        tokens=longest,
+        lengths="--max-length",
+    )
 
     def init(model, has_new_head):
         """A head of variance 1 / (H + 1) (Stiennon et al. 2020), a PAD that is no EOS, and what

@@ -470,9 +470,9 @@ def main(args):
             check_fit(
                 path,
                 flag,
-                examples + held_out,
-                longest_prompt + args.max_completion_length,
-                "--max-prompt-length or --max-completion-length",
+                examples=examples + held_out,
+                tokens=longest_prompt + args.max_completion_length,
+                lengths="--max-prompt-length or --max-completion-length",
             )
 
     # load the models

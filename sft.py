@@ -325,7 +325,13 @@ def main(args):
     held_out = load_held_out(sft_example, tokenizer, args)
     longest = max(len(example["ids"]) for example in examples + held_out)
     if args.model is not None:
-        check_fit(args.model, "--model", examples + held_out, longest, "--max-length")
+        check_fit(
+            args.model,
+            "--model",
+            examples=examples + held_out,
+            tokens=longest,
+            lengths="--max-length",
+        )
     gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
     if args.model is None:  # new weights
         torch.manual_seed(args.seed)
