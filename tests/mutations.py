@@ -25,6 +25,13 @@ import pytest
 Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
+        "rloo.py",
+        ', ("--reference", args.reference)]',
+        "]",
+        "a reference of a shorter context is an index error in the first update",
+        "test_situations.py::test_a_second_model_that_is_smaller_is_refused",
+    ),
+    Mutant(
         "rejection_sampling.py",
         "examples + order)",
         "examples)",

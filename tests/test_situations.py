@@ -253,8 +253,17 @@ def test_a_token_beyond_the_embedding_is_refused(script, chain, tmp_path, stop):
 
 
 @pytest.mark.parametrize("what", ["positions", "embedding"])
-@pytest.mark.parametrize("flag", ["reference", "value_model"])
-def test_a_second_model_that_is_smaller_is_refused(flag, what, chain, tmp_path, stop):  # noqa: PLR0917
+@pytest.mark.parametrize(
+    "script, flag, source",
+    [
+        (grpo, "reference", "sft"),
+        (rloo, "reference", "sft"),
+        (ppo, "value_model", "reward_model"),
+    ],
+)
+def test_a_second_model_that_is_smaller_is_refused(  # noqa: PLR0917
+    script, flag, source, what, chain, tmp_path, stop
+):
     """Seen before anything is sampled, not as an index error in the first update."""
 
     def smaller(weights, config):
@@ -265,11 +274,7 @@ def test_a_second_model_that_is_smaller_is_refused(flag, what, chain, tmp_path, 
             name = "model.embed_tokens.weight"
             weights[name] = weights[name][:10].clone()
 
-    script, source = {
-        "reference": (grpo, chain / "sft"),
-        "value_model": (ppo, chain / "reward_model"),
-    }[flag]
-    path = changed(source, tmp_path / "smaller", smaller)
+    path = changed(chain / source, tmp_path / "smaller", smaller)
     args = args_of(script, chain / "sft", tmp_path, **{flag: path})
     words = {
         "positions": ["8 tokens do not fit the context of", "7: lower --max-prompt-length"],
