@@ -50,8 +50,9 @@ def args_of(script, model, folder, **flags):
     data = write_rows(folder / "rows.jsonl", ROWS)
     given = dict(model=str(model), dataset=data, output_dir=str(folder / "run"), steps=1)
     if hasattr(script.Args, "reward"):
-        given |= dict(reward="sort", prompts_per_step=2, num_generations=2)
-        given |= dict(max_completion_length=4)
+        given |= dict(reward="sort", num_generations=2, max_completion_length=4)
+        if hasattr(script.Args, "prompts_per_step"):
+            given |= dict(prompts_per_step=2)
     else:
         given |= dict(batch_size=2, epochs=9)
     return script.Args(**given | flags)
@@ -297,19 +298,20 @@ def test_outcome_tokens_without_the_loss_that_reads_them(chain, tmp_path, stop):
 
 
 # ---------------------------------------------------------------- truth
-@pytest.mark.parametrize("script", [sft, dpo, grpo, ppo])
+@pytest.mark.parametrize("script", [sft, dpo, grpo, ppo, rloo, rejection_sampling])
 @pytest.mark.parametrize("of_task", ["dataset", "eval_dataset"])
 def test_gold_is_the_checker_of_what_is_evaluated(script, of_task, chain, tmp_path):
     """Not of what is trained on: held-out rows of one's own have no `answer`, or another one."""
     rows = [{name: row[name] for name in row if name != "answer"} for row in ROWS]
     other = "eval_dataset" if of_task == "dataset" else "dataset"
     flags = {of_task: "sort", other: write_rows(tmp_path / "own.jsonl", rows)}
-    if script in (grpo, ppo):
+    samples = hasattr(script.Args, "reward")
+    if samples:
         flags |= dict(reward=reward_file(tmp_path, "return [len(text) for text in completions]"))
     script.main(args_of(script, chain / "sft", tmp_path, **flags))
     first, *_, last = metrics(tmp_path / "run")
     assert ("eval/gold" in first) == (of_task == "eval_dataset")
-    assert ("gold" in last) == (of_task == "dataset" and script in (grpo, ppo))
+    assert ("gold" in last) == (of_task == "dataset" and samples)
 
 
 # ---------------------------------------------------------------- files
