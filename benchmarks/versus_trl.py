@@ -180,7 +180,7 @@ def load(folder, gpu):
     return memory(gpu)
 
 
-def run_ours(method, sizes, *, micro_batch_tokens, folder, steps, gpu, step_ended, begin):
+def run_ours(method, sizes, *, folder, steps, gpu, step_ended, begin):
     """One of our scripts, through its main -> peak with imports and the model, MiB."""
     sys.path.insert(0, str(HERE.parent))
     script = importlib.import_module(method)
@@ -210,7 +210,6 @@ def run_ours(method, sizes, *, micro_batch_tokens, folder, steps, gpu, step_ende
         lr_schedule="constant",
         save_every=0,
         log_every=10**6,
-        micro_batch_tokens=micro_batch_tokens,
     )
     if method in ("rloo", "grpo"):
         flags |= dict(
@@ -308,7 +307,7 @@ def child(args):
     common = dict(folder=args.folder, steps=args.steps, gpu=args.gpu)
     common |= dict(step_ended=step_ended, begin=lambda: began.append(time.perf_counter()))
     if args.child == "ours":
-        loaded = run_ours(method, sizes, micro_batch_tokens=args.micro_batch_tokens, **common)
+        loaded = run_ours(method, sizes, **common)
     else:
         loaded = run_trl(method, sizes, variant=variant, **common)
     assert len(ended) == args.steps, f"{len(ended)} steps of {args.steps}"
@@ -325,8 +324,6 @@ def start(side, folder, args, case=("sft", "equal"), steps=0):
     command = [sys.executable, __file__, "--child", side, "--folder", folder, "--case", *case]
     command += ["--steps", str(steps), *(["--gpu"] if args.gpu else [])]
     command += [] if args.model is None else ["--model", args.model]
-    if args.micro_batch_tokens is not None:
-        command += ["--micro-batch-tokens", str(args.micro_batch_tokens)]
     offline = dict(HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/hub", TRANSFORMERS_VERBOSITY="error")
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)
     if done.returncode != 0:
@@ -340,8 +337,6 @@ def measure(args):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
     setting = dict(device="GPU" if args.gpu else "CPU", threads=int(os.environ["OMP_NUM_THREADS"]))
     setting |= dict(model="random" if args.model is None else Path(args.model).name)
-    if args.micro_batch_tokens is not None:
-        setting |= dict(micro_batch_tokens=args.micro_batch_tokens)
     setting |= dict(steps=args.steps) | versions
     today = dict(date=f"{datetime.date.today()}")
     variants = [*OFFLINE, *args.backends] if args.model is None else [*OFFLINE[1:], BACKENDS[0]]
@@ -415,7 +410,6 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--model")
-    parser.add_argument("--micro-batch-tokens", type=int, help="of ours; without it our default")
     parser.add_argument("--table", action="store_true")
     for name in ("--child", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
