@@ -1,25 +1,23 @@
-"""REINFORCE with the leave-one-out baseline (RLOO): no value model, the group is the baseline.
+"""REINFORCE with a leave-one-out baseline (RLOO): the group is the baseline, without a value model.
 
-    maximise  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
+    maximize  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
-Ahmadian et al. 2024, Back to basics; the baseline is Kool et al. 2019. The whole completion is one
-action. Its reward is score - kl_coef * (log pi - log pi_ref), summed over its tokens, before the
-baseline: the mean reward of the other completions of its prompt, which keeps the gradient unbiased.
-The loss is - advantage * log pi(completion), stepped on once per rollout. More steps
-(--update-epochs, --num-minibatches) add to it a clipped importance ratio of the whole completion,
-since the policy has moved. On-policy distillation (Gu et al. 2024, MiniLLM): --reference TEACHER
---reward none --kl-coef 1; the update is then the gradient of KL(policy || teacher) of whole
-completions, on the policy's own samples. Left out: a value model, reward and advantage
-normalisation, generation engines, LoRA.
+Ahmadian et al. 2024, Back to basics; the baseline is from Kool et al. 2019. The whole completion is
+one action. Its reward is the score minus kl_coef * (log pi - log pi_ref), summed over its tokens.
+The baseline is the mean reward of the other completions of its prompt, which keeps the gradient
+unbiased. The loss is -advantage * log pi(completion), with one update per rollout. More updates
+(--update-epochs, --num-minibatches) add a clipped importance ratio of the whole completion.
+On-policy distillation (Gu et al. 2024, MiniLLM) is --reference TEACHER --reward none --kl-coef 1:
+the update is then the gradient of KL(policy || teacher) of whole completions. Not included: a value
+model, normalization of rewards and advantages, generation engines, LoRA.
 
-    python rloo.py                    after sft.py: two minutes, two cores
+    python rloo.py                    after sft.py: two minutes on two cores
     python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
-Data: rows of prompt, and any columns that a checker reads. Expect `score` to rise with `kl`. Where
-the data set has an exact checker of its own, `gold` is logged beside the score: the reward model is
-the proxy, gold is the truth, and they part when the policy over-optimises. Comments cite "N+"
-(Huang et al. 2024, The N+ implementation details of RLHF with PPO), "B" (the blog post before it)
-and "lmhp" (openai/lm-human-preferences)."""
+Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
+`gold` is an exact checker of the dataset, if there is one: it diverges from `score` when the policy
+overoptimizes a reward model. Comments cite "N+" (Huang et al. 2024, The N+ implementation details
+of RLHF with PPO), "B" (its 2023 blog post) and "lmhp" (openai/lm-human-preferences)."""
 
 import math
 import time
@@ -32,17 +30,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    DroppedRow,
     Run,
     all_reduce,
-    as_forward,
     check_fit,
     cli,
     clip_gradients,
-    completion_text,
-    encode_completions,
     fail,
-    find_eos_ids,
     generator,
     head_logits,
     in_micro_batches,
@@ -51,118 +44,107 @@ from common import (
     load_gold,
     load_held_out,
     load_policy,
-    load_rewards,
+    load_reward,
     load_tokenizer,
+    member_metrics,
     micro_batches,
+    model_forward,
     pad_rows,
-    prompt_of,
+    prompt_example,
     same_ids,
     sample,
     setup,
-    stream,
+    shuffled_examples,
     take,
 )
 
 
 @dataclass
 class Args:
-    model: str | None = None
-    """directory or Hub id of the model to start from; without it, the laptop run"""
-    dataset: str = "sort"
-    """the built-in task, a .jsonl or .json file, or a Hub id (name or name:split)"""
-    eval_dataset: str | None = None
-    """held-out data in the same forms; the built-in task brings its own"""
-    prompt_template: str = "{prompt}"
-    """how columns make a text prompt: {column} stands for a column"""
-    chat_template_kwargs: str | None = None
-    """JSON object of variables of the chat template, as {"enable_thinking": false} of Qwen3's; they
-    are saved in the template"""
-    output_dir: str = "runs/rloo"
-    """folder of the run: model, logs, samples, checkpoint"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the flags that it was started with"""
-    overwrite: bool = False
-    """move a run that is in --output-dir to <output-dir>.old first"""
-    seed: int = 1
-    """seed of data order, sampling and new weights"""
-    steps: int = 1000
-    """rollouts, each followed by its updates"""
-    learning_rate: float = 1e-6
-    """peak, of AdamW (3e-6: N+; 1e-6: Ahmadian et al. 2024, DeepSeekMath)"""
-    warmup_steps: int = 10
-    """steps of linear warm-up (PyTorch's Adam takes large steps at first)"""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """linear, cosine: from the peak down to 0, which would be reached one step after the last;
-    constant: at the peak"""
-    weight_decay: float = 0.0
-    """weight decay of AdamW"""
-    max_grad_norm: float = 1.0
-    """the gradient is scaled down to this norm; 0: never (1: the RLHF book)"""
-    micro_batch_tokens: int | None = None
-    """tokens, with padding, of one forward and backward (16,384 on a GPU, 4,096 on a CPU)"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of compute, not of weights: auto is bfloat16 on a GPU that has it, else float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
-    eval_every: int = 0
-    """steps between evaluations; 0: before the first and after the last step only"""
-    save_every: int = 100
-    """steps between checkpoints; 0: after the last step only"""
-    log_every: int = 10
-    """steps between lines when the output is not a terminal (metrics.jsonl has every step)"""
-    reward: str | None = None
-    """a reward model (directory or Hub id), a checker (sort, gsm8k), or path/file.py:function;
-    several, an ensemble, with commas between"""
-    reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
-    """how several rewards, commas between, make one score (Coste et al. 2023)"""
-    reward_std_coef: float = 1.0
-    """standard deviations that mean-minus-std takes off the mean"""
-    prompts_per_step: int = 128
-    """prompts of one rollout; with the next flag, 512 completions (N+, DeepSeek-R1)"""
-    num_generations: int = 4
-    """completions of each prompt, its group (1: N+; 4: Ahmadian et al. 2024; 16: DeepSeek-R1)"""
-    max_prompt_length: int = 512
-    """tokens of a prompt; longer ones are dropped and counted"""
-    max_completion_length: int = 256
-    """tokens of a completion; one without EOS by then is cut, and counts as unfinished"""
-    temperature: float = 1.0
-    """of sampling, and of every log-prob (1: the saved model is the one that was trained)"""
     kl_coef: float = 0.03
-    """weight of the KL (0.05: N+; 0.03: Ahmadian et al. 2024; 0.04: DeepSeekMath; 0: no KL)"""
+    """KL penalty weight (Ahmadian et al. 2024: 0.03); 0: no KL"""
     reference: str | None = None
-    """the model that the KL is from; without it the start. A teacher, with --reward none, makes it
-    on-policy distillation"""
+    """reference model (default: the initial policy); a teacher for distillation"""
+    baseline: Literal["leave-one-out", "none"] = "leave-one-out"
+    """none: plain REINFORCE (Williams 1992)"""
+    # shared by the scripts that sample
+    reward: str | None = None
+    """reward model, sort, gsm8k or file.py:function; comma-separated: an ensemble"""
+    reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
+    """ensemble aggregation (Coste et al. 2023)"""
+    reward_std_coef: float = 1.0
+    """standard deviations that mean-minus-std subtracts"""
+    prompts_per_step: int = 128
+    """prompts per step (N+: 512; DeepSeek-R1: 32, with 16 completions each)"""
+    num_generations: int = 4
+    """completions per prompt (N+: 1; Ahmadian et al. 2024: 4; DeepSeek-R1: 16)"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped and counted"""
+    max_completion_length: int = 256
+    """tokens; longer completions are cut and count as unfinished"""
+    temperature: float = 1.0
+    """sampling temperature; log-probs use it too"""
     missing_eos_penalty: float = 0.0
-    """taken off the score of a completion without EOS (N+ sets such a score to -1)"""
+    """subtracted from the score of a completion without EOS (N+: score becomes -1)"""
     update_epochs: int = 1
-    """passes over a rollout (4: N+; 1: Ahmadian et al. 2024, DeepSeekMath)"""
+    """passes over the completions of a step (N+: 4; DeepSeekMath: 1)"""
     num_minibatches: int = 1
-    """optimiser steps per pass (1: N+)"""
+    """optimizer steps per pass (N+: 1)"""
     epsilon: float = 0.2
     """clip range of the ratio (Schulman et al. 2017)"""
     epsilon_high: float | None = None
-    """upper clip range, where it differs (DAPO, Yu et al. 2025: 0.28)"""
-    baseline: Literal["leave-one-out", "none"] = "leave-one-out"
-    """none: plain REINFORCE (Williams 1992)"""
+    """upper clip range if it differs (DAPO, Yu et al. 2025: 0.28)"""
+    # shared by all scripts
+    model: str | None = None
+    """directory or Hub id to start from (default: the laptop run)"""
+    dataset: str = "sort"
+    """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
+    eval_dataset: str | None = None
+    """held-out data in the same formats (sort brings its own)"""
+    prompt_template: str = "{prompt}"
+    """text prompt from columns, such as "Q: {question} A:" """
+    output_dir: str = "runs/rloo"
+    """run directory: model, logs, samples, checkpoint"""
+    resume: bool = False
+    """resume from --output-dir with its saved flags"""
+    overwrite: bool = False
+    """move an earlier run in --output-dir aside"""
+    seed: int = 1
+    """seed of data order, sampling and new weights"""
+    steps: int = 1000
+    """steps: sample and score completions, then update"""
+    learning_rate: float = 1e-6
+    """peak learning rate of AdamW (Ahmadian et al. 2024: 1e-6; N+: 3e-6)"""
+    warmup_steps: int = 10
+    """steps of linear warmup"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """decay after warmup: to 0, linearly or by cosine, or none"""
+    weight_decay: float = 0.0
+    """weight decay of AdamW"""
+    max_grad_norm: float = 1.0
+    """maximum gradient norm; 0: no clipping (RLHF book: 1)"""
+    micro_batch_tokens: int | None = None
+    """padded tokens per forward pass (default: 16,384 on GPU, 4,096 on CPU)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute dtype; weights stay float32 (auto: bfloat16 if supported)"""
+    gradient_checkpointing: bool = False
+    """recompute activations: less memory, a third more time"""
+    eval_every: int = 0
+    """steps between evaluations; 0: only before and after training"""
+    save_every: int = 100
+    """steps between checkpoints; 0: only after the last step"""
+    log_every: int = 10
+    """steps between printed lines if the output is not a terminal"""
 
 
-def prompt_example(row, tokenizer, end_id, args):
-    """A prompt; the further columns are the checker's."""
-    prompt = prompt_of(row, args)
-    prompt_ids, _ = encode_completions(tokenizer, prompt, [], end_id)
-    if len(prompt_ids) > args.max_prompt_length:
-        raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
-    return {"prompt": prompt, "prompt_ids": prompt_ids}
+def completion_batch(rollouts, device):
+    """Make a batch, a dict of (B, T) tensors, from prompt_ids and completion_ids.
 
-
-def completion_batch(prompts, completions, device):
-    """Lists of ids -> a batch: a dict of tensors (B, T).
-
-    inputs is all but a sequence's last token, targets all but its first, and mask is 1 where the
-    target is a completion's token, EOS included: column t of anything speaks of targets[:, t].
-    Masks come from lengths, so that PAD, which is never read, may be any id, EOS too."""
-    sequences = [p + c for p, c in zip(prompts, completions)]
-    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(prompts, completions)]
+    inputs is all but the last token of each sequence, targets all but the first. mask is 1 where
+    the target is a completion token, EOS included. Column t of every (B, T) tensor refers to
+    targets[:, t]. Masks come from lengths, so PAD may be any id, even EOS."""
+    sequences = [x["prompt_ids"] + x["completion_ids"] for x in rollouts]
+    masks = [[0] * len(x["prompt_ids"]) + [1] * len(x["completion_ids"]) for x in rollouts]
     return {
         "inputs": pad_rows([ids[:-1] for ids in sequences], device),
         "targets": pad_rows([ids[1:] for ids in sequences], device),
@@ -171,15 +153,13 @@ def completion_batch(prompts, completions, device):
     }
 
 
-@as_forward
+@model_forward
 def token_logprobs_and_entropy(model, batch, temperature=1.0):
-    """log pi(targets[:, t] | inputs[:, : t + 1]) of softmax(logits / temperature), and that
-    softmax's entropy.
+    """log pi(targets[:, t] | inputs[:, : t + 1]) in nats, and the entropy of pi there, detached.
 
-    batch: inputs, targets, attention_mask, mask, each (B, T) -> logprobs, entropy (detached), each
-    (B, T) float32, in nats, 0 outside the mask. Head and softmax run at mask positions only, and
-    where these are many in chunks, computed again in the backward pass, so that memory does not
-    grow with B * T * V."""
+    pi is softmax(logits / temperature). Both are float32 and 0 outside the mask. The LM head runs
+    on masked positions only, in checkpointed chunks, so memory does not scale with B * T * V.
+    Shapes: batch of (B, T) -> (B, T), (B, T)."""
     mask = batch["mask"].bool()
     outputs = model.base_model(
         input_ids=batch["inputs"],
@@ -189,37 +169,40 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
     hidden = outputs.last_hidden_state[mask]  # (N, H)
     targets = batch["targets"][mask]  # (N,)
 
-    def logprobs_and_entropy_of(hidden, targets):
-        logps = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
-        logprobs = logps.gather(-1, targets[:, None])[:, 0]
-        logps = logps.detach().clamp(min=-1e30)  # a forbidden token, of probability 0, adds 0
-        entropy = -(logps.exp() * logps).sum(-1)
+    def chunk_logprobs_and_entropy(hidden, targets):
+        log_softmax = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (n, V) float32
+        logprobs = log_softmax.gather(-1, targets[:, None])[:, 0]
+        log_softmax = log_softmax.detach().clamp(min=-1e30)  # p log p is 0 at p = 0
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
         return logprobs, entropy
 
     chunk = 40_000_000 // model.config.get_text_config().vocab_size
     if len(targets) <= chunk:
-        logprobs, entropy = logprobs_and_entropy_of(hidden, targets)
+        logprobs, entropy = chunk_logprobs_and_entropy(hidden, targets)
     else:
-        pairs = zip(hidden.split(chunk), targets.split(chunk))
-        results = [checkpoint(logprobs_and_entropy_of, h, t, use_reentrant=False) for h, t in pairs]
+        results = [
+            checkpoint(chunk_logprobs_and_entropy, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        ]
         logprobs = torch.cat([logprobs for logprobs, _ in results])
         entropy = torch.cat([entropy for _, entropy in results])
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
-def batch_logprobs(model, batch, args, autocast):
-    """Log-probs of a whole batch, without gradient -> (B, T)."""
-    with autocast():
-        return in_micro_batches(
-            lambda mb: token_logprobs_and_entropy(model, mb, args.temperature)[0],
-            batch,
-            args.micro_batch_tokens,
-        )
+def batch_logprobs(model, batch, args):
+    """Log-probs of a whole batch without gradient. Shapes: batch of (B, T) -> (B, T)."""
+    return in_micro_batches(
+        token_logprobs_and_entropy,
+        model,
+        batch,
+        args.micro_batch_tokens,
+        args.temperature,
+    )
 
 
 def equal_groups(rewards, group_size):
-    """True for groups of equal rewards, which teach nothing but the KL: (B,) -> (P,) bool."""
+    """Groups of equal rewards, which train nothing but the KL. Shapes: (B,) -> (P,) bool."""
     groups = rewards.view(-1, group_size)
     return groups.amax(1) == groups.amin(1)
 
@@ -227,21 +210,21 @@ def equal_groups(rewards, group_size):
 def leave_one_out_advantages(rewards, group_size):
     """A_i = r_i - mean of the other rewards of its group (Kool et al. 2019; Ahmadian et al. 2024).
 
-    rewards (B,), groups side by side -> (B,)."""
+    Groups are adjacent. Shapes: (B,) -> (B,)."""
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]  # equal rewards: exactly 0, whatever the rounding of their mean
+    groups = groups - groups[:, :1]  # equal rewards give exactly 0, whatever the mean rounds to
     others_mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others_mean).flatten()
 
 
 def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_high=None):  # noqa: PLR0917
-    """REINFORCE: sum of weights * - A * ratio * log pi(completion), the completion being one
-    action.
+    """REINFORCE with the completion as one action (Williams 1992).
 
-    Williams 1992. All (B, T), advantages equal along a row -> loss scalar, clipped (B, T) bool. The
-    ratio pi / pi_old of the whole completion is a constant here, 1 at the first update. Later,
-    where PPO's clip would remove a completion's gradient, it is removed: for long completions after
-    small steps already."""
+    Sum of weights * -A * ratio * log pi(completion), where the ratio pi / pi_old of the whole
+    completion is a constant, 1 at the first update. The gradient of a completion is removed where
+    PPO's clip would remove it: for long completions, after small steps already. Returns the loss
+    and where the gradient was removed. Shapes: all (B, T), advantages equal along a row -> scalar,
+    (B, T) bool."""
     if epsilon_high is None:
         epsilon_high = epsilon
     log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach()  # (B, 1)
@@ -253,372 +236,258 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
     return loss, clipped & (weights > 0)
 
 
-def combine_scores(member_scores, args):
-    """Scores of the k members of an ensemble (k, B) -> (B,), by --reward-combine: their mean, the
-    lowest, or the mean less --reward-std-coef standard deviations (Coste et al. 2023, section 3:
-    mean, worst-case and uncertainty-weighted optimisation; they take off the variance). Members
-    must share their zero and their scale, or the lowest is always the same one."""
-    mean = member_scores.mean(0)
-    if args.reward_combine == "min":
-        return member_scores.amin(0)
-    if args.reward_combine == "mean-minus-std":
-        return mean - args.reward_std_coef * member_scores.std(0, correction=0)
-    return mean
+def sample_and_score(policy, reward, prompts, rng, args):
+    """Sample G completions per prompt and score them.
 
-
-def member_metrics(member_scores):
-    """What the members of an ensemble say, (k, B) -> metrics; of a single one none."""
-    if len(member_scores) == 1:
-        return {}
-    metrics = {f"score/{i}": scores.nanmean() for i, scores in enumerate(member_scores, 1)}
-    metrics["disagreement"] = member_scores.std(0, correction=0).nanmean()
-    return metrics
-
-
-def sample_groups(policy, examples, rng, *, ensemble, eos_ids, args, autocast):
-    """Sample and score G completions of each of P prompts -> list of rollouts, a group's side by
-    side: its example with completion_ids, finished, score, member_scores and reward. A group with a
-    completion that cannot be judged is left out."""
-    with autocast():
-        completions = sample(
-            policy,
-            [example["prompt_ids"] for example in examples],
-            num_generations=args.num_generations,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            eos_ids=eos_ids,
-            rng=rng,
-        )
-    # 1. a completion ends with its first EOS, which is kept and trained (N+ samples on, then cuts)
-    # 2. it is scored together with its prompt (B)
-    examples = [example for example in examples for _ in range(args.num_generations)]
-    member_scores = torch.stack([member(examples, completions) for member in ensemble])  # (k, B)
-    scores = combine_scores(member_scores, args)
-    rollouts = []
-    for i, (example, completion_ids) in enumerate(zip(examples, completions)):
-        completion_score = scores[i].item()
-        finished = completion_ids[-1] in eos_ids
-        # 3. one without EOS loses --missing-eos-penalty (N+ and lmhp set its score to -1)
-        reward = completion_score if finished else completion_score - args.missing_eos_penalty
-        rollouts.append(
-            example
-            | {
-                "completion_ids": completion_ids,
-                "finished": finished,
-                "score": completion_score,
-                "member_scores": member_scores[:, i],
-                "reward": reward,
-            }
-        )
-    # 4. a group with a completion that the reward cannot judge (NaN) is left out, of the KL too
-    judged = []
-    for start in range(0, len(rollouts), args.num_generations):
-        group = rollouts[start : start + args.num_generations]
-        if not any(math.isnan(rollout["score"]) for rollout in group):
-            judged += group
-    return judged
+    Returns rollouts, grouped by prompt, with `score` and `reward`, the score minus the penalty for
+    a missing EOS."""
+    # 1. completions end at their first EOS, which is trained on (N+ samples on, then truncates)
+    rollouts = sample(
+        policy,
+        prompts,
+        num_generations=args.num_generations,
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        rng=rng,
+    )
+    # 2. the reward model reads prompt and completion (B)
+    scores = reward(rollouts)  # (P * G,)
+    for rollout, score in zip(rollouts, scores.tolist()):
+        rollout["score"] = score
+        # 3. no EOS: the score loses --missing-eos-penalty (N+ and lmhp set it to -1)
+        penalty = 0.0 if rollout["finished"] else args.missing_eos_penalty
+        rollout["reward"] = score - penalty
+    # 4. groups with an unscored completion (NaN) are dropped
+    is_scored = ~scores.view(-1, args.num_generations).isnan().any(1)
+    is_kept = is_scored.repeat_interleave(args.num_generations).tolist()
+    return [rollout for rollout, keep in zip(rollouts, is_kept) if keep]
 
 
 def load_reference(args, tokenizer, device):
-    """--reference, or the start; None where --kl-coef is 0."""
-    if not args.kl_coef:
-        return None
+    """--reference, by default the initial policy."""
     path = args.reference or args.model
-    other = load_tokenizer(path, "--reference")
+    other = load_tokenizer(path)
     if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
-        fail(f"--reference {path}: its tokens are not those of --model, so it cannot judge them")
-    return load_policy(path, device, "--reference")
+        fail(f"--reference {path}: its tokenizer differs from the policy's")
+    return load_policy(path, tokenizer, args, device)
 
 
 def scheduled_learning_rate(step, steps, args):
-    """Linear warm-up, then --lr-schedule, which would reach 0 one step after the last. A function
-    of the step alone, so that --resume has no state to restore."""
-    done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    """Linear warmup, then --lr-schedule. Depends on the step only: no state to checkpoint."""
+    progress = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
     warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
     return args.learning_rate * decay[args.lr_schedule] * warmup
 
 
-def rloo_update(policy, optimizer, batch, *, step, args, autocast):
-    """Epochs of minibatches over a rollout -> totals over all of them. A minibatch has one
-    normaliser, however it is cut into micro-batches."""
-    totals = Counter()
-    ratio_max_dev = 0.0
-    for epoch in range(args.update_epochs):
-        order = torch.randperm(
-            len(batch["inputs"]),
-            generator=generator(args.seed, "minibatch", step, epoch),
-        )
-        for minibatch_rows in order.tensor_split(args.num_minibatches):
-            minibatch = take(batch, minibatch_rows)
-            # a mean over completions
-            minibatch["weights"] = minibatch["mask"] / len(minibatch_rows)
-            for mb in micro_batches(minibatch, args.micro_batch_tokens):
-                with autocast():
-                    mb_logprobs, mb_entropy = token_logprobs_and_entropy(
-                        policy,
-                        mb,
-                        args.temperature,
-                    )
-                # with one update a rollout, its old log-probs are the update's own
-                mb_old_logprobs = mb.get("old_logprobs", mb_logprobs.detach())
-                loss, clipped = reinforce_loss(
-                    mb_logprobs,
-                    mb_old_logprobs,
-                    mb["advantages"],
-                    mb["weights"],
-                    args.epsilon,
-                    epsilon_high=args.epsilon_high,
-                )
-                loss.backward()
-                totals["loss"] += loss.detach()
-                totals["entropy"] += mb_entropy.sum()
-                totals["clipped"] += clipped.sum()
-                totals["padded_tokens"] += mb["inputs"].numel()
-                # before the first update the ratio is 1, up to rounding
-                if totals["updates"] == 0:
-                    ratio = (mb_logprobs - mb_old_logprobs).detach().exp()
-                    ratio_max_dev = max(ratio_max_dev, (ratio - 1).abs().max().item())
-            grad_norm = clip_gradients(policy, args.max_grad_norm)
-            if not grad_norm.isfinite():
-                fail(f"step {step + 1}: the gradient's norm is {grad_norm}; no update was made")
-            optimizer.step()
-            optimizer.zero_grad()
-            totals["grad_norm"] += grad_norm
-            totals["updates"] += 1
-    for name in ("loss", "entropy", "clipped", "padded_tokens"):
-        totals[name] = all_reduce(totals[name])
-    totals["ratio_max_dev"] = all_reduce(ratio_max_dev, op="max")
-    return totals
+def minibatch_rows(num_rows, step, epoch, args):
+    """The rows of each minibatch, reshuffled every epoch."""
+    rng = generator(args.seed, "minibatch", step, epoch)
+    return torch.randperm(num_rows, generator=rng).tensor_split(args.num_minibatches)
+
+
+def track_ratio(sums, logprobs, old_logprobs):
+    """Record max |ratio - 1| before the first update, where it should be rounding error."""
+    if sums["updates"] == 0:
+        deviation = torch.expm1(logprobs - old_logprobs).detach().abs().max()
+        sums["ratio_max_dev"] = max(deviation, sums["ratio_max_dev"])
+
+
+def rollout_metrics(rollouts, gold, args):
+    """Means over the rollouts of a step."""
+    num_sampled = args.prompts_per_step * args.num_generations
+    n = len(rollouts)
+    metrics = {
+        "score": sum(rollout["score"] for rollout in rollouts) / n,
+        "completion_length": sum(len(rollout["completion_ids"]) for rollout in rollouts) / n,
+        "eos_rate": sum(rollout["finished"] for rollout in rollouts) / n,
+        "unscored": 1 - n / num_sampled,
+    }
+    metrics |= {name: score(rollouts).mean() for name, score in gold.items()}
+    return metrics | member_metrics(rollouts)
+
+
+def update_metrics(sums, batch, args):
+    """Means over the updates of a step; sums are over the micro-batches of this rank."""
+    loss_mask = batch.get("loss_mask", batch["mask"])
+    num_tokens = batch["attention_mask"].sum()
+    return {
+        "entropy": all_reduce(sums["entropy"]) / (args.update_epochs * batch["mask"].sum()),
+        "clip_fraction": all_reduce(sums["clipped"])
+        / (args.update_epochs * loss_mask.sum().clamp(min=1)),
+        "ratio_max_dev": all_reduce(sums["ratio_max_dev"], op="max"),
+        "grad_norm": sums["grad_norm"] / sums["updates"],
+        "padding": 1 - args.update_epochs * num_tokens / all_reduce(sums["padded_tokens"]),
+    }
+
+
+def speed_metrics(batch, start_time, sampling_seconds):
+    """Speed and memory of a step that ends now."""
+    seconds = time.time() - start_time
+    metrics = {
+        "tokens_per_second": batch["attention_mask"].sum() / seconds,
+        "seconds/sample": sampling_seconds,
+        "seconds/train": seconds - sampling_seconds,
+    }
+    if torch.cuda.is_available():
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
 
 
 @torch.no_grad()
-def evaluate(policy, reference, examples, *, ensemble, gold, tokenizer, eos_ids, args, autocast):
-    """One greedy and G sampled completions of each held-out prompt -> metrics, and a row for each
-    prompt with its first sampled completion: their scores, the share that ends in EOS, tokens, and
-    the KL from the reference in nats per completion."""
-    prompts = [example["prompt_ids"] for example in examples]
+def evaluate(policy, reference, scorers, examples, run, step):  # noqa: PLR0917
+    """Score greedy and sampled completions of held-out prompts; return metrics.
+
+    scorers are reward functions by name: score, and gold if there is an exact checker. The KL is in
+    nats per completion. samples.jsonl gets one sampled completion per prompt."""
+    args = run.args
     metrics = {}
-    # the sampled completions come second: what follows the loop is about them
-    for suffix, num_generations, temperature in [
+    # the rollouts used below the loop are the sampled ones
+    for suffix, G, temperature in [
         ("_greedy", 1, 0.0),
         ("", args.num_generations, args.temperature),
     ]:
-        with autocast():
-            completions = sample(
-                policy,
-                prompts,
-                num_generations=num_generations,
-                max_new_tokens=args.max_completion_length,
-                temperature=temperature,
-                eos_ids=eos_ids,
-                rng=generator(args.seed, "evaluate"),
-            )
-        repeated = [example for example in examples for _ in range(num_generations)]
-        member_scores = torch.stack([member(repeated, completions) for member in ensemble])
-        numbers = {"score": combine_scores(member_scores, args)}
-        if gold is not None:
-            numbers["gold"] = gold(repeated, completions)
-        for name, values in numbers.items():
-            metrics[f"eval/{name}{suffix}"] = values.nanmean()
-    if gold is not None and args.num_generations > 1:
-        solved = numbers["gold"].view(-1, args.num_generations).amax(1)
-        metrics[f"eval/pass@{args.num_generations}"] = solved.nanmean()
-    metrics["eval/eos_rate"] = sum(ids[-1] in eos_ids for ids in completions) / len(completions)
-
-    batch = completion_batch(
-        [example["prompt_ids"] for example in repeated],
-        completions,
-        policy.device,
-    )
-    logprobs = batch_logprobs(policy, batch, args, autocast)
-    reference = reference or load_policy(args.model, policy.device)
-    ref_logprobs = batch_logprobs(reference, batch, args, autocast)
-    numbers["kl"] = (logprobs - ref_logprobs).sum(1)
-    metrics["eval/kl"] = numbers["kl"].mean()
+        rollouts = sample(
+            policy,
+            examples,
+            num_generations=G,
+            max_new_tokens=args.max_completion_length,
+            temperature=temperature,
+            rng=generator(args.seed, "evaluate"),
+        )
+        values = {name: score(rollouts) for name, score in scorers.items()}
+        metrics |= {f"eval/{name}{suffix}": x.nanmean() for name, x in values.items()}
+    if "gold" in scorers and G > 1:
+        metrics[f"eval/pass@{G}"] = values["gold"].view(-1, G).amax(1).nanmean()
+    batch = completion_batch(rollouts, policy.device)
+    logprobs = batch_logprobs(policy, batch, args)
+    values["kl"] = (logprobs - batch_logprobs(reference, batch, args)).sum(1)
+    metrics["eval/kl"] = values["kl"].mean()
+    metrics["eval/eos_rate"] = sum(rollout["finished"] for rollout in rollouts) / len(rollouts)
     metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
-
-    rows = []
-    for i, example in enumerate(examples):
-        first = i * args.num_generations
-        text = completion_text(tokenizer, example["prompt_ids"], completions[first])
-        row = {"prompt": example["prompt"], "completion": text}
-        rows.append(row | {name: values[first].item() for name, values in numbers.items()})
-    return metrics, rows
+    run.log_samples(step, rollouts[::G], {name: x[::G].tolist() for name, x in values.items()})
+    return metrics
 
 
 def main(args):
-    device, autocast = setup(args)
+    device = setup(args)
     if args.reference is not None and not args.kl_coef:
-        fail(f"--reference {args.reference} counts for nothing, since --kl-coef is 0")
+        fail(f"--reference {args.reference} has no effect with --kl-coef 0")
     if args.temperature <= 0:
-        fail(f"--temperature {args.temperature}: logits are divided by it; it must be above 0")
-    if args.baseline == "leave-one-out" and args.num_generations < 2:
-        fail("--num-generations is 1, which leaves none out: give at least 2, or --baseline none")
-    batch_size = args.prompts_per_step * args.num_generations
-    if batch_size < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: a step has {batch_size} completions")
+        fail(f"--temperature {args.temperature} must be above 0")
+    if args.num_generations < 2 and args.baseline == "leave-one-out":
+        fail("--num-generations must be at least 2, or --baseline none")
 
-    # load the data first, so that a bad file costs no time
-    tokenizer = load_tokenizer(args.model, template_kwargs=args.chat_template_kwargs)
-    eos_ids = find_eos_ids(tokenizer, args.model)
-    examples = load_examples(args.dataset, prompt_example, tokenizer, args)
-    held_out = load_held_out(prompt_example, tokenizer, args)
-    longest_prompt = max(len(example["prompt_ids"]) for example in examples + held_out)
-    for flag, path in [("--model", args.model), ("--reference", args.reference)]:
-        if path is not None:
-            check_fit(
-                path,
-                flag,
-                examples=examples + held_out,
-                tokens=longest_prompt + args.max_completion_length,
-                lengths="--max-prompt-length or --max-completion-length",
-            )
+    # data first: a bad file fails before models are loaded
+    tokenizer = load_tokenizer(args.model)
+    examples = load_examples(args.dataset, "prompts", prompt_example, tokenizer, args)
+    held_out = load_held_out("prompts", prompt_example, tokenizer, args)
+    prompts = [example["prompt_ids"] for example in examples + held_out]
+    for path in [args.model, args.reference or args.model]:
+        check_fit(path, prompts, args.max_completion_length)
 
-    # load the models
-    ensemble = load_rewards(
-        args,
-        examples + held_out,
-        tokenizer,
-        eos_ids,
-        device=device,
-        autocast=autocast,
-    )
-    gold = load_gold(args, args.dataset, tokenizer, eos_ids)
-    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer, eos_ids)
-    policy = load_policy(
-        args.model,
-        device,
-        trainable=True,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    reference = load_reference(args, tokenizer, device)
+    # models
+    reward = load_reward(args, examples + held_out, tokenizer, device)
+    gold = load_gold(args, args.dataset, tokenizer)
+    eval_gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer)
+    scorers = {"score": reward} | eval_gold
+    policy = load_policy(args.model, tokenizer, args, device, trainable=True)
+    reference = None
+    if args.kl_coef or held_out:
+        reference = load_reference(args, tokenizer, device)
     models = nn.ModuleDict({"policy": policy})
     optimizer = torch.optim.AdamW(
         models.parameters(),
         lr=args.learning_rate,
-        eps=1e-5,  # B: as OpenAI's PPO has it
+        eps=1e-5,  # B: as in OpenAI's PPO
         weight_decay=args.weight_decay,
         fused=True,
     )
-    run = Run(args, models, optimizer, args.steps, examples)
+    run = Run(args, models, optimizer, tokenizer, steps=args.steps, examples=examples)
 
-    def held_out_metrics(step):
-        metrics, rows = evaluate(
-            policy,
-            reference,
-            held_out,
-            ensemble=ensemble,
-            gold=eval_gold,
-            tokenizer=tokenizer,
-            eos_ids=eos_ids,
-            args=args,
-            autocast=autocast,
-        )
-        run.log_samples(step, rows)
-        return metrics
-
+    is_on_policy = args.update_epochs * args.num_minibatches == 1
+    max_tokens = args.micro_batch_tokens
     metrics = {}
     start = run.restore()
     if start == 0 and held_out:
-        run.log(0, held_out_metrics(0))
+        run.log(0, evaluate(policy, reference, scorers, held_out, run=run, step=0))
     for step in range(start, args.steps):
-        # take the next prompts, in an order of its own for every pass over the data
-        began = time.time()
+        # rollout: sample completions of the next prompts and score them
+        start_time = time.time()
         first = step * args.prompts_per_step
-        prompts = stream(examples, args.seed, first, first + args.prompts_per_step)
-
-        # sample completions and score them
-        rollouts = sample_groups(
-            policy,
-            prompts,
-            generator(args.seed, "sample", step),
-            ensemble=ensemble,
-            eos_ids=eos_ids,
-            args=args,
-            autocast=autocast,
-        )
+        prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
+        rng = generator(args.seed, "sample", step)
+        rollouts = sample_and_score(policy, reward, prompts, rng, args)
         if len(rollouts) < args.num_minibatches:
-            fail(f"step {step + 1}: the reward judged only {len(rollouts)} completions")
-        completions = [rollout["completion_ids"] for rollout in rollouts]
-        batch = completion_batch(
-            [rollout["prompt_ids"] for rollout in rollouts],
-            completions,
-            device,
-        )
-        mask = batch["mask"]  # (B, T)
-        scores = torch.tensor([rollout["score"] for rollout in rollouts], device=device)  # (B,)
-        sampling_seconds = time.time() - began
+            fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
+        batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)
+        mask = batch["mask"]
+        sampling_seconds = time.time() - start_time
 
-        # compute advantages
-        # 5. log-probs are of the forward that trains them (the sampler's differ by rounding), at
-        # the temperature of sampling, else they speak of another distribution (B)
-        has_one_update = args.update_epochs * args.num_minibatches == 1
-        if reference is not None or not has_one_update:
-            batch["old_logprobs"] = batch_logprobs(policy, batch, args, autocast)  # (B, T)
+        # rewards and advantages
+        # 5. old log-probs from a training forward pass (sampling rounds differently), at the
+        # sampling temperature (B); with a single update they are its own, detached
+        if args.kl_coef or not is_on_policy:
+            batch["old_logprobs"] = batch_logprobs(policy, batch, args)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
         zero_std_groups = equal_groups(rewards, args.num_generations).float().mean()
-        # 6. the KL of the whole completion (k1) is part of its reward, before the baseline
-        if reference is not None:
-            ref_logprobs = batch_logprobs(reference, batch, args, autocast)
-            kl = (batch["old_logprobs"] - ref_logprobs).sum(1)
+        if args.kl_coef:  # 6. the KL of a completion (k1) is part of its reward
+            kl = (batch["old_logprobs"] - batch_logprobs(reference, batch, args)).sum(1)
             rewards = rewards - args.kl_coef * kl
         advantages = rewards
         if args.baseline == "leave-one-out":
             advantages = leave_one_out_advantages(rewards, args.num_generations)
         batch["advantages"] = advantages[:, None] * mask
 
-        # update the weights
-        learning_rate = scheduled_learning_rate(step, args.steps, args)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        totals = rloo_update(
-            policy,
-            optimizer,
-            batch,
-            step=step,
-            args=args,
-            autocast=autocast,
-        )
+        # update
+        optimizer.param_groups[0]["lr"] = scheduled_learning_rate(step, args.steps, args)
+        sums = Counter()
+        for epoch in range(args.update_epochs):
+            for rows in minibatch_rows(len(mask), step, epoch, args):
+                minibatch = take(batch, rows)
+                minibatch["weights"] = minibatch["mask"] / len(rows)  # mean over completions
+                for mb in micro_batches(minibatch, max_tokens):
+                    logprobs, entropy = token_logprobs_and_entropy(policy, mb, args.temperature)
+                    old_logprobs = mb.get("old_logprobs", logprobs.detach())
+                    loss, clipped = reinforce_loss(
+                        logprobs,
+                        old_logprobs,
+                        mb["advantages"],
+                        mb["weights"],
+                        args.epsilon,
+                        epsilon_high=args.epsilon_high,
+                    )
+                    loss.backward()
+                    track_ratio(sums, logprobs, old_logprobs)
+                    sums.update(loss=loss.detach(), clipped=clipped.sum())
+                    sums.update(entropy=entropy.sum(), padded_tokens=mb["inputs"].numel())
+                sums["grad_norm"] += clip_gradients(policy, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                sums["updates"] += 1
 
         # log, evaluate, save
-        seconds = time.time() - began
-        updates = totals["updates"]
-        trained_tokens = args.update_epochs * mask.sum()
-        batch_tokens = batch["attention_mask"].sum()
         metrics = {
-            "loss": totals["loss"] / updates,
+            "loss": all_reduce(sums["loss"]) / sums["updates"],
             "reward": rewards.mean(),
-            "score": scores.mean(),
-            "entropy": totals["entropy"] / trained_tokens,
-            "ratio_max_dev": totals["ratio_max_dev"],
-            "clip_fraction": totals["clipped"] / trained_tokens,
-            "completion_length": mask.sum(1).float().mean(),
-            "eos_rate": sum(rollout["finished"] for rollout in rollouts) / len(rollouts),
-            "unjudged": 1 - len(rollouts) / batch_size,
-            "grad_norm": totals["grad_norm"] / updates,
-            "learning_rate": learning_rate,
-            "padding": 1 - args.update_epochs * batch_tokens / totals["padded_tokens"],
-            "tokens_per_second": batch_tokens / seconds,
-            "seconds/sample": sampling_seconds,
-            "seconds/train": seconds - sampling_seconds,
+            "learning_rate": optimizer.param_groups[0]["lr"],
         }
         if args.baseline == "leave-one-out":
             metrics["zero_std_groups"] = zero_std_groups
-        if reference is not None:
+        if args.kl_coef:
             metrics["kl"] = kl.mean()
-        if gold is not None:
-            metrics["gold"] = gold(rollouts, completions).mean()
-        metrics |= member_metrics(torch.stack([x["member_scores"] for x in rollouts], dim=1))
+        metrics |= rollout_metrics(rollouts, gold, args)
+        metrics |= update_metrics(sums, batch, args)
+        metrics |= speed_metrics(batch, start_time, sampling_seconds)
         if held_out and is_due(args.eval_every, step + 1, args.steps):
-            metrics |= held_out_metrics(step + 1)
-        run.log(
-            step + 1,
-            metrics,
-            show=["score", "gold", "kl", "entropy", "eos_rate", "zero_std_groups"],
-        )
+            metrics |= evaluate(policy, reference, scorers, held_out, run=run, step=step + 1)
+        run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "grad_norm"])
         run.checkpoint_if_due(step + 1)
-    logs = "samples.jsonl" if held_out else "metrics.jsonl"
-    run.finish(policy, tokenizer, eos_ids, f"look at {args.output_dir}/{logs}")
+    run.finish(policy)
     return metrics
 
 

@@ -1,6 +1,7 @@
-"""Long runs that tests only look at: two processes make them, each the next one, on the core that
-the tests leave free and on theirs while they wait. conftest.py starts those that the collected
-tests need before the first test; each is a fixture, which waits for it."""
+"""Long runs in the background, for tests that inspect their results.
+
+conftest.py starts the jobs of the collected tests before the first test. Two processes take one job
+after another. Each job is also a fixture, which waits for its end."""
 
 import os
 import shutil
@@ -15,12 +16,12 @@ from types import SimpleNamespace
 import pytest
 from processes import end_with_parent
 
-JOBS = {}  # name of a fixture -> function(folder, collected tests) that returns what is to be run
+JOBS = {}  # name of a fixture -> function(folder, collected tests), which returns a function to run
 STATE = SimpleNamespace(folder=None, pids=[])
 
 
 def job(function):
-    """Makes it a fixture: the folder of the job, after its end."""
+    """Turn a function into a job and a fixture, which is the folder of the finished job."""
     name = function.__name__
     JOBS[name] = function
 
@@ -32,7 +33,7 @@ def job(function):
 
 
 def start(items):
-    """Start the jobs that these tests need."""
+    """Start the jobs of these tests."""
     names = [name for name in JOBS if any(name in item.fixturenames for item in items)]
     if not names:
         return
@@ -49,12 +50,12 @@ def start(items):
 
 
 def run_all(runs):
-    """Those that the other process has not begun, in a child of this one."""
+    """Run the jobs that the other process has not begun. Called in a fork."""
     end_with_parent()
     with open(STATE.folder / f"output {os.getpid()}", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what a job started ends too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # unwinds processes.start
     try:
         for name, run in runs.items():
             try:
@@ -70,19 +71,19 @@ def run_all(runs):
 
 
 def wait(name):
-    """The folder of a job, after its end."""
+    """Wait for a job. Returns its folder."""
     done = STATE.folder / f"{name}.done"
     failed = STATE.folder / "failed"
     while not done.exists():
         STATE.pids = [pid for pid in STATE.pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
         assert not failed.exists(), failed.read_text()
-        assert STATE.pids or done.exists(), f"what was to make {name} was killed"
+        assert STATE.pids or done.exists(), f"the processes of job {name} were killed"
         time.sleep(0.05)
     return STATE.folder / name
 
 
 def end():
-    """Whatever happened, nothing of them stays."""
+    """Stop all jobs and delete their folders."""
     for pid in STATE.pids:
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)

@@ -1,9 +1,10 @@
-"""Tiny random models of five architectures, saved to disk and opened as the scripts open theirs."""
+"""Tiny random models of several architectures, loaded from disk as the scripts load theirs."""
 
 import copy
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,7 +16,6 @@ import transformers
 
 import common
 import grpo
-import sft
 
 torch.set_num_threads(1)  # these models are too small to share; on a busy machine it is far faster
 
@@ -39,7 +39,7 @@ def pytest_sessionfinish(session):
 
 
 def tiny_config(name):
-    """Weights are drawn wide, so that distributions are far from flat and depend on the context."""
+    """Wide weights, so distributions are far from flat and depend on the context."""
     if name == "llama":
         return transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
     if name == "gemma2":  # prompts longer than the window, logits well over the cap
@@ -80,7 +80,7 @@ def save_tiny(name, folder):
         if key.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
-    sft.tiny_tokenizer().save_pretrained(folder)
+    common.tiny_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -92,10 +92,30 @@ def tiny_dirs(tmp_path_factory):
     return dirs
 
 
+ARGS = SimpleNamespace(dtype="float32", gradient_checkpointing=False, micro_batch_tokens=4096)
+
+
+def load_policy(path):
+    """The model of a directory as a script trains it."""
+    tokenizer = common.load_tokenizer(str(path))
+    return common.load_policy(str(path), tokenizer, ARGS, CPU, trainable=True)
+
+
+def eos_ids_of(tokenizer, folder, configured=None):
+    """EOS ids of a policy with this tokenizer and these EOS ids in its generation config."""
+    shape = SHAPE | {"vocab_size": max(VOCAB, len(tokenizer)), "eos_token_id": None}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = configured
+    model.save_pretrained(folder)
+    policy = common.load_policy(str(folder), tokenizer, ARGS, CPU)
+    return policy.generation_config.eos_token_id
+
+
 def load_tiny(name):
     @pytest.fixture(scope="session", name=f"tiny_{name}")
     def tiny(tiny_dirs):
-        return common.load_policy(tiny_dirs[name], CPU, trainable=True)
+        return load_policy(tiny_dirs[name])
 
     return tiny
 
@@ -106,67 +126,68 @@ tiny_qwen3, tiny_gemma3 = map(load_tiny, MORE)
 
 @pytest.fixture(params=NAMES)
 def policy(request):
-    """Each of the tiny models in turn, as a policy in training; tests leave it without
-    gradients."""
+    """Each tiny model in turn, as a policy in training; tests leave it without gradients."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
 @pytest.fixture(params=NAMES + MORE)
 def sampled(request):
-    """Each of the models that are sampled from."""
+    """Each model that is sampled from."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
 def random_head(model, has_new_head=True):
-    """A head of random weights, as reward_model.py's."""
+    """A random score head, as in reward_model.py."""
     if has_new_head:
         torch.nn.init.normal_(model.score.weight, std=0.2, generator=common.generator(1, "head"))
 
 
 @pytest.fixture(scope="session")
 def scorers(tiny_dirs):
-    """Architecture -> model with a scalar head of random weights, in training."""
+    """Architecture -> model with a random scalar head, in training."""
     return {
-        name: common.load_scorer(path, CPU, "--model", trainable=True, init=random_head)
+        name: common.load_scorer(path, ARGS, CPU, trainable=True, init=random_head)
         for name, path in tiny_dirs.items()
     }
 
 
 @pytest.fixture(params=NAMES)
 def scorer(request, scorers):
-    """Each of the scalar-head models in turn."""
+    """Each model with a scalar head in turn."""
     return scorers[request.param]
 
 
-@pytest.fixture
-def cut_by_budget_alone(monkeypatch):
-    """Rows of any lengths share a micro-batch, as they do on a GPU while it is small."""
-    monkeypatch.setattr(common, "SMALL_BATCH", 10**9)
-
-
 def ragged_ids(seed, shape=((3, 7), (9, 1), (1, 12), (5, 4), (12, 2), (3, 7))):
-    """Prompts and completions of very different lengths; any id, PAD and EOS too, since masks come
-    from lengths."""
+    """Prompts and completions of very different lengths with any ids, PAD and EOS included."""
     draw = torch.Generator().manual_seed(seed)
     ids = [[torch.randint(VOCAB, (n,), generator=draw).tolist() for n in pair] for pair in shape]
     return [p for p, _ in ids], [c for _, c in ids]
 
 
+def as_rollouts(prompts, completions):
+    """Rollouts with these token ids; EOS is 1."""
+    return [
+        {"prompt_ids": prompt, "completion_ids": ids, "finished": ids[-1:] == [1]}
+        for prompt, ids in zip(prompts, completions)
+    ]
+
+
 def ragged_batch(seed):
-    return grpo.completion_batch(*ragged_ids(seed), CPU)
+    return grpo.completion_batch(as_rollouts(*ragged_ids(seed)), CPU)
 
 
 def gradients(model):
-    """Its gradients, taken away from it, as one float64 vector."""
+    """All gradients of a model as one float64 vector; they are reset."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return torch.cat([part.flatten() for part in parts]).double()
 
 
 def precise(model):
-    """A copy in float64, so that equal gradients are equal to 1e-15 and not to 1e-6. Gemma 2 stays
-    in float32: its attention takes the softmax there, where float64's lowest number in a mask is
-    -inf."""
+    """A copy in float64, where equal gradients agree to 1e-15 rather than 1e-6.
+
+    Gemma 2 stays in float32: its attention computes the softmax in float32, in which the lowest
+    float64 number of a mask is -inf."""
     return (
         copy.deepcopy(model)
         if model.config.model_type == "gemma2"
@@ -180,17 +201,19 @@ def distance(a, b):
 
 
 def end_two_of_three(patch, script):
-    """Of what `sample` gives every third completion is left without EOS, and the others end in it,
-    whatever the policy drew."""
+    """Patch `sample` of a script: every third completion has no EOS, the others end with it."""
     inner = script.sample
 
     def sample(*args, **kwargs):
-        completions = []
-        for i, ids in enumerate(inner(*args, **kwargs)):
-            if i % 3 == 0:
-                completions.append([5 if token == 1 else token for token in ids])
-            else:
-                completions.append([*ids[:-1], 1])
-        return completions
+        rollouts = inner(*args, **kwargs)
+        for i, rollout in enumerate(rollouts):
+            ids = rollout["completion_ids"]
+            rollout["finished"] = i % 3 != 0
+            rollout["completion_ids"] = (
+                [*ids[:-1], 1]
+                if rollout["finished"]
+                else [5 if token == 1 else token for token in ids]
+            )
+        return rollouts
 
     patch.setattr(script, "sample", sample)

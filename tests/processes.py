@@ -1,7 +1,8 @@
-"""What test_processes.py and test_resume.py start, with python or with torchrun: all seven mains,
-and what there is to compare.
+"""Runs of all seven scripts in processes of their own, under python or torchrun.
 
-python tests/processes.py COMMAND FOLDER CHAIN      COMMAND is the name of a function below"""
+python tests/processes.py COMMAND FOLDER CHAIN      COMMAND is the name of a function below
+
+FOLDER gets the results. CHAIN holds the start models, sft/ and reward_model/."""
 
 import contextlib
 import ctypes
@@ -28,21 +29,25 @@ import grpo
 
 NAMES = ["sft", "reward_model", "dpo", "rejection_sampling", "ppo", "rloo", "grpo"]
 ONLINE = ["ppo", "rloo", "grpo"]
+HALVED = ["sft", "ppo", "rejection_sampling"]
 CPU = torch.device("cpu")
-TASK_ROWS = {"sft": 64, "pairs": 64, "prompt": 64, "held out": 13}
-PROMPTS = [[3, 9, 4], [12, 5, 8, 7, 6, 11, 2], [4], [9, 3, 9, 3], [7, 7]]
+TASK_ROWS = {"sft": 64, "pairs": 64, "prompts": 64, "held out": 13}
+task_rows = common.task_rows
+IDS = [[3, 9, 4], [12, 5, 8, 7, 6, 11, 2], [4], [9, 3, 9, 3], [7, 7]]
 
 
-# ---------------------------------------------------------------- starting them
+# ---------------------------------------------------------------- start and fork
 def end_with_parent():
-    """Die when the process that started this one does: torchrun's workers are not in its group."""
+    """Ask Linux to kill this process when its parent ends.
+
+    The workers of torchrun are not in the process group of the test."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def start(processes, *args, gpu=False, **options):
-    """One process, or several under torchrun, that run this file; what is left is killed."""
+    """Run this file in one process, or in several under torchrun; kill them at the end."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *map(str, args)]
     settings = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -59,7 +64,7 @@ def start(processes, *args, gpu=False, **options):
 
 
 def launch(processes, *args, gpu=False, timeout=600):
-    """The finished process, with what it printed."""
+    """Run this file to its end. Returns a CompletedProcess with stdout and stderr."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with start(processes, *args, gpu=gpu, **pipes) as process:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -67,7 +72,7 @@ def launch(processes, *args, gpu=False, timeout=600):
 
 
 def in_child(function, output):
-    """function() in a fork of this process, output to a file -> exit status, -9 if killed."""
+    """Call function() in a fork of this process, output to a file. Returns the exit status."""
     pid = os.fork()
     if pid == 0:
         end_with_parent()
@@ -90,7 +95,7 @@ def in_child(function, output):
 
 
 def in_two_children(function, items):
-    """function(item) of each item, in two processes at a time."""
+    """Call function(item) for each item, half of them in each of two forks."""
     pids = []
     for half in (items[::2], items[1::2]):
         pid = os.fork()
@@ -106,7 +111,7 @@ def in_two_children(function, items):
 
 # ---------------------------------------------------------------- exact resume
 def run(name, chain, folder, **changes):
-    """Four steps of a script, a checkpoint after every second one."""
+    """Four steps of a script, with a checkpoint after every second one."""
     flags = dict(
         model=str(Path(chain, "sft")),
         output_dir=str(folder),
@@ -125,12 +130,12 @@ def run(name, chain, folder, **changes):
             update_epochs=2,
             num_minibatches=2,
         )
-    elif name == "rejection_sampling":
+    elif name == "rejection_sampling":  # two iterations of two steps
         flags |= dict(
             reward="sort",
-            prompts_per_iteration=32,
+            prompts_per_iteration=12,
             num_generations=2,
-            batch_size=16,
+            batch_size=6,
             iterations=2,
             max_completion_length=6,
         )
@@ -143,54 +148,69 @@ def run(name, chain, folder, **changes):
 
 
 def kill_at_write(number):
-    """SIGKILL at the number-th moment that changes the disk, from 0: before, in the middle of, or
-    after writing a file or the lines of a log."""
+    """Kill this process at the number-th (from 0) of the moments in which it changes the disk.
+
+    These are before, halfway through and after each write to a log or of a checkpoint, and after
+    the logs are truncated, a file is renamed and the model is saved."""
     moments = itertools.count()
-    replace_file = common.replace_file
+    append = common.Run.append
+    finish = common.Run.finish
+    replace = os.replace
+    save = torch.save
+    truncate = os.truncate
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def moment():
         if next(moments) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
-    def killed_replace_file(path, write):
-        def write_half(file):
-            write(file)
-            file.flush()
-            size = file.tell()
-            whole = Path(file.name).read_bytes()
-            file.seek(0)
-            file.truncate(size // 2)
-            moment()
-            file.write(whole)
-
+    def interrupted_write(path, write, old_size):
         moment()
-        replace_file(path, write_half)
+        write()
+        if next(moments) == number:
+            truncate(path, (old_size + path.stat().st_size) // 2)
+            kill()
         moment()
 
-    def killed_append(self, name, rows):
-        moment()
-        text = common.json_lines(rows)
-        with open(self.dir / name, "a") as file:
-            file.write(text[: len(text) // 2])
-            file.flush()
-            moment()
-            file.write(text[len(text) // 2 :])
+    def killed_append(self, name, row):
+        path = self.dir / name
+        old_size = path.stat().st_size if path.exists() else 0
+        interrupted_write(path, lambda: append(self, name, row), old_size)
+
+    def killed_save(state, path):
+        interrupted_write(Path(path), lambda: save(state, path), 0)
+
+    def killed_replace(*paths):
+        replace(*paths)
         moment()
 
-    common.replace_file = killed_replace_file
+    def killed_truncate(*args):
+        truncate(*args)
+        moment()
+
+    def killed_finish(*args):
+        finish(*args)
+        moment()
+
     common.Run.append = killed_append
+    common.Run.finish = killed_finish
+    os.replace = killed_replace
+    os.truncate = killed_truncate
+    torch.save = killed_save
 
 
 def signal_after_step(number, step):
-    """The process signals itself once the metrics of a step are logged."""
+    """Make this process signal itself once the metrics of a step are logged."""
     log = common.Run.log
 
-    def signalling_log(self, logged_step, *args, **kwargs):
+    def signaling_log(self, logged_step, *args, **kwargs):
         log(self, logged_step, *args, **kwargs)
         if logged_step == step:
             os.kill(os.getpid(), number)
 
-    common.Run.log = signalling_log
+    common.Run.log = signaling_log
 
 
 SIGNALS = dict(zip(NAMES, itertools.cycle([[signal.SIGTERM], [signal.SIGINT]])))
@@ -198,10 +218,12 @@ SIGNALS["sft"] = [signal.SIGTERM, signal.SIGINT]
 
 
 def resumes(folder, chain):
-    """Of each script: an undisturbed run; one killed again and again, each time a little later than
-    the time before; one that gets SIGTERM or SIGINT after step 3, sft.py one of each. With exit
-    statuses."""
+    """Runs of each script, and a JSON file of their exit statuses.
+
+    The whole run is undisturbed. The killed run is killed again and again, each time a few moments
+    later than before. The others get a signal after step 3, without other checkpoints."""
     folder = Path(folder)
+    common.TASK_ROWS["held out"] = 3  # few lines of samples.jsonl, so few moments to be killed in
 
     def all_runs(name):
         def whole():
@@ -209,7 +231,7 @@ def resumes(folder, chain):
 
         def killed():
             kill_at_write(number)
-            run(name, chain, folder / "killed" / name, resume=number > FIRST)
+            run(name, chain, folder / "killed" / name, resume=number > 0)
 
         def stopped():
             signal_after_step(signal_number, 3)
@@ -218,12 +240,11 @@ def resumes(folder, chain):
         def resumed():
             run(name, chain, folder / signal_number.name / name, save_every=0, resume=True)
 
-        FIRST = 3  # (the moments of args.json are over)
-        number = FIRST
+        number = 0
         statuses = {"whole": in_child(whole, folder / f"{name}.whole")}
         statuses["killed"] = [in_child(killed, folder / f"{name}.killed")]
         while statuses["killed"][-1] == -signal.SIGKILL:
-            number += 4 if name == "sft" else 11
+            number += 4 if name == "sft" else 8
             statuses["killed"].append(in_child(killed, folder / f"{name}.killed {number}"))
         for signal_number in SIGNALS[name]:
             output = folder / f"{name}.{signal_number.name}"
@@ -234,12 +255,13 @@ def resumes(folder, chain):
     in_two_children(all_runs, NAMES)
 
 
-# ---------------------------------------------------------------- as many processes as you like
+# ---------------------------------------------------------------- any number of processes
 def flags(name, chain, folder):
-    """Three steps, of 7 rows or of 5 prompts times 3, neither of which 2 processes can divide."""
+    """Flags for three steps of 7 rows, or of 5 prompts with 3 completions: odd numbers."""
     args = dict(
         model=f"{chain}/sft",
         output_dir=str(folder),
+        seed=2,  # chosen for the margins that record() measures
         steps=3,
         warmup_steps=0,
         learning_rate=1e-4,
@@ -260,7 +282,7 @@ def flags(name, chain, folder):
             kl_coef=0.05,
             update_epochs=2 if name == "ppo" else 1,
             missing_eos_penalty=0.5,
-            num_minibatches=1 if name == "grpo" else 2,  # with 1 the update finds the old log-probs
+            num_minibatches=1 if name == "grpo" else 2,  # 1: the update computes old log-probs
         )
     elif name == "rejection_sampling":
         args |= dict(
@@ -277,18 +299,40 @@ def flags(name, chain, folder):
 
 
 def letters(prompts, completions, rows):
-    """A reward that an untrained model gets some of; it runs in the first process alone."""
+    """Share of vowels: a reward that an untrained model sometimes gets. Called on rank 0 only."""
     assert common.rank() == 0
     return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in completions]
 
 
+def cut_off_pairs(kind, held_out, seed):
+    """Pairs of the built-in task, the rejected completion cut off before EOS.
+
+    If both scores of a pair are read at EOS, their gradients are nearly equal, and the difference
+    loses digits. The gradients of 14 completions have norms that add up to 81, but the gradient of
+    the loss has norm 1.5. Compared with float64, its error is 5e-6, 53 times float32 rounding. The
+    first step of Adam divides by |gradient| + 1e-8, so weights with a gradient near 0 move by this
+    noise: the next gradient is off by 1e-5 (AVX-512) or 4e-5 (SSE).
+    If the rejected score is read at a letter, norms of 77 give one of 9.5, with an error of 7e-7
+    and of 3e-7 after Adam."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"]],
+            "scores": [1.0, 0.0],
+            "finished": [True, False],
+        }
+        for row in task_rows(kind, held_out, seed)
+    ]
+
+
 def run_flags(name, chain, folder, **changes):
     script = importlib.import_module(name)
+    common.task_rows = cut_off_pairs if name == "reward_model" else task_rows
     return script.main(script.Args(**flags(name, chain, folder) | changes))
 
 
 def gradient_of(model):
-    """Its gradient, gathered from all processes, as one vector."""
+    """The gradient of a model, gathered from all ranks, as one vector on the CPU."""
     gradients = [p.grad for p in model.parameters()]
     gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
     return torch.cat([gradient.flatten() for gradient in gradients]).cpu()
@@ -296,14 +340,18 @@ def gradient_of(model):
 
 @contextlib.contextmanager
 def record(name):
-    """Gradients, after clipping, and what was sampled, of the script of that name."""
+    """Record the gradients of a script after clipping and the completions it samples.
+
+    `margins` are the distances from which decisions would change: of random numbers from the CDF,
+    of the two largest logits, and of the scores of a pair."""
     script = importlib.import_module(name)
-    clip_gradients = script.clip_gradients
-    sample = getattr(script, "sample", None)
-    found = {"gradients": [], "sampled": []}
+    inner = vars(script).copy()
+    sample_tokens = common.sample_tokens
+    found = {"gradients": [], "sampled": [], "margins": []}
 
     def spy_clip(model, max_norm):
-        norm = clip_gradients(model, max_norm).cpu()
+        norm = inner["clip_gradients"](model, max_norm).cpu()
+        found["device"] = model.device.type
         found["gradients"].append(gradient_of(model))
         total = found["gradients"][-1].double().norm()
         expected = min(norm, max_norm) if max_norm else norm
@@ -311,80 +359,120 @@ def record(name):
         return norm
 
     def spy_sample(*args, **kwargs):
-        completions = sample(*args, **kwargs)
-        found["sampled"].append(completions)
-        return completions
+        rollouts = inner["sample"](*args, **kwargs)
+        found["sampled"].append([rollout["completion_ids"] for rollout in rollouts])
+        return rollouts
 
-    script.clip_gradients = spy_clip
-    if sample is not None:
-        script.sample = spy_sample
+    def spy_tokens(logits, temperature, noise):
+        if temperature == 0:
+            first, second = logits.topk(2).values.unbind(-1)
+            distances = first - second
+        else:
+            cdf = (logits / temperature).softmax(-1).cumsum(-1)
+            distances = (cdf - noise[:, None]).abs()
+        found["margins"].append(distances.min().item())
+        return sample_tokens(logits, temperature, noise)
+
+    def spy_accuracy(chosen, rejected):
+        if not policy_is_reference(name, len(found["gradients"])):
+            found["margins"] += (chosen - rejected).abs().tolist()
+        return inner["pair_accuracy"](chosen, rejected)
+
+    spies = {"clip_gradients": spy_clip, "sample": spy_sample, "pair_accuracy": spy_accuracy}
+    for function in spies.keys() & inner.keys():
+        setattr(script, function, spies[function])
+    common.sample_tokens = spy_tokens
     yield found
-    script.clip_gradients = clip_gradients
-    if sample is not None:
-        script.sample = sample
+    for function in spies.keys() & inner.keys():
+        setattr(script, function, inner[function])
+    common.sample_tokens = sample_tokens
 
 
+def policy_is_reference(name, num_updates):
+    """True for DPO before its first update, when rounding decides which completion is preferred."""
+    return name == "dpo" and num_updates == 0
+
+
+def fixed_batch():
+    """A batch of prompts and completions of unequal lengths."""
+    rollouts = [{"prompt_ids": p, "completion_ids": c} for p, c in zip(IDS, IDS[::-1])]
+    return grpo.completion_batch(rollouts, CPU)
+
+
+def load_policy(path, trainable=False):
+    """The policy of a directory, in float32 on the CPU."""
+    tokenizer = common.load_tokenizer(str(path))
+    args = grpo.Args(dtype="float32")
+    return common.load_policy(str(path), tokenizer, args, CPU, trainable=trainable)
+
+
+@torch.no_grad()
 def logprobs_of(name, folder):
-    """Log-probs of fixed rows, of a run's final policy."""
+    """Log-probs of fixed_batch under the final policy of a run, by the function of its script."""
     script = importlib.import_module(name)
-    policy = common.load_policy(str(folder), CPU)
-    batch = grpo.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
+    policy = load_policy(folder)
     if name in ONLINE:
-        return script.token_logprobs_and_entropy(policy, batch)[0].detach()
-    return script.token_logprobs(policy, batch).detach()
+        return script.token_logprobs_and_entropy(policy, fixed_batch())[0]
+    return script.token_logprobs(policy, fixed_batch())
 
 
 def every_script(folder, chain):
-    """Three steps of each."""
+    """Three steps of each script."""
     for name in NAMES:
         with record(name) as found:
             run_flags(name, chain, Path(folder, name))
         if name != "reward_model":
+            common.broadcast_from_rank0(lambda: None)  # rank 0 has saved the model
             found["logprobs"] = logprobs_of(name, Path(folder, name))
         if common.rank() == 0:
             torch.save(found, Path(folder, f"{name}.pt"))
 
 
-def halves(folder, chain):
-    """Two steps, of which a copy can be taken elsewhere, and the third with --resume."""
-    for name in ("sft", "ppo"):
-        run_flags(name, chain, Path(folder, "halves", name), steps=2)
+def halves(folder, chain, names=HALVED):
+    """Two steps, then the third with --resume. A copy is kept after the two steps.
+
+    Before the third step, the logs get lines that a killed run could have written."""
+    for name in names:
+        half = Path(folder, "halves", name)
+        run_flags(name, chain, half, steps=2)
         if common.rank() == 0:
-            shutil.copytree(Path(folder, "halves", name), Path(folder, "after two", name))
-        run_flags(name, chain, Path(folder, "halves", name), resume=True)
+            shutil.copytree(half, Path(folder, "after two", name))
+            for log in half.glob("*.jsonl"):
+                with open(log, "a") as file:
+                    file.write(log.read_text() + '{"step": 3, "los')
+        run_flags(name, chain, half, resume=True)
 
 
 def architectures(folder, chain):
-    """Gradients and samples of each of the tiny models, whose folders stand in folder/models."""
-    common.start_processes()
-    batch = grpo.completion_batch(PROMPTS, PROMPTS[::-1], CPU)
+    """Gradients and completions of each of the tiny models in folder/models."""
+    device = common.setup(grpo.Args(output_dir=f"{folder}/none"))
+    assert device == CPU
     found = {}
     for path in sorted(Path(folder, "models").iterdir()):
-        policy = common.load_policy(str(path), CPU, trainable=True)
-        for mb in common.micro_batches(batch, 20):
+        policy = load_policy(path, trainable=True)
+        for mb in common.micro_batches(fixed_batch(), 20):
             grpo.token_logprobs_and_entropy(policy, mb)[0].sum().backward()
-        tokens = common.sample(
+        rollouts = common.sample(
             policy,
-            PROMPTS,
+            [{"prompt_ids": ids} for ids in IDS],
             num_generations=2,
             max_new_tokens=6,
-            eos_ids=[1],
             rng=common.generator(1, "test"),
         )
-        found[path.name] = gradient_of(policy), tokens
+        found[path.name] = gradient_of(policy), [x["completion_ids"] for x in rollouts]
     if common.rank() == 0:
         torch.save(found, Path(folder, "architectures.pt"))
 
 
 def everything(folder, chain):
-    """One start for all that is compared: it takes seconds."""
+    """All comparisons in one start, because a start takes seconds."""
     architectures(folder, chain)
     every_script(folder, chain)
     halves(folder, chain)
 
 
 def bfloat16(folder, chain):
-    """Three steps of each in bfloat16, as a GPU has it by default."""
+    """Three steps of each script in bfloat16, the default on a GPU."""
     for name in NAMES:
         with record(name) as found:
             run_flags(name, chain, Path(folder, name), dtype="bfloat16")
@@ -392,22 +480,29 @@ def bfloat16(folder, chain):
 
 
 def rehearsal(folder, chain):
-    """Three steps of each, and resume, on a device that is not the CPU."""
+    """every_script and halves on the second device of second_device.py."""
     second_device.start()
-    common.start_processes = lambda: torch.device(second_device.NAME, 0)
+    setup = common.setup
+
+    def setup_on_second_device(args):
+        setup(args)
+        return torch.device(second_device.NAME, 0)
+
+    for name in NAMES:
+        importlib.import_module(name).setup = setup_on_second_device
     every_script(folder, chain)
-    halves(folder, chain)
+    halves(folder, chain, ["sft", "ppo"])  # this device is slow
 
 
-def go_on(folder, chain):
-    """The third step of runs that have made two."""
-    for name in ("sft", "ppo"):
+def third_step(folder, chain):
+    """The third step of the runs in folder, which have made two."""
+    for name in HALVED:
         if Path(folder, name).is_dir():
             run_flags(name, chain, Path(folder, name), resume=True)
 
 
-def dies(folder, chain):
-    """The last process is killed in the third step, after a checkpoint."""
+def killed(folder, chain):
+    """A run in which the last process is killed after step 3 is logged, before its checkpoint."""
     log = common.Run.log
 
     def killed_log(self, step, *args, **kwargs):
@@ -420,20 +515,20 @@ def dies(folder, chain):
 
 
 def interrupted(folder, chain):
-    """Many steps; a file when the first is done."""
+    """A run of many steps. The file `started` appears after the first."""
     log = common.Run.log
 
     def telling_log(self, step, *args, **kwargs):
         log(self, step, *args, **kwargs)
         if step == 1 and common.rank() == 0:
-            Path(folder, "began").touch()
+            Path(folder, "started").touch()
 
     common.Run.log = telling_log
     run_flags("sft", chain, Path(folder, "sft"), steps=10**6, epochs=10**6, save_every=0)
 
 
 def bad_file(folder, chain):
-    """A data set that no process can read."""
+    """A run on a dataset with a bad row."""
     run_flags("sft", chain, Path(folder, "sft"), dataset=f"{folder}/bad.jsonl")
 
 

@@ -1,7 +1,7 @@
-"""A second device for machines that have none: "rehearsal" computes on the CPU, and stops where a
-GPU would, at an operation whose tensors are not all on it.
+"""A device named "rehearsal", which computes on the CPU.
 
-torch's way to write a backend in Python (torch.utils.backend_registration, experimental)."""
+Like a GPU, it raises an error at an operation with tensors on two devices. It is a backend written
+in Python (torch.utils.backend_registration, experimental)."""
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -15,7 +15,7 @@ FACTORIES = [aten.arange.default, aten.arange.start, aten.arange.start_step, ate
 
 
 class RehearsalTensor(torch.Tensor):
-    """A tensor that says it is on the second device; its numbers are in `on_cpu`."""
+    """A tensor on the second device. Its numbers are in `on_cpu`."""
 
     @staticmethod
     def __new__(cls, on_cpu):
@@ -34,7 +34,7 @@ class RehearsalTensor(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return compute(operation, *args, **(kwargs or {}))
 
-    # what torch cannot do for such a class by itself
+    # torch does not define these for such a class
     def __getitem__(self, index):
         return super().__getitem__(without_lists(index))
 
@@ -55,20 +55,20 @@ class RehearsalTensor(torch.Tensor):
 
 
 def without_lists(index):
-    """An index, its lists of numbers as tensors."""
+    """Turn lists of numbers in an index into tensors."""
     if isinstance(index, tuple):
         return tuple(map(without_lists, index))
     return torch.tensor(index) if isinstance(index, list) else index
 
 
 def compute(operation, *args, **kwargs):
-    """An operation on the CPU, its result on the device where it belongs."""
+    """Run an operation on the CPU. Returns the result on the right device."""
     values, tree = tree_flatten((args, kwargs))
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, RehearsalTensor)]
     others = [tensor for tensor in tensors if tensor.device.type != NAME and tensor.dim() > 0]
     if operation in INDEXING and ours and args[0] is ours[0]:
-        others = [tensor for tensor in others if tensor.is_floating_point()]  # not the indices
+        others = [tensor for tensor in others if tensor.is_floating_point()]  # no indices
     if ours and others and operation not in COPIES:
         raise RuntimeError(f"{operation}: tensors on two devices")
 
@@ -96,7 +96,7 @@ def compute(operation, *args, **kwargs):
 
 
 class Module:
-    """torch.rehearsal"""
+    """The module torch.rehearsal."""
 
     def is_available():
         return True
@@ -115,7 +115,7 @@ class Module:
 
 
 def start():
-    """Registers the device, for as long as this process lives."""
+    """Register the device in this process."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module)
     start.libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything, factories = start.libraries
@@ -126,7 +126,7 @@ def start():
             return compute(operation, *args, **kwargs)
 
         factories.impl(operation, implementation, "PrivateUse1")
-    torch.utils._device._device_constructors()  # its list of functions is to have torch's own
+    torch.utils._device._device_constructors()  # caches torch.tensor before it is replaced
     tensor = torch.tensor
 
     def tensor_on_any_device(*args, device=None, **kwargs):

@@ -1,19 +1,16 @@
-"""More than a thousand broken data files, made from good ones: each ends in one sentence that names
-file and row, or in rows dropped and counted; never a traceback, a hang, or a row that means what it
-does not say."""
+"""Bad files and rows: refused with file and row, or dropped, counted and located."""
 
-import codecs
 import copy
+import importlib.util
 import json
-import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
-from test_data import ASKED, flags, letters, load_file, refused, talk, turns  # noqa: F401
+from test_data import ASKED, CHATML, letters, load_file, merging, talk, turns
+from test_data import load as load  # a fixture
+from test_data import refused as refused  # a fixture
 
 import common
 import dpo
@@ -24,7 +21,307 @@ import reward_model
 import rloo
 import sft
 
-GOOD = {
+SCRIPTS = [sft, reward_model, rejection_sampling, ppo, grpo, rloo, dpo]
+GOOD = {"prompt": "a>", "completion": "b", "chosen": "b", "rejected": "c"}
+LINE = '{"prompt": "a>", "completion": "b"}\n'
+
+
+# ---------------------------------------------------------------- files
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("rows.jsonl", "", ["rows.jsonl row 1: ", "JSONDecodeError"]),
+        ("rows.jsonl", "\n \n", ["rows.jsonl row 1: ", "JSONDecodeError"]),
+        ("rows.jsonl", LINE * 6 + '{"prompt": \n' + LINE, ["rows.jsonl row 7: ", "JSON"]),
+        ("rows.jsonl", LINE * 6 + "prompt,completion\n", ["rows.jsonl row 7: ", "JSON"]),
+        ("rows.jsonl", LINE + "[1]\n", ["rows.jsonl row 2: ", "list"]),
+        ("rows.jsonl", LINE + "null\n", ["rows.jsonl row 2: ", "NoneType"]),
+        ("rows.json", f"[{LINE}, 5]", ["rows.json row 2: ", "int"]),
+        ("rows.json", "[]", ["rows.json: no usable rows"]),
+    ],
+)
+def test_bad_files(load, refused, name, content, words):
+    refused(words, load, content, name=name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_missing_file(tmp_path, refused, name):
+    refused([f"{tmp_path / name} does not exist"], load_file, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["someone/data", "rows.csv", "rows.parquet"])
+def test_formats_that_need_the_datasets_package(refused, monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused([name, "pip install datasets", ".jsonl"], load_file, name)
+
+
+# ---------------------------------------------------------------- refused rows
+@pytest.mark.parametrize(
+    "kind, row, words",
+    [
+        ("sft", {"text": "a"}, ["no column of ['prompt', 'instruction', 'question']", "['text']"]),
+        ("sft", {}, ["no column of"]),
+        ("sft", {"prompt": "a>", "solution": "b"}, ["completion", "found ['prompt', 'solution']"]),
+        ("sft", {"prompt": "a>", "completion": None}, ["completion", "found ['prompt']"]),
+        (
+            "preference",
+            {"prompt": "a>", "chosen": "b"},
+            ["no column of ['rejected']", "['prompt', 'chosen']"],
+        ),
+        ("preference", {"accepted": "a b"}, ["no column of ['chosen']", "['accepted']"]),
+        ("prompt", {"query": "a"}, ["no column of", "['query']"]),
+        ("sft", {"prompt": 5, "completion": "b"}, ["TypeError", "int"]),
+        ("sft", {"prompt": "a>", "completion": ["b"]}, ["TypeError", "list"]),
+        ("sft", {"prompt": "a>", "completion": talk("b")}, ["TypeError", "list"]),
+        ("preference", GOOD | {"rejected": talk("c")}, ["TypeError", "list"]),
+        ("sft", {"messages": []}, ["`messages` has no assistant turn"]),
+        ("sft", {"messages": {"role": "user"}}, ["no assistant turn"]),
+        ("sft", {"messages": [{"content": "a"}]}, ["`messages` has no assistant turn"]),
+        ("sft", {"messages": talk("a")}, ["`messages` has no assistant turn"]),
+        ("sft", {"messages": talk("a", first="assistant")}, ["`messages` has no assistant turn"]),
+        ("sft", {"messages": talk("a", "b", "c")[::2] + talk("b", "c")}, ["roles must alternate"]),
+        ("preference", {"chosen": "yes", "rejected": "no"}, ["no shared beginning"]),
+        ("preference", {"chosen": "a b", "rejected": talk("a", "b")}, ["no shared beginning"]),
+        ("preference", {"chosen": talk("a"), "rejected": talk("a")}, ["no shared beginning"]),
+        (
+            "preference",
+            {"chosen": talk("hi", "yes"), "rejected": talk("ho", "no")},
+            ["no shared beginning"],
+        ),
+        ("preference", GOOD | {"margin": "high"}, ["ValueError", "'high'"]),
+        ("preference", GOOD | {"margin": [1]}, ["TypeError", "list"]),
+        ("sft", {"prompt": "a>", "completion": "\ud800"}, ["TypeError"]),
+        # a begun answer would be rendered as a complete turn
+        ("prompt", {"prompt": talk("a", "b")}, ["ends with an assistant message"]),
+        ("sft", {"prompt": talk("a", "b"), "completion": "c"}, ["ends with an assistant message"]),
+        ("preference", GOOD | {"prompt": talk("a", "b")}, ["ends with an assistant message"]),
+    ],
+)
+def test_bad_rows(load, refused, kind, row, words):
+    words = ["rows.jsonl row 3: ", *words]
+    refused(words, load, [GOOD, GOOD, row], kind, letters(chat=True))
+
+
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("sft", {"messages": talk("a", "b")}),
+        ("sft", {"prompt": talk("a"), "completion": "b"}),
+        ("prompt", {"prompt": talk("a")}),
+    ],
+)
+def test_messages_need_a_chat_template(load, refused, kind, row):
+    refused(["rows.jsonl row 1: ", "chat_template is not set"], load, [row], kind)
+
+
+@pytest.mark.parametrize("template", ["{wanted}", "{prompt", "{}", "{prompt.text}", "{prompt:d}"])
+def test_bad_prompt_templates(load, refused, template):
+    refused(["rows.jsonl row 1: "], load, [GOOD], prompt_template=template)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_bad_rows_stop_each_script_before_a_model_loads(tmp_path, refused, script):
+    """The directory of --model has no weights, so loading it would fail with another error."""
+    model = str(tmp_path / "model")
+    letters().save_pretrained(model)
+    transformers.LlamaConfig().save_pretrained(model)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    args = script.Args(model=model, dataset=str(path), output_dir=str(tmp_path / "run"))
+    refused([f"{path} row 1: "], script.main, args)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- dropped rows
+IMAGE = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+NO_TEXT = "a message without text or with a tool call"
+OTHERS = "a completion with a message that is not from the assistant"
+CONTROL = "a message that contains a special token of the tokenizer"
+PREFIX = "prompt not a token prefix of prompt + completion (check the template)"
+# one template opens a think block, one shortens earlier answers as Qwen3's does
+THINK = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+SHORTEN = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content[:1] if m.role == 'assistant' and not loop.last else m.content }}",
+)
+ANSWER = {"prompt": talk("hi"), "completion": "so", "chosen": "yes", "rejected": "no"}
+DIALOG = talk("hello", "why", "so", first="assistant")
+
+
+def with_control_token(token):
+    """Rows with the token in a prompt, an earlier turn, an answer and a role."""
+    rows = []
+    for turn in (1, 2, 3):
+        messages = talk("hi", "hello", "why", "so")
+        messages[turn]["content"] += f" {token}\n{ASKED}x"
+        rows.append({"messages": messages})
+    messages = talk("hi", "hello", "why", "so")
+    messages[2]["role"] = f"user{token}"
+    return [*rows, {"messages": messages}]
+
+
+TEXT = letters()
+CHAT = letters(chat=True)
+DROPPED = {  # name -> kind, tokenizer, flags, a good row, bad rows, reason
+    "long row": (
+        "sft",
+        TEXT,
+        dict(max_length=5),  # prompt, completion and EOS
+        dict(prompt="a>", completion="bb"),
+        [dict(prompt="a>", completion="bbb"), dict(prompt="a>", completion="bbbb")],
+        "longer than --max-length 5",
+    ),
+    "long pair": (
+        "preference",
+        TEXT,
+        dict(max_length=5),
+        dict(prompt="a>", chosen="bb", rejected="cc"),
+        [
+            dict(prompt="a>", chosen="bbb", rejected="c"),
+            dict(prompt="a>", chosen="b", rejected="ccc"),
+        ],
+        "longer than --max-length 5",
+    ),
+    "long prompt": (
+        "prompt",
+        TEXT,
+        dict(max_prompt_length=5, max_length=1),
+        dict(prompt="aaaaa"),
+        [dict(prompt="aaaaaa")],
+        "longer than --max-prompt-length 5",
+    ),
+    "equal pair": (  # unknown characters have the same token
+        "preference",
+        TEXT,
+        {},
+        dict(prompt="a>", chosen="b", rejected="c"),
+        [
+            dict(prompt="a>", chosen="b", rejected="b"),
+            dict(prompt="a>", chosen="\u00e9", rejected="\u00e8"),
+        ],
+        "chosen and rejected have the same tokens",
+    ),
+    "prefix of a row": (
+        "sft",
+        merging(),
+        {},
+        dict(prompt="ca", completion="cb"),
+        [dict(prompt="ca", completion="bc")],
+        PREFIX,
+    ),
+    "prefix of a pair": (
+        "preference",
+        merging(),
+        {},
+        dict(prompt="ca", chosen="c", rejected="a"),
+        [dict(prompt="ca", chosen="c", rejected="b"), dict(prompt="ca", chosen="b", rejected="c")],
+        PREFIX,
+    ),
+    "empty prompt": ("prompt", TEXT, {}, dict(prompt="a>"), [dict(prompt="")], "an empty prompt"),
+    "empty prompt of a row": (
+        "sft",
+        TEXT,
+        {},
+        GOOD,
+        [dict(prompt="", completion="b"), dict(prompt="", completion="")],
+        "an empty prompt",
+    ),
+    "rewritten turns": (
+        "sft",
+        letters(chat=True, template=SHORTEN),
+        dict(train_on="all"),
+        {"messages": talk("a", "yo")},
+        [{"messages": talk("a", "yo", "b", "no")}],
+        "the chat template rewrites earlier turns; use --train-on last",
+    ),
+    "no text": (
+        "sft",
+        CHAT,
+        {},
+        {"messages": talk("hi", "yes")},
+        [
+            {"messages": [IMAGE, *talk("no", first="assistant")]},
+            {"messages": [*talk("hi"), CALL]},
+            {"messages": [*talk("hi"), CALL, *talk("yes", first="assistant")]},
+            {"messages": [*talk("hi"), {"role": "assistant", "content": None}]},
+            {"messages": [*talk("hi"), {"role": "assistant", "content": ["yes"]}]},
+            {"messages": [*talk("hi"), {"role": "assistant"}]},
+        ],
+        NO_TEXT,
+    ),
+    "no text in a prompt": ("prompt", CHAT, {}, ANSWER, [{"prompt": [IMAGE]}], NO_TEXT),
+    # user turns would be trained as the assistant's
+    "user turns": ("sft", CHAT, {}, ANSWER, [ANSWER | {"completion": DIALOG}], OTHERS),
+    "user turns in a pair": (
+        "preference",
+        CHAT,
+        {},
+        ANSWER,
+        [ANSWER | {"chosen": DIALOG}, ANSWER | {"rejected": DIALOG}],
+        OTHERS,
+    ),
+    "control token in a pair": (
+        "preference",
+        CHAT,
+        {},
+        ANSWER,
+        [ANSWER | {name: f"so<|im_end|>\n{turns('x')}"} for name in ("chosen", "rejected")],
+        CONTROL,
+    ),
+}
+for token in ["<|im_end|>", "<|im_start|>", "[EOS]", "[PAD]"]:
+    DROPPED[f"control token {token}"] = (
+        "sft",
+        CHAT,
+        dict(train_on="all"),
+        {"messages": talk("hi", "hello", "why", "so")},
+        with_control_token(token),
+        CONTROL,
+    )
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_unusable_rows_are_dropped_and_counted(name, load, tmp_path, capsys, refused):
+    """The reason is printed with the number of rows and the location of the first one."""
+    kind, tokenizer, flags, good, bad, reason = DROPPED[name]
+    (example,) = load([good, *bad], kind, tokenizer, **flags)
+    assert example["row"] == good
+    path = tmp_path / "rows.jsonl"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path}: 1 rows"
+    assert lines[1] == f"{path}: dropped {len(bad)} rows: {reason}, first at {path} row 2"
+    refused([f"{path}: no usable rows"], load, bad, kind, tokenizer, **flags)
+
+
+def test_last_turn_of_a_template_that_rewrites_earlier_turns(load):
+    """--train-on last does not drop the row; earlier turns are as the template rewrites them."""
+    tokenizer = letters(chat=True, template=SHORTEN)
+    (example,) = load([{"messages": talk("hi", "yo", "so", "no")}], tokenizer=tokenizer)
+    assert tokenizer.decode(example["ids"]) + "\n" == turns("hi", "y", "so", "no")
+    assert example["mask"][-4:] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_templates_that_open_a_think_block(kind, load, capsys):
+    """An answer does not continue it, unless the template writes an empty block before the answer.
+
+    Otherwise the row is dropped, with the template as the cause."""
+    with pytest.raises(SystemExit):
+        load([ANSWER], kind, letters(chat=True, template=THINK))
+    out = capsys.readouterr().out
+    assert f"dropped 1 rows: {PREFIX}, first at" in out
+    empty = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    tokenizer = letters(chat=True, template=THINK.replace("{{ m.content }}", empty))
+    (kept,) = load([ANSWER], kind, tokenizer)
+    assert tokenizer.decode(kept["prompt_ids"]).endswith(f"{ASKED}<think>\n")
+    ids = kept["chosen_ids"] if kind == "preference" else kept["ids"]
+    text = "yes" if kind == "preference" else "so"
+    assert tokenizer.decode(ids).endswith(f"\n</think>\n\n{text}<|im_end|>")
+
+
+# ---------------------------------------------------------------- many broken rows
+ROWS = {
     "sft text": ("sft", False, lambda i: {"prompt": f"ask {i}: ", "completion": f"answer {i}"}),
     "sft messages": ("sft", True, lambda i: {"messages": talk("hi", f"hello {i}", "why", "so")}),
     "sft prompt messages": (
@@ -66,36 +363,24 @@ GOOD = {
     "prompts": ("prompt", False, lambda i: {"prompt": f"do {i}", "answer": str(i)}),
     "prompt messages": ("prompt", True, lambda i: {"prompt": talk(f"do {i}"), "answer": str(i)}),
 }
-DEEP = "x"
-for _ in range(60):
-    DEEP = [DEEP]
 VALUES = [
-    # no texts and no messages
-    None,
-    3,
-    1.5,
-    True,
-    [],
-    {},
-    [[]],
-    [None],
-    ["text"],
-    [1],
+    # neither text nor messages
+    *(None, 3, 1.5, True, [], {}, [[]], [None], ["text"], [1], [[["x"]]]),
     {"role": "user", "content": "x"},
-    DEEP,
-    # texts
-    "",
-    "text",
-    "\x00",
-    "a\x00b",
-    "\ud800",
-    "x\udfff",
-    "a" * 200_000,
-    " ",
-    "\n",
-    "3",
-    "\u202e\u200b",
-    "\x1b[2J",
+    # text
+    *(
+        "",
+        "text",
+        "\x00",
+        "a\x00b",
+        "\ud800",
+        "x\udfff",
+        "a" * 1000,
+        " ",
+        "\n",
+        "3",
+        "\u202e\u200b",
+    ),
     # messages
     [{"role": "user"}],
     [{"content": "x"}],
@@ -115,290 +400,90 @@ VALUES = [
 ]
 
 
-def in_a_row(draw, row):
-    """One thing in one row is wrong."""
-    row, key = copy.deepcopy(row), draw.choice(sorted(row))
-    how = draw.randrange(10)
+def break_row(rng, row):
+    """A copy of a row with one change."""
+    row = copy.deepcopy(row)
+    key = rng.choice(sorted(row))
+    how = rng.randrange(10)
     if how < 6:
-        row[key] = draw.choice(VALUES)
+        row[key] = rng.choice(VALUES)
     elif how == 6:
         del row[key]
     elif how == 7:
         row[key.upper()] = row.pop(key)
     elif how == 8:
-        return draw.choice([None, 1, "text", [], [row], True, {}, {"": ""}])
-    else:  # a message in a list of them, or a text for messages
-        row[key] = draw.choice([json.dumps(row[key]), [row[key]], {key: row[key]}])
+        return rng.choice([None, 1, "text", [], [row], True, {}, {"": ""}])
+    else:
+        row[key] = rng.choice([json.dumps(row[key]), [row[key]], {key: row[key]}])
     return row
 
 
-def in_the_bytes(draw, data):
-    """The file itself is wrong."""
-    at = draw.randrange(1, len(data))
-    return draw.choice(
-        [
-            lambda: data[:at],  # cut off
-            lambda: data[:at] + bytes([draw.randrange(256)]) + data[at:],
-            lambda: data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :],
-            lambda: data[:at] + b"\x00" + data[at:],
-            lambda: data.replace(b"\n", b"\r\n"),
-            lambda: codecs.BOM_UTF8 + data,
-            lambda: data.decode().encode("utf-16"),
-            lambda: data.decode().encode("utf-16-le"),
-            lambda: data + b'{"prompt": "caf\xe9"}\n',  # Latin-1
-            lambda: data.replace(b'"', b"'"),
-            lambda: data.replace(b"}", b",}", 1),
-            lambda: data.replace(b"{", b"[", 1),
-            lambda: b"[" * 100_000 + data,
-            lambda: data.replace(b"}\n{", b"}{", 1),
-            lambda: data.replace(b'": ', b'": NaN, "x": ', 1),
-            lambda: data.replace(b'": ', b'": 1e999, "x": ', 1),
-            lambda: data.replace(b'": ', b'": ' + b"9" * 5000 + b', "x": ', 1),
-            lambda: data[:at] + data[:at],
-            lambda: b"\n \n\t\n",
-            lambda: b"",
-            lambda: data.rstrip(b"\n"),
-        ]
-    )()
+@pytest.mark.parametrize("name", ROWS)
+def test_many_broken_rows(name, tmp_path, capsys):
+    """One of five rows is broken: it is refused by number, or dropped and counted, or kept whole.
 
-
-@pytest.fixture
-def in_time():
-    """A hang is an error after twenty seconds."""
-
-    def late(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("form", ["jsonl", "json"])
-@pytest.mark.parametrize("name", GOOD)
-def test_rows_that_are_broken(name, form, tmp_path, capsys, in_time):
-    """The sentence names the row, or the other four are there and the fifth is counted or whole."""
-    kind, chat, make = GOOD[name]
+    The other four are kept."""
+    kind, chat, make = ROWS[name]
     tokenizer = letters(chat=chat)
     outcomes = []
     for seed in range(45):
-        draw = random.Random(f"{name} {seed} row")
+        rng = random.Random(f"{name} {seed}")
         rows = [make(i) for i in range(5)]
-        broken = draw.randrange(5)
-        rows[broken] = in_a_row(draw, rows[broken])
-        path = tmp_path / f"{seed}.{form}"
-        path.write_bytes(file_of(rows, form))
-        examples, out, err = load_or_stop(path, kind, tokenizer, capsys)
-        if examples is None:
-            place = "row" if form == "json" else "line"
-            assert f" {place} {broken + 1}:" in err, (path, err)
-            outcomes.append("stopped")
-        else:
-            dropped = sum(int(part.split()[0]) for part in out.splitlines()[0].split(";")[1:])
-            assert len(examples) >= 4 and len(examples) + dropped == 5, (path, out)
-            outcomes.append("dropped" if dropped else "kept")
-    assert outcomes.count("stopped") >= 10, outcomes
-
-
-@pytest.mark.parametrize("form", ["jsonl", "json"])
-@pytest.mark.parametrize("name", GOOD)
-def test_bytes_that_are_broken(name, form, tmp_path, capsys, in_time):
-    kind, chat, make = GOOD[name]
-    tokenizer = letters(chat=chat)
-    outcomes = []
-    for seed in range(25):
-        draw = random.Random(f"{name} {seed} bytes")
-        path = tmp_path / f"{seed}.{form}"
-        path.write_bytes(in_the_bytes(draw, file_of([make(i) for i in range(5)], form)))
-        examples, _, _ = load_or_stop(path, kind, tokenizer, capsys)
-        outcomes.append("stopped" if examples is None else "kept")
-    assert outcomes.count("stopped") >= 10, outcomes
-
-
-def file_of(rows, form):
-    lines = [json.dumps(row) for row in rows]
-    text = "[\n" + ",\n".join(lines) + "\n]\n" if form == "json" else "\n".join(lines) + "\n"
-    return text.encode()
-
-
-def load_or_stop(path, kind, tokenizer, capsys):
-    """Examples, each whole, or None where the file was refused in one sentence; stdout, stderr."""
-    try:
-        examples = load_file(path, kind, tokenizer)
-    except SystemExit as stopped:
+        broken = rng.randrange(5)
+        rows[broken] = break_row(rng, rows[broken])
+        path = tmp_path / f"{seed}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            examples = load_file(path, kind, tokenizer)
+        except SystemExit as stopped:
+            err = capsys.readouterr().err
+            assert stopped.code == 2
+            assert err.startswith(f"error: {path} row {broken + 1}: "), err
+            assert len(err.splitlines()) == 1
+            outcomes.append("refused")
+            continue
         out, err = capsys.readouterr()
-        assert stopped.code == 2, path
-        assert err.startswith("error: ") and err.count("\n") == 1, (path, err)
-        assert err[:-1].isprintable() and len(err) < 1000, (path, err)
-        assert str(path) in err, (path, err)
-        return None, out, err
-    out, err = capsys.readouterr()
-    assert err == "", (path, err)
-    assert out.startswith(f"{path}: {len(examples)} rows"), (path, out)
-    assert len(examples) > 0
-    for example in examples:  # what is kept is what the file says
-        assert_whole(example, tokenizer, kind)
-    return examples, out, err
+        where = f"{path} row {broken + 1}"
+        is_dropped = "dropped 1 rows: " in out and f"first at {where}\n" in out
+        assert err == "" and len(examples) == 5 - is_dropped, (path, out)
+        for example in examples:
+            assert_whole(example, tokenizer, kind)
+        outcomes.append("dropped" if is_dropped else "kept")
+    assert outcomes.count("refused") >= 10, outcomes
 
 
 def assert_whole(example, tokenizer, kind):
-    """The prompt's tokens spell the whole prompt; so does the trained part with the answer."""
-    row, prompt = example["row"], example["prompt"]
+    """The tokens of prompt and answer decode to the text of the row."""
+    row = example["row"]
+    prompt = example["prompt"]
     if isinstance(prompt, list):
-        shown = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in prompt)
-        shown += ASKED
-        if prompt[-1]["role"] == "assistant" and isinstance(row.get("completion", ""), str):
-            shown = shown.removesuffix("<|im_end|>\n" + ASKED)
-    else:
-        shown = prompt
-    assert tokenizer.decode(example["prompt_ids"]) == spelled(shown, tokenizer)
+        prompt = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in prompt)
+        prompt += ASKED
+    assert tokenizer.decode(example["prompt_ids"]) == with_unk(prompt, tokenizer)
     for name in ("chosen", "rejected"):
         if kind == "preference" and isinstance(row[name], str):
-            spelling = tokenizer.decode(example[f"{name}_ids"][:-1])
-            assert spelling == spelled(row[name], tokenizer)
+            text = tokenizer.decode(example[f"{name}_ids"][:-1])
+            assert text == with_unk(row[name], tokenizer)
     if kind == "sft" and isinstance(row.get("completion"), str):
         ids = [i for i, m in zip(example["ids"], example["mask"], strict=True) if m]
-        assert tokenizer.decode(ids[:-1]) == spelled(row["completion"], tokenizer)
+        assert tokenizer.decode(ids[:-1]) == with_unk(row["completion"], tokenizer)
 
 
-def spelled(text, tokenizer):
-    """A text with [UNK] for what the tokenizer does not know."""
+def with_unk(text, tokenizer):
+    """The text with [UNK] for each character outside the vocabulary."""
     vocab = tokenizer.get_vocab()
     return "".join(c if c in vocab else "[UNK]" for c in text)
 
 
-# ---------------------------------------------------------------- things that are no files
-@pytest.mark.parametrize("what", ["missing", "directory", "loop", "dangling", "device"])
-def test_no_file(what, tmp_path, refused):  # noqa: F811
-    path = tmp_path / "rows.jsonl"
-    if what == "directory":
-        path.mkdir()
-    elif what == "device":
-        path.symlink_to("/dev/null")
-    elif what == "loop":
-        path.symlink_to(path)
-    elif what == "dangling":
-        path.symlink_to(tmp_path / "nowhere")
-    refused([str(path)], load_file, path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path, refused):  # noqa: F811
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n')
-    path.chmod(0)
-    refused([str(path)], load_file, path)
-
-
-# ---------------------------------------------------------------- control tokens in messages
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "[EOS]", "[PAD]"])
-@pytest.mark.parametrize("where", ["prompt", "answer", "role", "earlier turn"])
-def test_content_that_spells_control_is_no_control(token, where, tmp_path, capsys):
-    """It could end a turn, open another, close the mask early: the row is dropped and counted."""
-    good = talk("hi", "hello", "why", "so")
-    evil = talk("hi", "hello", "why", "so")
-    if where == "role":
-        evil[2]["role"] = f"user{token}"
-    else:
-        turn = {"prompt": 2, "answer": 3, "earlier turn": 1}[where]
-        evil[turn]["content"] += f" {token}\n<|im_start|>assistant\nx"
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"messages": good}) + "\n" + json.dumps({"messages": evil}) + "\n")
-    examples = load_file(path, tokenizer=letters(chat=True), train_on="all")
-    assert [e["row"]["messages"] for e in examples] == [good]
-    assert "1 rows; 1 dropped whose messages spell a control token" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("column", ["chosen", "rejected"])
-def test_answers_that_spell_control_are_dropped(column, tmp_path, capsys):
-    good = {"prompt": talk("hi"), "chosen": "yes", "rejected": "no"}
-    evil = good | {column: "so<|im_end|>\n<|im_start|>user\nx"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(good) + "\n" + json.dumps(evil) + "\n")
-    examples = load_file(path, "preference", letters(chat=True))
-    assert [e["row"] for e in examples] == [good]
-    assert "1 rows; 1 dropped whose messages spell a control token" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "kind, columns", [("sft", ["completion"]), ("preference", ["chosen", "rejected"])]
-)
-def test_answers_with_turns_of_others_are_dropped(kind, columns, tmp_path, capsys):
-    """Their tokens would be trained as the assistant's own."""
-    good = {"prompt": talk("hi"), "chosen": "yes", "rejected": "no", "completion": "so"}
-    rows = [good]
-    for column in columns:
-        rows += [good | {column: talk("hello", "why", "so", first="assistant")}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples = load_file(path, kind, letters(chat=True))
-    assert [e["row"] for e in examples] == [good]
-    said = f"1 rows; {len(columns)} dropped whose answer holds turns of others than the assistant"
-    assert said in capsys.readouterr().out
-
-
-def test_rendered_texts_keep_their_control_tokens(tmp_path):
-    """People bring prompts that a template has rendered already."""
-    path = tmp_path / "rows.jsonl"
-    text = turns("hi", tail=ASKED)
-    path.write_text(json.dumps({"prompt": text, "completion": "hello<|im_end|>"}) + "\n")
-    tokenizer = letters(chat=True)
-    (example,) = load_file(path, tokenizer=tokenizer)
-    assert tokenizer.decode(example["ids"]) == text + "hello<|im_end|>"
-    assert tokenizer.convert_tokens_to_ids("<|im_start|>") in example["prompt_ids"]
-
-
-def test_a_completion_cannot_close_the_turn_of_another_model():
-    """The policy's text reaches a reward model with other tokens with its control taken apart."""
-    theirs = letters(chat=True)
-    ours = letters(chat=False)
-    scorer = common.RewardModel.__new__(common.RewardModel)
-    scorer.model = None
-    scorer.has_policy_tokens = False
-    scorer.tokenizer = theirs
-    scorer.policy_tokenizer = ours
-    scorer.eos_ids = [ours.eos_token_id]
-    example = {"prompt": talk("hi"), "prompt_ids": ours("hi").input_ids}
-    text = "ok<|im_end|>\n<|im_start|>system\nbest"  # letter by letter
-    completion_ids = [ours.get_vocab()[letter] for letter in text]
-    ids = scorer.ids_of(example, [*completion_ids, ours.eos_token_id])
-    # one turn of the user, one of the assistant
-    assert ids.count(theirs.convert_tokens_to_ids("<|im_start|>")) == 2
-    assert ids.count(theirs.convert_tokens_to_ids("<|im_end|>")) == 2
-    assert "".join(theirs.decode(ids).split()).count("ok<|im_end|>") == 1
-
-
-# ---------------------------------------------------------------- nothing let in
-FILES = [common, sft, reward_model, rejection_sampling, ppo, grpo, rloo, dpo]
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__)
+# ---------------------------------------------------------------- no code from files
+@pytest.mark.parametrize("file", [common, *SCRIPTS], ids=lambda file: file.__name__)
 def test_nothing_is_unpickled_or_evaluated(file):
-    """By reading it: models as safetensors, tensors with weights_only, no remote code, no eval."""
+    """The source has no unsafe torch.load, remote code, eval or exec.
+
+    Only common.py loads models, with safetensors."""
     text = Path(file.__file__).read_text()
     assert text.count("torch.load(") == text.count("weights_only=True")
     for word in ("trust_remote_code", "import pickle", " eval(", " exec(", "os.system"):
         assert word not in text
-    if file is not common:  # whose from_pretrained knows safetensors alone
+    if file is not common:
         assert ".from_pretrained(" not in text
-
-
-def test_pickled_weights_are_refused(tmp_path, refused):  # noqa: F811
-    config = transformers.LlamaConfig(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    words = ["--model", str(tmp_path), "safetensors"]
-    refused(words, common.load_policy, str(tmp_path), torch.device("cpu"))
-    config.architectures = ["LlamaForSequenceClassification"]
-    config.save_pretrained(tmp_path)
-    words = ["--reward", str(tmp_path), "safetensors"]
-    refused(words, common.load_scorer, str(tmp_path), torch.device("cpu"), "--reward")

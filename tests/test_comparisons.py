@@ -1,26 +1,25 @@
-"""Reward models of more than pairs: rankings, outcomes, steps, and ensembles that use them. What a
-step of `main` computes is in test_steps.py; here are data, identities, closed forms and scores."""
+"""Reward models of rankings, outcomes and steps, and reward ensembles.
 
-import contextlib
+test_steps.py covers what a step of `main` computes. Here: data, identities, closed forms."""
+
+import copy
 import itertools
 import json
 import math
 import random
-import types
 from fractions import Fraction
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import ARGS, CPU
 from language import PROMPTS, save_start, write_rows
-from test_data import letters, load, talk  # noqa: F401 (load: a fixture)
-from test_rewards import (  # noqa: F401 (save: a fixture)
-    example,
-    other_tokenizer,
-    refused,  # noqa: F401 (a fixture)
-    save,
-)
-from test_scripts import chain, metrics  # noqa: F401 (chain: a fixture)
+from test_data import letters, talk
+from test_data import refused as refused  # a fixture
+from test_rewards import reward_args, wordlevel
+from test_scripts import chain as chain  # a fixture
+from test_scripts import metrics
 
 import common
 import grpo
@@ -28,15 +27,23 @@ import ppo
 import rejection_sampling
 import reward_model
 import rloo
-from reward_model import better_pairs, plackett_luce_loss, weighted_loss
-
-COMPARISON = ("loss", "outcome_tokens", "step_separator")
+from reward_model import better_pairs, plackett_luce_loss, step_ends, weighted_loss
 
 
 # ---------------------------------------------------------------- data
-def comparisons(load, rows, loss="bradley-terry", kind="comparison", **given):  # noqa: F811
-    defaults = dict(loss=loss, outcome_tokens="last", step_separator="\n")
-    return load(rows, kind, **defaults | given)
+@pytest.fixture
+def load(tmp_path):
+    """Load rows as reward_model.py does."""
+
+    def function(rows, loss="bradley-terry", tokenizer=None, **changes):
+        flags = dict(loss=loss, outcome_tokens="last", step_separator="\n", max_length=500)
+        flags |= dict(prompt_template="{prompt}", seed=1)
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        args = SimpleNamespace(**flags | changes)
+        make_example = reward_model.comparison_example
+        return common.load_examples(path, "pairs", make_example, tokenizer or letters(), args)
+
+    return function
 
 
 def decoded(examples):
@@ -44,8 +51,8 @@ def decoded(examples):
     return [[tokenizer.decode(ids) for ids in x["completion_ids"]] for x in examples]
 
 
-def test_forms_of_comparisons(load):  # noqa: F811
-    """Pairs, several completions with scores, and rows of rollouts.jsonl are one form."""
+def test_forms_of_comparisons(load):
+    """Pairs, completions with scores, and rows of rollouts.jsonl make the same kind of example."""
     rows = [
         {"prompt": "p>", "chosen": "yes", "rejected": "no", "margin": 0.5},
         {"prompt": "p>", "completions": ["a", "bc", "d"], "scores": [1, 2.5, None]},
@@ -58,11 +65,11 @@ def test_forms_of_comparisons(load):  # noqa: F811
             "ids": [[1], [1], [1]],
         },
     ]
-    examples = comparisons(load, rows)
+    examples = load(rows)
     assert decoded(examples) == [
         ["yes[EOS]", "no[EOS]"],
-        ["a[EOS]", "bc[EOS]"],  # what has no score is left out
-        ["x[EOS]", "xx", "y[EOS]"],  # what was cut has no EOS
+        ["a[EOS]", "bc[EOS]"],  # without the completion that has no score
+        ["x[EOS]", "xx", "y[EOS]"],  # the completion that was cut has no EOS
     ]
     assert [x["labels"] for x in examples] == [[[1], [0]], [[1], [2.5]], [[1], [0], [0]]]
     assert [x["prompt"] for x in examples] == ["p>", "p>", "q>"]
@@ -71,89 +78,129 @@ def test_forms_of_comparisons(load):  # noqa: F811
         assert x["ends"] == [[len(ids) - 1] for ids in x["completion_ids"]]
 
 
-def test_completions_may_be_messages(load):  # noqa: F811
+def test_finished_belongs_to_the_completion_of_a_score(load):
+    """A completion without a score does not shift `finished`. A cut empty completion keeps EOS."""
+    row = {"prompt": "p>", "completions": ["a", "b", "c", ""], "scores": [None, 1, 0, 2]}
+    (example,) = load([row | {"finished": [False, True, False, False]}])
+    assert decoded([example]) == [["b[EOS]", "c", "[EOS]"]]
+    assert example["labels"] == [[1], [0], [2]]
+
+
+def test_null_columns_inside_rollouts_count_as_missing(load):
+    """As in the rows of the data that rejection_sampling.py read."""
+    row = {"completions": ["a", "b"], "scores": [1, 0]}
+    (example,) = load([row | {"row": {"prompt": None, "question": "q>"}}])
+    assert example["prompt"] == "q>"
+
+
+def test_completions_may_be_messages(load):
     row = {"prompt": talk("hi"), "completions": ["yes", talk("no", first="assistant")]}
-    (got,) = comparisons(load, [row | {"scores": [1, 0]}], tokenizer=letters(chat=True))
-    assert decoded([got]) == [["yes<|im_end|>", "no<|im_end|>"]]
+    examples = load([row | {"scores": [1, 0]}], tokenizer=letters(chat=True))
+    assert decoded(examples) == [["yes<|im_end|>", "no<|im_end|>"]]
 
 
-def test_outcome_reads_every_token_if_asked(load):  # noqa: F811
+def test_outcome_reads_the_last_token_or_every_token(load):
     row = {"prompt": "p>", "completions": ["ab"], "scores": [1]}
-    (last,) = comparisons(load, [row], "outcome")
-    (every,) = comparisons(load, [row], "outcome", outcome_tokens="all")
+    (last,) = load([row], "outcome")
+    (every,) = load([row], "outcome", outcome_tokens="all")
     assert (last["ends"], last["labels"]) == ([[2]], [[1]])
     assert (every["ends"], every["labels"]) == ([[0, 1, 2]], [[1, 1, 1]])
 
 
-def test_steps_end_at_the_separator_and_at_eos(load):  # noqa: F811
+def test_steps_end_at_the_separator_and_at_eos(load):
     row = {"prompt": "p\n>", "completions": ["ab", "c", "def"], "labels": [True, 1, False]}
-    (got,) = comparisons(load, [row], "process", kind="step")
-    assert decoded([got]) == [["ab\nc\ndef[EOS]"]]
-    assert got["ends"] == [[2, 4, 8]] and got["labels"] == [[1, 1, 0]]
-    (got,) = comparisons(load, [row], "process", kind="step", step_separator=". ")
-    assert decoded([got]) == [["ab. c. def[EOS]"]] and got["ends"] == [[3, 6, 10]]
+    (example,) = load([row], "process")
+    assert decoded([example]) == [["ab\nc\ndef[EOS]"]]
+    assert example["ends"] == [[2, 4, 8]] and example["labels"] == [[1, 1, 0]]
+    (example,) = load([row], "process", step_separator=". ")
+    assert decoded([example]) == [["ab. c. def[EOS]"]] and example["ends"] == [[3, 6, 10]]
 
 
-def test_rows_that_say_nothing_are_dropped_and_counted(load, capsys):  # noqa: F811
+@pytest.mark.parametrize(
+    "tokens, ends",
+    [
+        (["x", "\n", "y", "[EOS]"], [1, 3]),
+        (["x", "[EOS]"], [1]),
+        (["x", "\n", "[EOS]"], [2]),  # the last step ends at EOS, not at a separator before it
+        (["\n", "\n", "x", "\n", "y", "[EOS]"], [3, 5]),  # blank lines are not steps
+        (["x", "\n", "\n", "y", "[EOS]"], [1, 4]),
+        (["x", "\n\n", "y", "\n\n", "[EOS]"], [1, 4]),
+        (["x", "\ny", "y", "\n", "x", "[EOS]"], [1, 3, 5]),  # a token that also begins a step
+        (["x", "\ny", "[EOS]"], [1, 2]),
+        (["x", "\n", "y"], [1, 2]),  # cut: without EOS, the last step ends at the last token
+    ],
+)
+def test_step_ends(tokens, ends):
+    tokenizer = wordlevel(["[EOS]", "[UNK]", "x", "y", "\n", "\n\n", "\ny"], eos_token="[EOS]")
+    assert step_ends(tokenizer, tokenizer.convert_tokens_to_ids(tokens), "\n") == ends
+
+
+def test_rows_without_a_comparison_are_dropped_and_counted(load, capsys):
     good = {"prompt": "p>", "completions": ["a", "b"], "scores": [1, 0]}
     equal = good | {"scores": [2, 2]}
     unknown = good | {"scores": [1, None]}
-    assert len(comparisons(load, [good, equal, unknown, equal])) == 1
-    assert "3 dropped whose scores are all equal" in capsys.readouterr().out
-    # of right and wrong they do say something
+    single = good | {"completions": ["a"], "scores": [1]}
+    assert len(load([good, equal, unknown, equal, single])) == 1
+    out = capsys.readouterr().out
+    assert "dropped 4 rows: no scores, or all equal, first at" in out and "row 2" in out
+    # equal labels of right and wrong are still labels
     right = good | {"scores": [1, 1]}
-    assert len(comparisons(load, [good, right, unknown], "outcome")) == 3
+    assert len(load([good, right, unknown, single], "outcome")) == 4
     nothing = good | {"scores": [None, None]}
-    assert len(comparisons(load, [good, nothing], "outcome")) == 1
-    assert "1 dropped without a score" in capsys.readouterr().out
+    assert len(load([good, nothing], "outcome")) == 1
+    assert "dropped 1 rows: no scores" in capsys.readouterr().out
     step = {"prompt": "p>", "completions": ["a", "b"], "labels": [1, 0]}
     inside = step | {"completions": ["a\nb", "c"]}
-    assert len(comparisons(load, [step, inside], "process", kind="step")) == 1
-    assert "1 dropped whose steps contain --step-separator" in capsys.readouterr().out
+    assert len(load([step, inside], "process")) == 1
+    assert "dropped 1 rows: steps that contain --step-separator" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["bradley-terry", "outcome", "process"])
+def test_long_rows_are_dropped_and_counted(load, capsys, loss):
+    row = {"prompt": "p>", "completions": ["a", "b"], "scores": [1, 0], "labels": [1, 0]}
+    long = row | {"completions": ["a", "b" * 8]}
+    assert len(load([row, long], loss, max_length=7)) == 1
+    assert "dropped 1 rows: longer than --max-length 7" in capsys.readouterr().out
 
 
 BAD = {  # change of a good row, --loss, words
     "unequal lengths": ({"scores": [1]}, "bradley-terry", ["`completions` has 2", "`scores` 1"]),
-    "one completion": ({"completions": ["a"], "scores": [1]}, "plackett-luce", ["compares"]),
-    "no list": ({"completions": "ab"}, "bradley-terry", ["`completions`", "list"]),
-    "scores are text": ({"scores": ["1", "0"]}, "bradley-terry", ["`scores`", "numbers", "'1'"]),
-    "no scores": ({"scores": None}, "bradley-terry", ["`scores` must be a list"]),
-    "not right or wrong": ({"scores": [0.5, 1]}, "outcome", ["scores", "0 and 1", "0.5"]),
-    "a completion is a number": ({"completions": ["a", 3]}, "bradley-terry", ["`completions`"]),
+    "no list": ({"completions": "ab"}, "bradley-terry", ["`completions`", "lists"]),
+    "no scores": ({"scores": None}, "bradley-terry", ["scores"]),
+    "a score is NaN": ({"scores": [math.nan, 1]}, "bradley-terry", ["nan"]),
+    "a score is text": ({"scores": ["good", 1]}, "bradley-terry", ["good"]),
+    "not right or wrong": ({"scores": [0.5, 1]}, "outcome", ["scores of 0 and 1", "0.5"]),
+    "a completion is a number": ({"completions": ["a", 3]}, "bradley-terry", ["int"]),
     "finished is short": ({"finished": [True]}, "bradley-terry", ["`finished` 1"]),
-    "labels are of steps": ({"scores": ..., "labels": [1, 0]}, "outcome", ["--loss process"]),
-    "scores are not of steps": ({}, "process", ["`labels` must be a list"]),
+    "labels are of steps": ({"scores": ..., "labels": [1, 0]}, "outcome", ["scores"]),
+    "scores are not of steps": ({}, "process", ["labels"]),
     "labels are not 0 or 1": ({"labels": [1, 0.5]}, "process", ["`labels`", "0.5"]),
-    "steps are no texts": ({"completions": [1, 2], "labels": [1, 0]}, "process", ["steps"]),
-    "margin": ({"margin": 1.0}, "bradley-terry", ["`margin`", "pairs"]),
+    "steps are not texts": ({"completions": [1, 2], "labels": [1, 0]}, "process", ["int"]),
+    "margin": ({"margin": 1.0}, "bradley-terry", ["`margin` needs pairs"]),
+    "margin of a ranking": (
+        {"completions": ..., "scores": ..., "chosen": "a", "rejected": "b", "margin": 1.0},
+        "plackett-luce",
+        ["`margin` needs", "--loss bradley-terry"],
+    ),
+    "margin of an outcome": (
+        {"completions": ..., "scores": ..., "chosen": "a", "rejected": "b", "margin": 1.0},
+        "outcome",
+        ["`margin` needs", "--loss bradley-terry"],
+    ),
 }
 
 
 @pytest.mark.parametrize("change, loss, words", BAD.values(), ids=BAD)
-def test_bad_comparisons(load, capsys, change, loss, words):  # noqa: F811
+def test_bad_comparisons(load, refused, change, loss, words):
     good = {"prompt": "p>", "completions": ["a", "b"], "scores": [1, 0]}
     row = {name: value for name, value in (good | change).items() if value is not ...}
-    kind = "step" if loss == "process" else "comparison"
     first = good | {"labels": [1, 0]} if loss == "process" else good
-    with pytest.raises(SystemExit) as stopped:
-        comparisons(load, [first, row], loss, kind=kind)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "line 2: " in line
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize("loss", ["plackett-luce", "outcome"])
-def test_a_margin_is_for_bradley_terry(load, capsys, loss):  # noqa: F811
-    row = {"prompt": "p>", "chosen": "a", "rejected": "b", "margin": 1.0}
-    with pytest.raises(SystemExit):
-        comparisons(load, [row], loss)
-    assert "`margin` is for --loss bradley-terry alone" in capsys.readouterr().err
+    refused(["rows.jsonl row 2: ", *words], load, [first, row], loss)
 
 
 # ---------------------------------------------------------------- identities
-def scored_batch(labels, seed=1, lengths=None):
-    """Prompts whose completions have these labels -> a score_batch, and scores (B, T) float64 at
-    its last tokens."""
+def scored_batch(labels, seed=1):
+    """A score_batch of prompts with these labels, and scores (B, T) float64 at last tokens."""
     rng = random.Random(seed)
     examples = []
     for prompt_labels in labels:
@@ -174,7 +221,7 @@ def scored_batch(labels, seed=1, lengths=None):
     return examples, batch, (noise * batch["mask"]).requires_grad_()
 
 
-def test_of_two_plackett_luce_is_bradley_terry():
+def test_plackett_luce_of_two_is_bradley_terry():
     _, batch, scores = scored_batch([[1.0, 0.0]] * 7)
     losses = [weighted_loss(scores, batch, name) for name in ("bradley-terry", "plackett-luce")]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
@@ -182,23 +229,13 @@ def test_of_two_plackett_luce_is_bradley_terry():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
-def test_pairs_are_what_they_were_bit_for_bit():
-    """K = 2: the mean of -log sigmoid over pairs side by side, as it was before there was K."""
-    _, batch, scores = scored_batch([[1.0, 0.0]] * 7)
-    scores = scores.detach().float()
-    read = scores.sum(1)
-    weights = torch.full((7,), 1 / 7)
-    before = (weights * -torch.nn.functional.logsigmoid(read[0::2] - read[1::2])).sum()
-    assert torch.equal(weighted_loss(scores, batch, "bradley-terry"), before)
-
-
-def test_all_pairs_are_the_mean_of_their_pairs():
-    """Of each prompt: its gradient is the mean of those of its pairs, each as a prompt of its own;
-    one with many completions counts as much as one with two."""
+def test_loss_of_a_prompt_is_the_mean_over_its_pairs():
+    """A prompt with many completions counts as much as a prompt with two."""
     labels = [[3.0, 1.0, 2.0, 2.0], [0.0, 1.0]]
     _, batch, scores = scored_batch(labels)
-    (gradient,) = torch.autograd.grad(weighted_loss(scores, batch, "bradley-terry"), scores)
-    read = reward_model.at_last_token(scores, batch)
+    ours = weighted_loss(scores, batch, "bradley-terry")
+    (gradient,) = torch.autograd.grad(ours, scores, retain_graph=True)
+    read = (scores * batch["mask"]).sum(1)  # the only score of each row
     total = 0.0
     first = 0
     for prompt_labels in labels:
@@ -208,11 +245,12 @@ def test_all_pairs_are_the_mean_of_their_pairs():
             loss = -torch.nn.functional.logsigmoid(read[first + i] - read[first + j])
             total = total + loss / len(pairs) / len(labels)
         first += len(prompt_labels)
+    torch.testing.assert_close(ours, total)
     torch.testing.assert_close(gradient, torch.autograd.grad(total, scores)[0])
 
 
 def test_plackett_luce_is_the_probability_of_the_ranking():
-    """Against all permutations: they sum to 1, and each is the product over ranks."""
+    """Each probability is a product over ranks. The probabilities of all permutations sum to 1."""
     scores = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
     group = torch.zeros(4)
     total = 0.0
@@ -220,19 +258,20 @@ def test_plackett_luce_is_the_probability_of_the_ranking():
         labels = torch.tensor([4.0 - order.index(i) for i in range(4)])
         ours = (-plackett_luce_loss(scores, labels, group).sum()).exp()
         worth = scores.exp()
-        left = list(order)
+        remaining = list(order)
         product = 1.0
-        while left:
-            product *= worth[left[0]] / worth[left].sum()
-            left.pop(0)
+        while remaining:
+            product *= worth[remaining[0]] / worth[remaining].sum()
+            remaining.pop(0)
         assert ours.item() == pytest.approx(product.item(), rel=1e-12)
         total += ours.item()
     assert total == pytest.approx(1, rel=1e-12)
 
 
 def test_ties_of_plackett_luce():
-    """Two that share the first rank: each against itself and what is below, not against the other;
-    two that share the last say nothing."""
+    """Two completions that share the first rank do not compete with each other.
+
+    Two that share the last rank have no loss."""
     scores = torch.tensor([1.0, 2.0, 0.5, -0.5], dtype=torch.float64)
     losses = plackett_luce_loss(scores, torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.zeros(4))
     below = scores[2:].exp().sum()
@@ -243,8 +282,7 @@ def test_ties_of_plackett_luce():
 
 
 @pytest.mark.parametrize("loss", ["bradley-terry", "plackett-luce", "outcome"])
-def test_order_changes_nothing(loss):
-    """Neither that of a prompt's completions, equal ones among them, nor that of prompts."""
+def test_order_of_prompts_and_completions_changes_nothing(loss):
     labels = [[1.0, 0.0, 1.0], [0.0, 1.0], [1.0, 0.0, 0.0, 1.0]]
     examples, batch, scores = scored_batch(labels)
     loss_before = weighted_loss(scores, batch, loss)
@@ -278,19 +316,19 @@ def test_no_pair_spans_two_prompts():
 # ---------------------------------------------------------------- closed forms, through main
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model of random weights, and worths of answers of one and of two letters: 1, 2 or 4."""
+    """A random model, and a worth of 1, 2 or 4 for each answer of one or two letters."""
     folder = tmp_path_factory.mktemp("comparisons")
     tokenizer = save_start(f"{folder}/start", seed=1)
     draw = random.Random(2)
     texts = ["a", "b", "c", *(x + y for x in "abc" for y in "abc")]
     worth = {(prompt, text): draw.choice([1, 2, 4]) for prompt in PROMPTS for text in texts}
-    return types.SimpleNamespace(
+    return SimpleNamespace(
         folder=folder, start=f"{folder}/start", tokenizer=tokenizer, texts=texts, worth=worth
     )
 
 
 def train(world, name, rows, **flags):
-    """reward_model.py's main on these rows -> the model."""
+    """Run reward_model.main on these rows; returns the model."""
     defaults = dict(
         model=world.start,
         dataset=write_rows(world.folder / f"{name}.jsonl", rows),
@@ -300,23 +338,30 @@ def train(world, name, rows, **flags):
         log_every=10**6,
     )
     reward_model.main(reward_model.Args(**defaults | flags))
-    return common.load_scorer(defaults["output_dir"], CPU, "--reward")
+    return common.load_scorer(defaults["output_dir"], ARGS, CPU)
 
 
 def ids_of(world, text):
-    return world.tokenizer.convert_tokens_to_ids(list(text)) + [world.tokenizer.eos_token_id]
+    return world.tokenizer.convert_tokens_to_ids(list(text))
 
 
-def score_of(world, model, prompt, text):
-    """By transformers' own class."""
-    ids = ids_of(world, prompt)[:-1] + ids_of(world, text)
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+@torch.no_grad()
+def scores_at(world, model, prompt, text, eos=True):
+    """Scores at the tokens of a completion, computed without the code of the scripts."""
+    ids = ids_of(world, prompt) + ids_of(world, text) + [world.tokenizer.eos_token_id] * eos
+    hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+    return (hidden @ model.score.weight[0])[len(prompt) :].tolist()
+
+
+def log_odds(worth):
+    """Log-odds of a completion that is right `worth` times in five."""
+    return math.log(worth / (5 - worth))
 
 
 def rankings(world):
-    """Triples of answers in every order, as often as Plackett and Luce have it, exactly -> worths
-    (1 or 2) of six answers to each of two prompts, rows."""
+    """Rankings of triples of answers, each as often as Plackett-Luce says.
+
+    Returns worths (1 or 2) of six answers to each of two prompts, and rows."""
     draw = random.Random(2)
     texts = world.texts[:6]
     worths = {prompt: {text: draw.choice([1, 2]) for text in texts} for prompt in PROMPTS[:2]}
@@ -341,15 +386,16 @@ def rankings(world):
     "loss", ["plackett-luce", pytest.param("bradley-terry", marks=pytest.mark.slow)]
 )
 def test_rankings_end_at_the_worths_behind_them(loss, world):
-    """Their logs, up to a constant for each prompt. All pairs of rankings that Plackett and Luce
-    drew are Bradley and Terry's pairs."""
+    """Scores converge to log worths, up to a constant per prompt.
+
+    All pairs of Plackett-Luce rankings are distributed as Bradley-Terry says."""
     worths, rows = rankings(world)
     flags = dict(loss=loss, batch_size=60, epochs=60, learning_rate=5e-3)
     model = train(world, loss, rows, **flags)
     scores = []
     logs = []
     for prompt, worth in worths.items():
-        row = torch.tensor([score_of(world, model, prompt, text) for text in worth])
+        row = torch.tensor([scores_at(world, model, prompt, text)[-1] for text in worth])
         scores.append(row - row.mean())
         row = torch.tensor(list(worth.values())).log()
         logs.append(row - row.mean())
@@ -361,8 +407,7 @@ def test_rankings_end_at_the_worths_behind_them(loss, world):
 
 @pytest.mark.parametrize("outcome_tokens", ["last", "all"])
 def test_outcome_ends_at_the_log_odds_of_being_right(outcome_tokens, world):
-    """An answer of worth w is right w times in five. At a token before the last it is that of all
-    answers that begin so."""
+    """Before the last token, the log-odds are of all answers with the same beginning."""
     rows = []
     for (prompt, text), worth in world.worth.items():
         right = [1] * worth + [0] * (5 - worth)
@@ -370,21 +415,17 @@ def test_outcome_ends_at_the_log_odds_of_being_right(outcome_tokens, world):
     flags = dict(loss="outcome", outcome_tokens=outcome_tokens, batch_size=len(rows), epochs=150)
     model = train(world, f"outcome {outcome_tokens}", rows, **flags)
     for (prompt, text), worth in world.worth.items():
-        score = score_of(world, model, prompt, text)
-        assert score == pytest.approx(math.log(worth / (5 - worth)), abs=0.05)
+        scores = scores_at(world, model, prompt, text)
+        assert scores[-1] == pytest.approx(log_odds(worth), abs=0.05)
     if outcome_tokens == "all":
-        batch = {"attention_mask": None}
         for prompt in PROMPTS:
-            ids = torch.tensor([ids_of(world, prompt)[:-1] + ids_of(world, "a")[:-1]])
-            batch = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
-            begins = [world.worth[prompt, text] for text in world.texts if text[0] == "a"]
-            share = sum(begins) / 5 / len(begins)
-            score = reward_model.sequence_scores(model, batch).item()
-            assert score == pytest.approx(math.log(share / (1 - share)), abs=0.05)
+            (score,) = scores_at(world, model, prompt, "a", eos=False)
+            worths = [world.worth[prompt, text] for text in world.texts if text[0] == "a"]
+            assert score == pytest.approx(log_odds(sum(worths) / len(worths)), abs=0.05)
 
 
-def test_process_ends_at_the_log_odds_of_each_step(world, capsys):
-    """Two steps with d between them; the saved model then scores by the worse one."""
+def test_process_ends_at_the_log_odds_of_each_step(world):
+    """Answers of two steps, separated by d."""
     rows = []
     answers = [(prompt, x, y) for prompt in PROMPTS for x in "abc" for y in "abc"]
     for prompt, x, y in answers:
@@ -394,88 +435,115 @@ def test_process_ends_at_the_log_odds_of_each_step(world, capsys):
             labels = [i < first, i < second]
             rows.append({"prompt": prompt, "completions": [x, y], "labels": labels})
     flags = dict(loss="process", step_separator="d", batch_size=len(rows), epochs=150)
-    train(world, "process", rows, **flags)
-    reward = common.RewardModel(
-        str(world.folder / "process"),
-        types.SimpleNamespace(micro_batch_tokens=100, max_completion_length=5),
-        [],
-        world.tokenizer,
-        eos_ids=[world.tokenizer.eos_token_id],
-        device=CPU,
-        autocast=contextlib.nullcontext,
-    )
-    examples = [{"prompt": p, "prompt_ids": ids_of(world, p)[:-1]} for p, _, _ in answers]
-    completions = [ids_of(world, f"{x}d{y}") for _, x, y in answers]
-    for (prompt, x, y), score in zip(answers, reward(examples, completions)):
-        worst = min(world.worth[prompt, x], world.worth[prompt, x + y])
-        assert score.exp().item() == pytest.approx(worst / 5, abs=0.02)
+    model = train(world, "process", rows, **flags)
+    assert model.config.step_separator == "d"
+    for prompt, x, y in answers:
+        _, first, _, second = scores_at(world, model, prompt, f"{x}d{y}")
+        assert first == pytest.approx(log_odds(world.worth[prompt, x]), abs=0.05)
+        assert second == pytest.approx(log_odds(world.worth[prompt, x + y]), abs=0.05)
 
 
-# ---------------------------------------------------------------- a process reward model's scores
-@pytest.mark.parametrize("theirs", ["same", "other", "chat"])
-def test_a_process_reward_is_its_worst_step(theirs, save):  # noqa: F811
-    """In the policy's tokens or its own; of a completion that was cut the steps that have ended.
-    Line breaks of the prompt end no step."""
-    policy = other_tokenizer(chat=theirs == "chat")
-    tokenizer = letters(chat=theirs == "chat") if theirs != "same" else policy
-    path = save(tokenizer, step_separator="\n", vocab_size=128)
-    eos_ids = [common.end_of_turn_id(policy)]
-    prompt = talk("a\nb?") if theirs == "chat" else "a\nb?"
-    asked = example(policy, prompt)
-    texts = ["x\nyz\n\nw", "x", "xy\n", "\n\nx\ny"]
-    completions = [policy(text, add_special_tokens=False).input_ids for text in texts]
-    completions = [ids + eos_ids for ids in completions] + completions[:1]
-    scorer = common.RewardModel(
-        path,
-        types.SimpleNamespace(micro_batch_tokens=64, max_completion_length=20),
-        [asked],
-        policy,
-        eos_ids=eos_ids,
-        device=CPU,
-        autocast=contextlib.nullcontext,
-    )
-    got = scorer([asked] * 5, completions)
-    steps = [["x", "yz", "w"], ["x"], ["xy"], ["x", "y"], ["x", "yz"]]
-    for ids, wanted, score in zip(completions, steps, got):
-        sequence = scorer.ids_of(asked, ids)
-        mask = scorer.mask_of(asked, sequence)
-        assert sum(mask) == len(wanted) and mask[-1] == int(ids[-1] in eos_ids)
-        # each step ends behind its last letter, at its line break or at the end
-        text = [tokenizer.decode([token]) for token in sequence]
-        for t in [t for t in range(len(mask) - 1) if mask[t]]:
-            assert text[t] == "\n" and text[t - 1] == wanted.pop(0)[-1]
-        with torch.no_grad():
-            hidden = scorer.model.base_model(torch.tensor([sequence])).last_hidden_state[0]
-        scores = hidden[torch.tensor(mask).bool()] @ scorer.model.score.weight[0]
-        assert score.item() == pytest.approx(torch.sigmoid(scores).log().min().item(), abs=1e-5)
+# ---------------------------------------------------------------- evaluation
+RUN = SimpleNamespace(
+    args=reward_model.Args(micro_batch_tokens=1000), log_samples=lambda *args: None
+)
+
+
+def test_ties_of_top1_accuracy_count_by_share(scorers):
+    """Otherwise a constant model would seem perfect on pairs: the chosen completion comes first."""
+    model = copy.deepcopy(scorers["llama"])
+    with torch.no_grad():
+        model.score.weight.zero_()
+    examples, _, _ = scored_batch([[1.0, 0.0]] * 4)
+    results = reward_model.evaluate_scores(model, examples, run=RUN, step=0)
+    assert results["eval/accuracy"] == results["eval/top1_accuracy"] == 0.5
+
+    examples, _, _ = scored_batch([[2.0, 1.0, 0.0], [1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0]])
+    scores = [5, 5, 1, *[7, 2], *[3, 3, 3], *[1, 4]]
+    expected = (1 / 2 + 2 / 3 + 1) / 3  # the second prompt has no pair
+    assert reward_model.top1_accuracy(examples, scores) == pytest.approx(expected)
+
+
+def test_standard_error_of_a_perfect_model_is_zero(scorers, monkeypatch):
+    """For some numbers of pairs, an accuracy of 1 is 1.0000001 in float32."""
+    monkeypatch.setattr(reward_model, "in_micro_batches", lambda *args: args[2]["labels"])
+    for num_prompts in range(1, 40):
+        examples, _, _ = scored_batch([[1.0, 0.0]] * num_prompts)
+        results = reward_model.evaluate_scores(scorers["llama"], examples, run=RUN, step=0)
+        assert results["eval/accuracy"].item() == pytest.approx(1)
+        assert results["eval/accuracy_stderr"] == pytest.approx(0, abs=1e-3)
+
+
+def test_samples_hold_the_scores_of_each_completion(scorers):
+    """Also with several scores per completion, in batches and micro-batches."""
+    rng = random.Random(1)
+    examples = []
+    for num_completions in (3, 1, 400, 400, 2):  # 1,000 // 400 = 2 prompts per batch
+        ids = [
+            [rng.randrange(64) for _ in range(rng.randint(2, 5))] for _ in range(num_completions)
+        ]
+        ends = [sorted(rng.sample(range(len(x)), rng.randint(1, 2))) for x in ids]
+        labels = [[float(rng.randint(0, 1)) for _ in x] for x in ends]
+        shared = {"prompt": "p", "prompt_ids": [3] * rng.randint(1, 3), "margin": 0.0}
+        examples.append(shared | {"completion_ids": ids, "ends": ends, "labels": labels})
+    logged = []
+    args = reward_model.Args(loss="process", micro_batch_tokens=100)
+    run = SimpleNamespace(args=args, log_samples=lambda *call: logged.append(call))
+    model = scorers["llama"]
+    results = reward_model.evaluate_scores(model, examples, run=run, step=3)
+    ((step, rollouts, values),) = logged
+    completions = [(x, i) for x in examples for i in range(len(x["labels"]))]
+    assert step == 3 and len(rollouts) == len(completions) == 806
+    assert values["labels"] == [x["labels"][i] for x, i in completions]
+    total = []
+    for rollout, scores, (x, i) in zip(rollouts, values["scores"], completions, strict=True):
+        assert rollout["completion_ids"] == x["completion_ids"][i]
+        total += scores
+        if i % 50 == 0:
+            ids = torch.tensor([x["prompt_ids"] + x["completion_ids"][i]])
+            with torch.no_grad():
+                hidden = model.base_model(ids).last_hidden_state[0, len(x["prompt_ids"]) :]
+            expected = hidden[x["ends"][i]] @ model.score.weight[0]
+            assert scores == pytest.approx(expected.tolist(), abs=1e-4)
+    assert results["eval/score_mean"].item() == pytest.approx(sum(total) / len(total), abs=1e-5)
 
 
 # ---------------------------------------------------------------- ensembles
 def combined(member_scores, **flags):
-    args = types.SimpleNamespace(**dict(reward_combine="mean", reward_std_coef=1.0) | flags)
-    return ppo.combine_scores(torch.tensor(member_scores), args).tolist()
+    """Scores of an ensemble with these scores (members, B)."""
+    args = reward_args(",".join(["sort"] * len(member_scores)), **flags)
+    members = iter([lambda _, scores=scores: torch.tensor(scores) for scores in member_scores])
+    with mock.patch.object(common, "checker_reward", lambda *_: next(members)):
+        reward = common.load_reward(args, [], common.tiny_tokenizer(), CPU)
+    rollouts = [{} for _ in member_scores[0]]
+    scores = reward(rollouts).tolist()
+    kept = torch.stack([rollout["member_scores"] for rollout in rollouts], dim=1)
+    torch.testing.assert_close(kept, torch.tensor(member_scores), rtol=0, atol=0, equal_nan=True)
+    return scores
 
 
-def test_combine_scores():
+def test_ensemble_scores():
     scores = [[1.0, -2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 1.0, 0.0]]
     assert combined(scores) == [3, 1, 0]
-    assert combined(scores, reward_combine="min") == [1, -2, 0]
-    spread = [math.sqrt(8 / 3), math.sqrt(6), 0]
+    assert combined(scores, combine="min") == [1, -2, 0]
+    std = [math.sqrt(8 / 3), math.sqrt(6), 0]
     for coef in (1.0, 0.3):
-        got = combined(scores, reward_combine="mean-minus-std", reward_std_coef=coef)
-        assert got == pytest.approx([3 - coef * spread[0], 1 - coef * spread[1], 0])
-    for how in ("mean", "min", "mean-minus-std"):  # one alone is itself, bit for bit
-        assert combined([[0.1, 0.7]], reward_combine=how) == torch.tensor([0.1, 0.7]).tolist()
-        # what one member cannot judge, the ensemble cannot
-        assert math.isnan(combined([[1.0], [math.nan]], reward_combine=how)[0])
+        result = combined(scores, combine="mean-minus-std", coef=coef)
+        assert result == pytest.approx([3 - coef * std[0], 1 - coef * std[1], 0])
+    for how in ("mean", "min", "mean-minus-std"):
+        # one member alone is unchanged, bit for bit
+        assert combined([[0.1, 0.7]], combine=how) == torch.tensor([0.1, 0.7]).tolist()
+        # no score if one member has none
+        assert math.isnan(combined([[1.0], [math.nan]], combine=how)[0])
 
 
 @pytest.mark.parametrize(
     "script", [ppo, grpo, rloo, rejection_sampling], ids=lambda script: script.__name__
 )
-def test_an_ensemble_through_main(script, chain, tmp_path):  # noqa: F811
-    """A reward model, a checker of one's own and the same model again: what each says, their
-    spread, and the mean of them (rejection_sampling: the lowest) as the score."""
+def test_an_ensemble_through_main(script, chain, tmp_path):
+    """A reward model, a function and the same model again: metrics, records and the score.
+
+    rejection_sampling.py takes the minimum, the others take the mean."""
     (tmp_path / "long.py").write_text(
         "def long(prompts, completions, rows):\n    return [len(x) / 2 for x in completions]\n"
     )
@@ -508,78 +576,35 @@ def test_an_ensemble_through_main(script, chain, tmp_path):  # noqa: F811
                 assert record["finished"][i] == (record["ids"][i][-1] == 1)
 
 
-def test_ppo_values_start_from_the_first_of_an_ensemble(chain, tmp_path, monkeypatch):  # noqa: F811
-    loaded = []
+def test_ppo_values_start_from_the_first_of_an_ensemble(chain, tmp_path, monkeypatch):
+    paths = []
     load_scorer = ppo.load_scorer
 
-    def spy(path, *args, **more):
-        loaded.append(path)
-        return load_scorer(path, *args, **more)
+    def spy(path, *args, **options):
+        paths.append(path)
+        return load_scorer(path, *args, **options)
 
     monkeypatch.setattr(ppo, "load_scorer", spy)
     scorer = str(chain / "reward_model")
     args = dict(model=str(chain / "sft"), prompts_per_step=4, max_completion_length=6, steps=1)
     ppo.main(ppo.Args(**args, reward=f"{scorer},sort", output_dir=str(tmp_path / "one")))
     ppo.main(ppo.Args(**args, reward=f"sort,{scorer}", output_dir=str(tmp_path / "two")))
-    assert loaded == [scorer, str(chain / "sft")]
+    assert paths == [scorer, str(chain / "sft")]
 
 
-def test_a_member_that_is_not_there_is_named(chain, tmp_path, refused):  # noqa: F811
+def test_a_missing_member_is_named(chain, tmp_path, refused):
     args = ppo.Args(
         model=str(chain / "sft"),
         reward=f"{chain}/reward_model,runs/nothing",
         max_completion_length=8,
         output_dir=str(tmp_path / "run"),
     )
-    refused(["--reward runs/nothing"], ppo.main, args)
+    refused(["runs/nothing does not exist"], ppo.main, args)
     assert not (tmp_path / "run").exists()
 
 
-def test_overwrite_moves_no_member(chain, tmp_path, refused):  # noqa: F811
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "args.json").write_text("{}")
-    (folder / "reward.py").write_text("")
-    args = ppo.Args(
-        model=str(chain / "sft"),
-        reward=f"sort,{folder}/reward.py:f",
-        output_dir=str(folder),
-        overwrite=True,
-    )
-    refused(["--reward", "lies in --output-dir"], ppo.main, args)
-
-
-def test_overwrite_moves_no_member_of_the_home_folder(chain, tmp_path, refused, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/args.json").write_text("{}")
-    (tmp_path / "run/reward.py").write_text("")
-    args = ppo.Args(
-        model=str(chain / "sft"),
-        reward="sort,~/run/reward.py:f",
-        output_dir=str(tmp_path / "run"),
-        overwrite=True,
-    )
-    refused(["--reward", "lies in --output-dir"], ppo.main, args)
-
-
-def test_top1_of_ties_is_their_mean(chain):  # noqa: F811
-    """Else a model that gives all the same score would seem perfect on pairs, whose chosen answer
-    comes first."""
-    model = common.load_scorer(str(chain / "reward_model"), CPU, "--model")
-    with torch.no_grad():
-        model.score.weight.zero_()
-    args = reward_model.Args(dataset="sort", micro_batch_tokens=1000)
-    tokenizer = common.load_tokenizer(str(chain / "sft"))
-    examples = common.load_examples("sort", reward_model.comparison_example, tokenizer, args)
-    metrics, _ = reward_model.evaluate_scores(
-        model, examples, tokenizer=tokenizer, args=args, autocast=contextlib.nullcontext
-    )
-    assert metrics["eval/accuracy"] == metrics["eval/top1_accuracy"] == 0.5
-
-
 # ---------------------------------------------------------------- from rollouts to a reward
-def test_rollouts_train_a_reward_model_that_ppo_takes(chain, tmp_path):  # noqa: F811
+def test_rollouts_train_a_reward_model_for_ppo(chain, tmp_path):
     """rollouts.jsonl as it is -> reward_model.py -> ppo.py."""
     (tmp_path / "short.py").write_text(
         "def short(prompts, completions, rows):\n    return [len(x) < 4 for x in completions]\n"

@@ -1,5 +1,4 @@
-"""The scripts are one family: same name, same text; same flags, same words; no script imports
-another."""
+"""The scripts agree: functions and flags of one name are identical; no script imports another."""
 
 import ast
 import dataclasses
@@ -14,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["sft", "reward_model", "rejection_sampling", "ppo", "grpo", "rloo", "dpo"]
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
-# shared flags whose default (of batch_size, whose unit) is the method's own
+# shared flags with a default of their own in each method (batch_size: with a unit of its own)
 OWN_DEFAULT = {
     "batch_size",
     "output_dir",
@@ -35,7 +34,7 @@ def source(name):
 
 @functools.cache
 def definitions(name):
-    """Functions with their decorators, classes and constants of a script -> name: text."""
+    """Text of the functions (with decorators), classes and constants of a script, by name."""
     lines = source(name).splitlines()
     texts = {}
     for node in ast.parse(source(name)).body:
@@ -52,7 +51,7 @@ def definitions(name):
 
 @functools.cache
 def field_docs(name):
-    """Args' fields in order, each with its type and the docstring under it."""
+    """Type and docstring of each field of Args, in order."""
     [args] = [
         node
         for node in ast.parse(source(name)).body
@@ -75,15 +74,17 @@ def test_same_name_same_text(one, other):
     assert ours == {name: definitions(other)[name] for name in shared}
 
 
-def test_what_the_family_shares_is_compared():
-    """Else the test above could pass by finding nothing."""
-    policies = {"ppo", "grpo", "rloo"}
+def test_shared_functions_are_found():
+    """Otherwise test_same_name_same_text could pass because it compares nothing."""
+    online = {"ppo", "grpo", "rloo"}
     for name, scripts in {
-        "token_logprobs": set(SCRIPTS) - policies - {"reward_model"},
-        "token_logprobs_and_entropy": policies,
-        "sample_groups": policies,
-        "evaluate": policies,
+        "token_logprobs": set(SCRIPTS) - online - {"reward_model"},
+        "token_logprobs_and_entropy": online,
+        "completion_batch": set(SCRIPTS) - {"sft", "reward_model"},
+        "sample_and_score": online,
+        "evaluate": online,
         "policy_loss": {"ppo", "grpo"},
+        "scheduled_learning_rate": set(SCRIPTS),
         "Args": set(SCRIPTS),
     }.items():
         assert {script for script in SCRIPTS if name in definitions(script)} == scripts, name
@@ -97,13 +98,13 @@ def test_no_script_is_imported(name):
 
 
 def test_common_reads_no_flag_of_a_single_script():
-    read = {
+    flags = {
         node.attr
         for node in ast.walk(ast.parse(source("common")))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("args")
     }
-    assert len(read) > 10
-    for flag in read:
+    assert len(flags) > 10
+    for flag in flags:
         assert sum(flag in field_docs(name) for name in SCRIPTS) > 1, flag
 
 
@@ -116,7 +117,7 @@ def test_every_flag_has_a_docstring(name):
 
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_shared_flags_agree(one, other):
-    """In order, type, words and default."""
+    """Order, type, help text and default."""
     ours = field_docs(one)
     theirs = field_docs(other)
     shared = [flag for flag in ours if flag in theirs]
@@ -129,24 +130,32 @@ def test_shared_flags_agree(one, other):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_skeleton(name):
-    """In this order, and `python ...` at least twice in the docstring: on the laptop and for
-    real."""
+    """Parts in this order; at least two `python ...` commands in the docstring."""
     text = source(name)
     at = 0
     for line in (
         "@dataclass\nclass Args:\n",
-        "@as_forward\ndef ",
+        "    # shared by all scripts\n    model: str | None = None\n",
+        "@model_forward\ndef ",
         "@torch.no_grad()\ndef evaluate",
-        "def main(args):\n    device, autocast = setup(args)\n",
-        "    # load the data first",
-        "    run = Run(args, models, optimizer, ",
+        "def main(args):\n    device = setup(args)\n",
+        "    # data first",
+        "\n    run = Run(",
         "    start = run.restore()\n",
+        " # update",
+        " # log, evaluate, save\n",
+        " run.log(step + 1, ",
+        " run.checkpoint_if_due(step + 1",
         "    run.finish(",
         'if __name__ == "__main__":\n',
         "    main(cli(Args, laptop=laptop))\n",
     ):
         at = text.index(line, at)
-    at = text.index("        # log, evaluate, save\n")
-    logged = re.compile(r"run\.log\(\s*step \+ 1,").search(text, at)
-    assert logged and text.index("run.checkpoint_if_due(step + 1", logged.end())
     assert ast.get_docstring(ast.parse(text)).count("python ") >= 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_of_the_method_come_first(name):
+    """Flags of all scripts are last."""
+    shared = [all(flag in field_docs(script) for script in SCRIPTS) for flag in field_docs(name)]
+    assert shared == sorted(shared)

@@ -1,4 +1,4 @@
-"""The laptop run as a stranger types it: the whole chain must learn what README says."""
+"""The laptop run with its defaults reaches the numbers of README."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_chain_learns(tmp_path):
-    """SFT ends between 25% and 50%, the reward model at 90% or more, PPO 20 points above SFT."""
+    """SFT ends between 25% and 50%, the reward model above 90%, PPO 20 points above SFT."""
     last = {}
     for name in ("sft", "reward_model", "ppo"):
         subprocess.run([sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, check=True)

@@ -1,5 +1,4 @@
-"""The tensor math of the scripts, each function against a slow loop in float64 that follows the
-formula."""
+"""The tensor math of the scripts, each function against a slow float64 loop over the formula."""
 
 import copy
 import math
@@ -13,7 +12,7 @@ import ppo
 import reward_model
 import sft
 
-# rows: prompt, completion and padding of different lengths; one row full, one with a single action
+# prompts, completions and padding of different lengths; one row is full, one has a single action
 MASK = torch.tensor(
     [
         [0, 0, 1, 1, 1, 1, 0, 0, 0],
@@ -36,7 +35,7 @@ def assert_near(ours, theirs, rtol=1e-5, atol=1e-6):
 
 
 def grid(entry, mask=MASK):
-    """Rows of entry(i, t) where the mask is 1, else 0."""
+    """Nested lists of entry(i, t) where the mask is 1, otherwise 0."""
     return [
         [entry(i, t) if on else 0.0 for t, on in enumerate(row)]
         for i, row in enumerate(mask.tolist())
@@ -44,7 +43,7 @@ def grid(entry, mask=MASK):
 
 
 def sequences_of(batch):
-    """The ids of each row, prompt and completion, without padding."""
+    """Token ids of each row, prompt and completion, without padding."""
     sequences = []
     for inputs, targets, n in zip(
         batch["inputs"], batch["targets"], batch["attention_mask"].sum(1)
@@ -54,7 +53,7 @@ def sequences_of(batch):
 
 
 def slow_logprobs(model, batch, temperature):
-    """Row by row without padding, through the model's own forward and head -> logprobs, entropy."""
+    """Log-probs and entropies, row by row without padding, by model.forward."""
     mask = batch["mask"].tolist()
     logprobs = [[0.0] * len(row) for row in mask]
     entropy = [[0.0] * len(row) for row in mask]
@@ -64,8 +63,8 @@ def slow_logprobs(model, batch, temperature):
         for t in range(len(ids) - 1):
             if mask[i][t]:
                 scaled = [x / temperature for x in logits[t]]
-                log_normaliser = math.log(sum(math.exp(x) for x in scaled))
-                logps = [x - log_normaliser for x in scaled]
+                log_normalizer = math.log(sum(math.exp(x) for x in scaled))
+                logps = [x - log_normalizer for x in scaled]
                 logprobs[i][t] = logps[ids[t + 1]]
                 entropy[i][t] = -sum(math.exp(x) * x for x in logps)
     return logprobs, entropy
@@ -73,8 +72,7 @@ def slow_logprobs(model, batch, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs(temperature, policy):
-    """Shift, gather, temperature, cap and mask are those of the loop; nothing of prompt and
-    padding."""
+    """Shift, gather, temperature, cap and mask agree with the loop."""
     batch = ragged_batch(1)
     mask = batch["mask"]
     logprobs, entropy = ppo.token_logprobs_and_entropy(policy, batch, temperature)
@@ -85,11 +83,10 @@ def test_token_logprobs(temperature, policy):
     assert logprobs.requires_grad and not entropy.requires_grad
     assert (logprobs[mask == 0] == 0).all() and (entropy[mask == 0] == 0).all()
     assert mask.sum() == sum((7, 1, 12, 4, 2, 7))
-    assert_near(sft.token_logprobs(policy, batch, temperature), slow_logps, atol=1e-5)
+    assert torch.equal(sft.token_logprobs(policy, batch, temperature), logprobs)
 
 
 def test_token_logprobs_defaults_to_temperature_one(tiny_llama):
-    """And a temperature of 0.7 is another distribution."""
     batch = ragged_batch(2)
     with torch.no_grad():
         plain, _ = ppo.token_logprobs_and_entropy(tiny_llama, batch)
@@ -103,7 +100,7 @@ def test_token_logprobs_defaults_to_temperature_one(tiny_llama):
 
 
 def test_token_logprobs_keep_the_cap_of_gemma2(tiny_gemma2, monkeypatch):
-    """The cap is small enough here that losing it shows, and it stays within +-cap."""
+    """Logits stay within +-2, the cap of this model, and losing the cap changes log-probs."""
     batch = ragged_batch(2)
     with torch.no_grad():
         capped = sft.token_logprobs(tiny_gemma2, batch)
@@ -114,7 +111,7 @@ def test_token_logprobs_keep_the_cap_of_gemma2(tiny_gemma2, monkeypatch):
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_masks_of_any_dtype_mean_the_same(kind, tiny_llama, scorers):
-    """Bool and float masks give what integer ones do in every function that takes one."""
+    """Boolean and float masks give the results of integer masks."""
     x = normal(1, ROWS, WIDTH)
     y = normal(2, ROWS, WIDTH)
 
@@ -139,20 +136,19 @@ def test_masks_of_any_dtype_mean_the_same(kind, tiny_llama, scorers):
 
 
 def dense_logprobs(model, batch, temperature):
-    """All logits at once through the model's own head, for gradients."""
+    """All logits at once by model.forward, for gradients."""
     logits = model(input_ids=batch["inputs"], attention_mask=batch["attention_mask"]).logits
     logps = (logits.float() / temperature).log_softmax(-1)
     return logps.gather(-1, batch["targets"][..., None])[..., 0] * batch["mask"]
 
 
 def set_chunk(monkeypatch, model, tokens):
-    """Head and softmax see so many tokens at a time: the size of a chunk follows from that of the
-    vocabulary."""
+    """Set the chunk size of head and softmax, which depends on the vocabulary size."""
     monkeypatch.setattr(model.config.get_text_config(), "vocab_size", 40_000_000 // tokens)
 
 
 def count_heads(monkeypatch, script):
-    """Rows of logits in each call of the head, recomputations too."""
+    """List that gets the number of tokens of each call of the head, recomputation included."""
     calls = []
     head_logits = script.head_logits
 
@@ -166,8 +162,7 @@ def count_heads(monkeypatch, script):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_of_token_logprobs_is_the_dense_one(bias, policy, monkeypatch):
-    """In one chunk and in chunks of four tokens, values and gradients are those of all logits at
-    once; with a frozen head too."""
+    """One chunk and chunks of four tokens give the values and gradients of all logits at once."""
     policy = copy.deepcopy(policy)
     batch = ragged_batch(4)
     temperature = 0.7
@@ -203,14 +198,18 @@ def test_gradient_of_token_logprobs_is_the_dense_one(bias, policy, monkeypatch):
 
 
 def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monkeypatch):
-    """Many chunks of one row: as near to float32's gradient as one chunk in bfloat16 is."""
+    """Chunks of one token lose no precision against a single chunk."""
     batch = ragged_batch(4)
     head_gradients = {}
     all_gradients = {}
-    for name, tokens, is_half in (("exact", 1000, False), ("one", 1000, True), ("many", 1, True)):
+    for name, tokens, dtype in (
+        ("exact", 1000, "float32"),
+        ("one", 1000, "bfloat16"),
+        ("many", 1, "bfloat16"),
+    ):
         set_chunk(monkeypatch, tiny_qwen2, tokens)
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
-            logprobs, entropy = ppo.token_logprobs_and_entropy(tiny_qwen2, batch)
+        monkeypatch.setattr(tiny_qwen2, "compute_dtype", dtype)
+        logprobs, entropy = ppo.token_logprobs_and_entropy(tiny_qwen2, batch)
         assert logprobs.dtype == entropy.dtype == torch.float32
         logprobs.sum().backward()
         head_gradients[name] = tiny_qwen2.get_output_embeddings().weight.grad.clone()
@@ -223,8 +222,7 @@ def test_gradient_in_chunks_is_summed_in_float32_under_autocast(tiny_qwen2, monk
 
 @pytest.mark.parametrize("tokens", [4, 1000])
 def test_a_token_of_probability_zero_has_no_entropy(tokens, tiny_llama, monkeypatch):
-    """A model may forbid tokens by a logit of - infinity; in chunks too. Its log-prob is -
-    infinity, which stops a run, not some number."""
+    """Logits of -inf keep entropy and gradients finite; the log-prob of such a token is -inf."""
     batch = ragged_batch(4)
     mask = batch["mask"].bool()
     is_banned = torch.arange(VOCAB) >= VOCAB // 2
@@ -246,7 +244,7 @@ def test_a_token_of_probability_zero_has_no_entropy(tokens, tiny_llama, monkeypa
 
 @pytest.mark.parametrize("script", [sft, ppo])
 def test_chunks_are_recomputed_in_the_backward_pass(script, tiny_llama, monkeypatch):
-    """So that the logits of one chunk only are alive; without gradient nothing runs twice."""
+    """Only the logits of one chunk are in memory; without gradient, nothing is recomputed."""
     batch = ragged_batch(4)
     calls = count_heads(monkeypatch, script)
     set_chunk(monkeypatch, tiny_llama, 16)
@@ -268,7 +266,7 @@ def test_chunks_are_recomputed_in_the_backward_pass(script, tiny_llama, monkeypa
 
 
 def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scorers):
-    """A micro-batch that trains on nothing is finite and leaves every gradient at 0."""
+    """A micro-batch without trained tokens has losses and gradients of 0."""
     batch = ragged_batch(6)
     batch["mask"] = torch.zeros_like(batch["mask"])
     nothing = batch["mask"]
@@ -278,7 +276,7 @@ def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scor
     advantages = normal(1, *nothing.shape)
     pg_loss, clipped = ppo.policy_loss(logprobs, logprobs.detach(), advantages, nothing, 0.2)
     vf_loss, _ = ppo.value_loss(values, values.detach(), values.detach(), nothing, 0.2)
-    nll = sft.sft_loss(sft.token_logprobs(tiny_llama, batch), nothing)
+    nll = sft.nll_loss(sft.token_logprobs(tiny_llama, batch), nothing)
     (pg_loss + vf_loss + nll).backward()
     assert not logprobs.any() and not entropy.any() and not values.any() and not clipped.any()
     assert not gradients(tiny_llama).any() and not gradients(scorer).any()
@@ -288,23 +286,17 @@ def test_rows_without_a_trained_token_give_zero_and_no_gradient(tiny_llama, scor
 
 
 def test_masked_mean_has_one_denominator_for_all_rows():
-    """One denominator for all rows: not a mean of the rows' means. What lies outside plays no
-    part."""
+    """The mean over all masked cells, not a mean of row means."""
     x = normal(1, ROWS, WIDTH, shift=2.0) + 1e3 * (1 - MASK)
-    total = count = 0
-    for i in range(ROWS):
-        for t in range(WIDTH):
-            if MASK[i, t]:
-                total, count = total + x[i, t].item(), count + 1
-    assert count == 20
-    assert_near(ppo.masked_mean(x, MASK), total / count)
+    inside = [x[i, t].item() for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
+    assert len(inside) == 20
+    assert_near(ppo.masked_mean(x, MASK), sum(inside) / 20)
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 5.0])
 def test_masked_whiten(shift_mean, scale):
-    """Population variance plus 1e-8 (which shows at scale 1e-4); shift_mean=False keeps the
-    mean."""
+    """Population variance plus 1e-8, visible at scale 1e-4; shift_mean=False keeps the mean."""
     x = normal(1, ROWS, WIDTH, scale=scale, shift=3 * scale) + 1e3 * (1 - MASK)
     inside = [x[i, t].item() for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
     mean = sum(inside) / len(inside)
@@ -312,22 +304,19 @@ def test_masked_whiten(shift_mean, scale):
     back = 0.0 if shift_mean else mean
     slow = grid(lambda i, t: (x[i, t].item() - mean) / math.sqrt(var + 1e-8) + back)
     assert_near(ppo.masked_whiten(x, MASK, shift_mean), slow)
-    assert shift_mean is False or torch.equal(
-        ppo.masked_whiten(x, MASK), ppo.masked_whiten(x, MASK, True)
-    )
+    if shift_mean:
+        assert torch.equal(ppo.masked_whiten(x, MASK), ppo.masked_whiten(x, MASK, True))
 
 
 def test_masked_whiten_of_equal_numbers_is_finite():
-    """A batch whose advantages are all alike teaches nothing, and divides by nothing."""
-    assert_near(
-        ppo.masked_whiten(torch.full((2, 3), 0.7), torch.ones(2, 3)), torch.zeros(2, 3), atol=1e-2
-    )
+    whitened = ppo.masked_whiten(torch.full((2, 3), 0.7), torch.ones(2, 3))
+    assert_near(whitened, torch.zeros(2, 3), atol=1e-2)
 
 
 def test_every_token_pays_the_kl_and_the_last_gets_the_score():
-    """Every action pays kl_coef for a log-ratio above 0; the score comes once, at the last
-    action."""
-    scores, logprobs, ref_logprobs = normal(1, ROWS), normal(2, ROWS, WIDTH), normal(3, ROWS, WIDTH)
+    scores = normal(1, ROWS)
+    logprobs = normal(2, ROWS, WIDTH)
+    ref_logprobs = normal(3, ROWS, WIDTH)
 
     def slow(i, t):
         penalty = 0.3 * (logprobs[i, t].item() - ref_logprobs[i, t].item())
@@ -338,30 +327,26 @@ def test_every_token_pays_the_kl_and_the_last_gets_the_score():
 
 
 def test_token_rewards_by_hand():
-    """Two actions, kl_coef 0.5: the likelier than under the reference, the lower the reward."""
-    logprobs, ref_logprobs = (
-        torch.tensor([[0.0, -1.0, -2.0, 0.0]]),
-        torch.tensor([[0.0, -3.0, -1.0, 0.0]]),
-    )
-    rewards = ppo.token_rewards(
-        torch.tensor([10.0]), logprobs, ref_logprobs, torch.tensor([[0, 1, 1, 0]]), 0.5
-    )
+    """A token that is likelier than under the reference has a negative reward."""
+    logprobs = torch.tensor([[0.0, -1.0, -2.0, 0.0]])
+    ref_logprobs = torch.tensor([[0.0, -3.0, -1.0, 0.0]])
+    mask = torch.tensor([[0, 1, 1, 0]])
+    rewards = ppo.token_rewards(torch.tensor([10.0]), logprobs, ref_logprobs, mask, 0.5)
     assert rewards.tolist() == [[0.0, -1.0, 10.5, 0.0]]
 
 
-def test_token_rewards_of_a_row_that_takes_no_part():
-    """A row whose mask is all 0 gets no score either."""
-    rewards = ppo.token_rewards(
-        torch.ones(1), torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), 0.1
-    )
-    assert not rewards.any()
+def test_token_rewards_of_an_empty_mask_are_zero():
+    zeros = torch.zeros(1, 3)
+    assert not ppo.token_rewards(torch.ones(1), torch.ones(1, 3), zeros, zeros, 0.1).any()
 
 
 @pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
 def test_gae_is_the_discounted_sum_of_deltas_within_a_row(gamma, gae_lambda):
-    """A_t is the sum of (gamma lambda)^k delta_{t+k} over the row's own actions, V past the last
-    being 0."""
-    rewards, values = normal(1, ROWS, WIDTH), normal(2, ROWS, WIDTH)  # rubbish outside the mask
+    """A_t is the sum of (gamma lambda)^k delta_{t+k} over the actions of a row; V is 0 at its end.
+
+    Rewards and values outside the mask are arbitrary."""
+    rewards = normal(1, ROWS, WIDTH)
+    values = normal(2, ROWS, WIDTH)
 
     def slow(i, t):
         actions = [u for u in range(WIDTH) if MASK[i, u]]
@@ -377,10 +362,11 @@ def test_gae_is_the_discounted_sum_of_deltas_within_a_row(gamma, gae_lambda):
     assert_near(returns, grid(lambda i, t: slow(i, t) + values[i, t].item()))
 
 
-def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
-    """No value but that of the state itself enters: A = sum of gamma^k r - V, and returns hold no
-    value."""
-    rewards, values, gamma = normal(3, ROWS, WIDTH), normal(4, ROWS, WIDTH), 0.9
+def test_gae_with_lambda_one_is_the_discounted_return_minus_the_value():
+    """A = sum of gamma^k r - V, and the returns do not depend on any value."""
+    rewards = normal(3, ROWS, WIDTH)
+    values = normal(4, ROWS, WIDTH)
+    gamma = 0.9
 
     def discounted(i, t):
         rest = [rewards[i, u].item() for u in range(t, WIDTH) if MASK[i, u]]
@@ -393,30 +379,32 @@ def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
 
 @pytest.mark.parametrize("epsilon, epsilon_high", [(0.2, None), (0.2, 0.28), (0.1, 0.5)])
 def test_policy_loss(epsilon, epsilon_high):
-    """By cases: a rise of a good token counts up to 1 + epsilon_high, a fall of a bad one down to
-    1 - epsilon; clipped tokens have no gradient, the others - weight * advantage * ratio."""
-    old_logprobs = normal(
-        1, ROWS, WIDTH, shift=-3.0
-    )  # rubbish outside the mask: weights are 0 there
+    """The cases of the clip, one token at a time.
+
+    The ratio counts up to 1 + epsilon_high for positive advantages, down to 1 - epsilon for
+    negative ones. The gradient is 0 where clipped, otherwise -weight * advantage * ratio."""
+    old_logprobs = normal(1, ROWS, WIDTH, shift=-3.0)  # arbitrary outside the mask
     logprobs = (old_logprobs + normal(2, ROWS, WIDTH, scale=0.8)).requires_grad_()
     advantages = normal(3, ROWS, WIDTH)
-    weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50  # rows weigh differently
+    weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50  # a different weight per row
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    loss, gradient, clipped = (
-        0.0,
-        torch.zeros(ROWS, WIDTH).double(),
-        torch.zeros(ROWS, WIDTH).bool(),
-    )
+    loss = 0.0
+    gradient = torch.zeros(ROWS, WIDTH).double()
+    clipped = torch.zeros(ROWS, WIDTH).bool()
     for i in range(ROWS):
         for t in range(WIDTH):
-            weight, advantage = weights[i, t].item(), advantages[i, t].item()
+            weight = weights[i, t].item()
+            advantage = advantages[i, t].item()
             ratio = math.exp(logprobs[i, t].item() - old_logprobs[i, t].item())
             if advantage > 0 and ratio > high:
-                used, clipped[i, t] = high, bool(MASK[i, t])
+                used = high
+                clipped[i, t] = bool(MASK[i, t])
             elif advantage < 0 and ratio < 1 - epsilon:
-                used, clipped[i, t] = 1 - epsilon, bool(MASK[i, t])
+                used = 1 - epsilon
+                clipped[i, t] = bool(MASK[i, t])
             else:
-                used, gradient[i, t] = ratio, -weight * advantage * ratio
+                used = ratio
+                gradient[i, t] = -weight * advantage * ratio
             loss -= weight * advantage * used
     both_sides = clipped & (advantages > 0), clipped & (advantages < 0)
     assert all(side.any() for side in both_sides) and (MASK.bool() & ~clipped).any()
@@ -431,10 +419,10 @@ def test_policy_loss(epsilon, epsilon_high):
 
 
 def test_policy_loss_before_the_first_update():
-    """At ratio 1 nothing is clipped, the loss is - sum of weights * advantages, and so is the
-    gradient."""
+    """At ratio 1 nothing is clipped; loss and gradient are minus the weighted advantages."""
     logprobs = (normal(1, ROWS, WIDTH) * MASK).requires_grad_()
-    advantages, weights = normal(2, ROWS, WIDTH), MASK / MASK.sum()
+    advantages = normal(2, ROWS, WIDTH)
+    weights = MASK / MASK.sum()
     loss, clipped = ppo.policy_loss(logprobs, logprobs.detach(), advantages, weights, 0.2)
     loss.backward()
     assert_near(loss, -(weights * advantages).sum())
@@ -454,8 +442,7 @@ def test_policy_loss_before_the_first_update():
     ],
 )
 def test_policy_loss_of_a_ratio_beyond_float32(log_ratio, advantage, weight, expected, is_clipped):
-    """What the clip, an advantage of 0 or the mask removes is never inf * 0; a ratio that counts is
-    cut at exp(20), so that loss and gradient stay finite."""
+    """The ratio is cut at exp(20), which keeps loss and gradient finite."""
     logprobs = torch.tensor([[log_ratio]], requires_grad=True)
     loss, clipped = ppo.policy_loss(
         logprobs,
@@ -472,7 +459,7 @@ def test_policy_loss_of_a_ratio_beyond_float32(log_ratio, advantage, weight, exp
 
 
 def test_policy_loss_cuts_no_ratio_below_exp_20():
-    """The gradient of a token that became much likelier, and should not have, is - A ratio."""
+    """A large ratio with a negative advantage keeps its gradient, -A * ratio."""
     logprobs = torch.tensor([[19.9]], requires_grad=True)
     ones = torch.ones(1, 1)
     loss, clipped = ppo.policy_loss(logprobs, torch.zeros(1, 1), -ones, ones, 0.2)
@@ -483,30 +470,30 @@ def test_policy_loss_cuts_no_ratio_below_exp_20():
 
 @pytest.mark.parametrize("value_clip", [0.2, 1.0])
 def test_value_loss(value_clip):
-    """Half of the larger square, of the value itself or of the value at most value_clip from the
-    old one."""
-    old_values, returns = normal(1, ROWS, WIDTH), normal(3, ROWS, WIDTH)
+    """Half the larger square, of the value or of the value clipped around the old one."""
+    old_values = normal(1, ROWS, WIDTH)
+    returns = normal(3, ROWS, WIDTH)
     values = (old_values + normal(2, ROWS, WIDTH, scale=0.7)).requires_grad_()
     weights = MASK * (1 + torch.arange(ROWS)[:, None]) / 50
-    loss, gradient, clipped = (
-        0.0,
-        torch.zeros(ROWS, WIDTH).double(),
-        torch.zeros(ROWS, WIDTH).bool(),
-    )
+    loss = 0.0
+    gradient = torch.zeros(ROWS, WIDTH).double()
+    clipped = torch.zeros(ROWS, WIDTH).bool()
     for i in range(ROWS):
         for t in range(WIDTH):
-            weight, value, old = weights[i, t].item(), values[i, t].item(), old_values[i, t].item()
+            weight = weights[i, t].item()
+            value = values[i, t].item()
+            old = old_values[i, t].item()
             target = returns[i, t].item()
             near = min(max(value, old - value_clip), old + value_clip)
             if abs(near - target) > abs(value - target):
-                square, clipped[i, t] = (near - target) ** 2, bool(MASK[i, t])
+                square = (near - target) ** 2
+                clipped[i, t] = bool(MASK[i, t])
             else:
-                square, gradient[i, t] = (value - target) ** 2, weight * (value - target)
+                square = (value - target) ** 2
+                gradient[i, t] = weight * (value - target)
             loss += weight * 0.5 * square
-    assert (
-        clipped.any()
-        and (MASK.bool() & ~clipped & ((values - old_values).abs() > value_clip)).any()
-    )
+    is_outside = (values - old_values).abs() > value_clip
+    assert clipped.any() and (MASK.bool() & ~clipped & is_outside).any()
     ours, ours_clipped = ppo.value_loss(values, old_values, returns, weights, value_clip)
     ours.backward()
     assert_near(ours, loss)
@@ -515,7 +502,7 @@ def test_value_loss(value_clip):
 
 
 def test_explained_variance():
-    """1 less the share of the returns' variance that the values leave, over the mask alone."""
+    """1 - Var(returns - values) / Var(returns), over the mask only."""
     returns = normal(1, ROWS, WIDTH, shift=2.0) + 1e3 * (1 - MASK)
     values = returns + normal(2, ROWS, WIDTH, scale=0.5, shift=-1.0) - 1e4 * (1 - MASK)
     cells = [(i, t) for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
@@ -531,8 +518,9 @@ def test_explained_variance():
 
 
 def test_explained_variance_of_special_values():
-    """1 for the returns themselves, a constant added or not; 0 for a constant; -3 for the returns
-    turned round; NaN, not a division by 0, where the returns do not vary."""
+    """1 for the returns plus a constant, 0 for a constant, -3 for minus the returns.
+
+    NaN if the returns are constant."""
     returns = normal(1, ROWS, WIDTH)
     assert_near(ppo.explained_variance(returns, returns, MASK), 1.0)
     assert_near(ppo.explained_variance(returns, returns + 5, MASK), 1.0)
@@ -542,37 +530,30 @@ def test_explained_variance_of_special_values():
     assert ppo.explained_variance(returns, returns, torch.zeros_like(MASK)).isnan()
 
 
-def test_sft_loss():
-    """The mean negative log-likelihood over all trained tokens, for these weights."""
+def test_nll_loss():
+    """Minus the weighted sum of log-probs; with the usual weights, the mean over trained tokens."""
     logprobs = (normal(1, ROWS, WIDTH) * MASK).requires_grad_()
-    weights = MASK / MASK.sum()
-    loss = 0.0
-    for i in range(ROWS):
-        for t in range(WIDTH):
-            loss -= logprobs[i, t].item() / 20 if MASK[i, t] else 0.0
-    ours = sft.sft_loss(logprobs, weights)
-    ours.backward()
-    assert_near(ours, loss)
+    loss = sft.nll_loss(logprobs, MASK / MASK.sum())
+    loss.backward()
+    inside = [logprobs[i, t].item() for i in range(ROWS) for t in range(WIDTH) if MASK[i, t]]
+    assert_near(loss, -sum(inside) / 20)
     assert_near(logprobs.grad, MASK / -20)
     uneven = normal(2, ROWS, WIDTH).abs() * MASK
-    slow = -sum(
-        uneven[i, t].item() * logprobs[i, t].item() for i in range(ROWS) for t in range(WIDTH)
-    )
-    assert_near(sft.sft_loss(logprobs, uneven), slow)
+    cells = zip(uneven.flatten().tolist(), logprobs.flatten().tolist())
+    assert_near(sft.nll_loss(logprobs, uneven), -sum(weight * logp for weight, logp in cells))
 
 
 @pytest.mark.parametrize("margin", [None, 0.7])
 def test_bradley_terry_loss(margin):
-    """log(1 + exp(-(chosen - rejected - margin))) for each pair, and its slope; far pairs stay
-    finite."""
+    """log(1 + exp(-(chosen - rejected - margin))) and its derivative, finite for large scores."""
     chosen = torch.tensor([1.5, -0.3, 0.2, 300.0, -300.0, 2.0], requires_grad=True)
     rejected = torch.tensor([0.5, 0.4, 0.2, -300.0, 300.0, -1.0], requires_grad=True)
     margins = None if margin is None else margin * torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 4.0])
-    losses, slopes = [], []
+    losses = []
+    slopes = []
     for i in range(6):
-        difference = (
-            chosen[i].item() - rejected[i].item() - (0.0 if margin is None else margins[i].item())
-        )
+        difference = chosen[i].item() - rejected[i].item()
+        difference -= 0.0 if margin is None else margins[i].item()
         losses.append(math.log1p(math.exp(-difference)) if difference > -500 else -difference)
         slopes.append(-1 / (1 + math.exp(min(difference, 700))))
     ours = reward_model.bradley_terry_loss(chosen, rejected, margins)
@@ -584,7 +565,7 @@ def test_bradley_terry_loss(margin):
 
 
 def slow_heads(model, sequences):
-    """The scalar head at every position of every row, without padding, as loops."""
+    """The score head at every position of every row, without padding, as loops."""
     weight = model.score.weight[0].tolist()
     rows = []
     for ids in sequences:
@@ -595,26 +576,31 @@ def slow_heads(model, sequences):
 
 
 def score_batch(sequences, pad_id=0):
-    """Whole sequences, right-padded, as sequence_scores takes them."""
+    """A batch of whole sequences, right-padded."""
     mask = [[1] * len(ids) for ids in sequences]
     return {
-        "inputs": common.pad_rows(sequences, CPU, value=pad_id),
+        "inputs": common.pad_rows(sequences, CPU).masked_fill(
+            common.pad_rows(mask, CPU) == 0, pad_id
+        ),
         "attention_mask": common.pad_rows(mask, CPU),
     }
 
 
 @pytest.mark.parametrize("pad_id", [0, 1, 17])
 def test_sequence_scores(pad_id, scorer):
-    """The head at the last real token of each row, though rows hold PAD and may end in it."""
+    """The head at the last real token of each row, although rows contain PAD and end in it."""
     sequences = sequences_of(ragged_batch(7))
     sequences[0][-1] = pad_id
-    scores = reward_model.sequence_scores(scorer, score_batch(sequences, pad_id))
-    assert scores.shape == (6,) and scores.dtype == torch.float32
-    assert_near(scores, [row[-1] for row in slow_heads(scorer, sequences)], atol=1e-5)
+    batch = score_batch(sequences, pad_id)
+    expected = [row[-1] for row in slow_heads(scorer, sequences)]
+    for function in (reward_model.sequence_scores, common.last_token_scores):
+        scores = function(scorer, batch).flatten()
+        assert scores.shape == (6,) and scores.dtype == torch.float32
+        assert_near(scores, expected, atol=1e-5)
 
 
-def test_sequence_scores_are_those_of_transformers(scorers):
-    """Where no PAD stands inside a row, the model's own forward pools at the same place."""
+def test_sequence_scores_are_the_scores_of_transformers(scorers):
+    """Without PAD inside a row, model.forward reads the score at the same token."""
     sequences = [[5 if i == 0 else i for i in ids] for ids in sequences_of(ragged_batch(8))]
     batch = score_batch(sequences)
     for model in scorers.values():
@@ -625,7 +611,7 @@ def test_sequence_scores_are_those_of_transformers(scorers):
 
 
 def test_token_values(scorer):
-    """Column t is the head at inputs[:, t], before targets[:, t] is chosen; 0 outside the mask."""
+    """Column t is the head at inputs[:, t], before targets[:, t] is sampled; 0 outside the mask."""
     batch = ragged_batch(9)
     heads = slow_heads(scorer, sequences_of(batch))
     values = ppo.token_values(scorer, batch)

@@ -1,5 +1,4 @@
-"""docs/metrics.md names the metrics that the scripts write, all of them and no others, script by
-script."""
+"""docs/metrics.md names exactly the metrics that each script writes."""
 
 import re
 
@@ -17,7 +16,7 @@ import rloo
 
 
 def documented():
-    """script -> names in the two tables whose second column names scripts."""
+    """Script -> metrics in the two tables with a column of scripts."""
     found = {name: set() for name in SCRIPTS}
     text = (ROOT / "docs/metrics.md").read_text()
     for line in text[text.index("## Metrics of a step") :].splitlines():
@@ -30,7 +29,7 @@ def documented():
 
 
 def written(folder):
-    """Names in a run's metrics.jsonl, with N and G for numbers."""
+    """Names in the metrics.jsonl of a run, with N, G and K for numbers."""
     names = {name for row in metrics(folder) for name in row} - {"step"}
     for number, letter in (("pass@", "G"), ("best_of_", "N"), ("score/", "K")):
         names = {re.sub(rf"{number}\d+", number + letter, name) for name in names}
@@ -39,7 +38,7 @@ def written(folder):
 
 @pytest.fixture(scope="module")
 def runs(chain, tmp_path_factory):  # noqa: F811
-    """script -> folders of its runs, a step or two of each."""
+    """Script -> directories of its runs, of one or two steps."""
     folder = tmp_path_factory.mktemp("metrics")
     shared = dict(model=str(chain / "sft"), warmup_steps=0)
     scorer = str(chain / "reward_model")
@@ -73,6 +72,6 @@ def test_the_page_names_what_is_written(runs, name):
     assert known == set().union(*map(written, runs[name]))
 
 
-def test_flags_that_the_page_turns_exist():
+def test_flags_on_the_page_exist():
     flags = {f"--{flag.replace('_', '-')}" for script in SCRIPTS for flag in field_docs(script)}
     assert set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/metrics.md").read_text())) <= flags

@@ -1,12 +1,14 @@
-"""Several processes compute what one does: torchrun on the CPU with gloo, FSDP2 over two or three.
+"""Two processes compute what one does: torchrun on the CPU with gloo and FSDP2.
 
-One start runs all seven mains, and what else is compared."""
+One start runs all seven scripts."""
 
+import importlib
 import json
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import background
 import processes
@@ -14,19 +16,20 @@ import pytest
 import torch
 from conftest import MORE, save_tiny
 from conftest import NAMES as TINY
-from processes import NAMES, launch, start
+from processes import HALVED, NAMES, ONLINE, launch, policy_is_reference, start
 from test_resume import assert_same_run, states, step_of
 from test_scripts import background_chain, chain, metrics  # noqa: F401 (a fixture)
 
 import common
 
-# and what depends on how rows are cut into micro-batches
+# metrics that depend on the clock or on how rows are cut into micro-batches
 CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train", "padding")
 
 
 def assert_close(run, other):
-    """Final weights and Adam's state, to rounding, by their norms: where a gradient is nearly 0
-    Adam can take a single weight another way."""
+    """Compare final weights and the state of Adam by norms.
+
+    Where a gradient is nearly 0, Adam can move a single weight the other way."""
     a = states(run)
     b = states(other)
     assert a.keys() == b.keys()
@@ -46,28 +49,28 @@ def everything(number, folder):
 
 @background.job
 def one(folder, items):
-    """What one process computes."""
+    """Results of one process."""
     return lambda: everything(1, folder)
 
 
 @background.job
 def two(folder, items):
-    """What two compute."""
+    """Results of two processes, of which only rank 0 prints."""
 
     def run():
         done = everything(2, folder)
-        # the first process alone speaks: in seven runs, and twice in sft's and ppo's two halves
-        assert done.stdout.count("device: 2 x cpu") == len(NAMES) + 4
+        num_starts = 1 + len(NAMES) + 2 * len(HALVED)  # 1: architectures
+        assert done.stdout.count("device: ") == num_starts
 
     return run
 
 
 @background.job
-def dies(folder, items):
-    """One of two processes is killed."""
+def killed(folder, items):
+    """A run of two processes, one of which is killed."""
 
     def run():
-        done = launch(2, "dies", folder, background_chain())
+        done = launch(2, "killed", folder, background_chain())
         assert done.returncode != 0
 
     return run
@@ -75,26 +78,26 @@ def dies(folder, items):
 
 @background.job
 def interrupted(folder, items):
-    """SIGTERM to torchrun after the first step; what was said."""
+    """A run that is stopped by SIGTERM to torchrun after the first step, and its output."""
 
     def run():
         flags = dict(stdout=subprocess.PIPE)
         with start(2, "interrupted", folder, background_chain(), **flags) as process:
             deadline = time.time() + 300
-            while not (folder / "began").exists():
+            while not (folder / "started").exists():
                 assert process.poll() is None and time.time() < deadline
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=300)[0]
+            output = process.communicate(timeout=300)[0]
         assert process.returncode != 0
-        (folder / "said").write_text(said)
+        (folder / "output").write_text(output)
 
     return run
 
 
 @background.job
 def bad_data(folder, items):
-    """A data set that no process can read; the errors."""
+    """Error messages of a run on a dataset with a bad row."""
     (folder / "bad.jsonl").write_text('{"prompt": "a"}\n')
 
     def run():
@@ -107,12 +110,14 @@ def bad_data(folder, items):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_compute_what_one_does(name, one, two):
-    """Gradients, samples, log-probs of fixed rows after three steps, metrics and checkpoints."""
+    """Gradients, completions, log-probs of fixed rows after three steps, metrics, checkpoints."""
     expected = torch.load(one / f"{name}.pt")
     found = torch.load(two / f"{name}.pt")
     assert len(found["gradients"]) == len(expected["gradients"]) >= 3
     for gradient, other in zip(found["gradients"], expected["gradients"]):
         assert (gradient - other).norm() < 1e-5 * other.norm()
+    # rounding, below 1e-6, decides no token and no pair
+    assert min(expected["margins"]) > 1e-5
     assert found["sampled"] == expected["sampled"]
     assert bool(found["sampled"]) == (name != "reward_model")
     if name != "reward_model":
@@ -123,8 +128,10 @@ def test_two_processes_compute_what_one_does(name, one, two):
     for row, other in zip(rows, others):
         assert row.keys() == other.keys()
         for key in row.keys() - set(CLOCK):
-            # a count is off by one token or pair where rounding decides it
-            tolerance = 0.1 if "accuracy" in key or "clip_fraction" in key else 1e-4
+            if "accuracy" in key and policy_is_reference(name, max(0, row["step"] - 1)):
+                continue  # margins are rounding errors
+            # rounding could move a token or two of about 60 across the clip range
+            tolerance = 0.05 if "clip_fraction" in key else 1e-4
             assert row[key] == pytest.approx(other[key], rel=1e-4, abs=tolerance), key
     assert_close(two / name, one / name)
     keep = ("step", "prompt", "completion")
@@ -133,14 +140,14 @@ def test_two_processes_compute_what_one_does(name, one, two):
     assert rows == others
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", HALVED)
 def test_resume_is_exact(name, two):
-    """Bit for bit with as many processes."""
+    """Bit for bit with as many processes, after dropping lines logged since the checkpoint."""
     assert_same_run(two / name, two / "halves" / name)
 
 
 @pytest.mark.parametrize("number", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_resume_goes_on_with_more_processes_or_fewer(  # noqa: PLR0917
+def test_resume_with_another_number_of_processes(  # noqa: PLR0917
     number,
     one,
     two,
@@ -149,22 +156,22 @@ def test_resume_goes_on_with_more_processes_or_fewer(  # noqa: PLR0917
     monkeypatch,
 ):
     folder = tmp_path / "run"
-    names = ["sft", "ppo"] if number == 1 else ["ppo"]
+    names = HALVED if number == 1 else ["ppo"]
     for name in names:
         shutil.copytree(two / "after two" / name, folder / name)
-    if number == 1:  # which needs no start
+    if number == 1:  # in this process
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(common, "TASK_ROWS", processes.TASK_ROWS)
-        processes.go_on(folder, chain)
+        processes.third_step(folder, chain)
     else:
-        done = launch(number, "go_on", folder, chain)
+        done = launch(number, "third_step", folder, chain)
         assert done.returncode == 0, done.stderr[-2000:]
     for name in names:
         assert_close(folder / name, one / name)
 
 
-def test_every_architecture_is_split_and_computes_the_same(one, two):
-    """Layers are found in any model, tied heads, caps and biases included, and split."""
+def test_every_architecture_is_sharded_and_computes_the_same(one, two):
+    """Tied heads, logit caps and biases included."""
     expected = torch.load(one / "architectures.pt")
     found = torch.load(two / "architectures.pt")
     assert found.keys() == expected.keys() and len(found) >= 5
@@ -173,42 +180,60 @@ def test_every_architecture_is_split_and_computes_the_same(one, two):
         assert found[name][1] == completions, name
 
 
-def test_one_that_dies_ends_all(dies):
-    """Soon, and the last checkpoint is whole: the run goes on as any other would."""
-    assert step_of(dies / "ppo") == 2
-    assert [row["step"] for row in metrics(dies / "ppo")] == [0, 1, 2, 3]
+def test_killing_one_process_ends_all(killed, one, chain, tmp_path, monkeypatch):  # noqa: F811
+    """The checkpoint of step 2 is intact; resuming drops the metrics of step 3 and ends right."""
+    folder = tmp_path / "run"
+    shutil.copytree(killed / "ppo", folder / "ppo")
+    assert step_of(folder / "ppo") == 2
+    assert [row["step"] for row in metrics(folder / "ppo")] == [0, 1, 2, 3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "TASK_ROWS", processes.TASK_ROWS)
+    processes.third_step(folder, chain)
+    assert [row["step"] for row in metrics(folder / "ppo")] == [0, 1, 2, 3]
+    assert_close(folder / "ppo", one / "ppo")
 
 
-def test_a_signal_to_torchrun_saves(interrupted):
-    """All processes stop after the same step, and the line that says so comes once."""
+def test_signal_to_torchrun_saves(interrupted):
+    """All processes stop after the same step, and one of them prints a message."""
     step = step_of(interrupted / "sft")
-    said = (interrupted / "said").read_text()
-    assert step >= 1 and said.count(f"stopped after step {step} of ") == 1
+    output = (interrupted / "output").read_text()
+    assert step >= 1 and output.count(f"stopped after step {step};") == 1
     assert step == metrics(interrupted / "sft")[-1]["step"]
 
 
-def test_bad_data_is_said_once(bad_data):
-    errors = (bad_data / "errors").read_text()
-    assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
-    assert "bad.jsonl line 1" in errors
+def test_bad_row_ends_all_processes(bad_data):
+    errors = (bad_data / "errors").read_text().splitlines()
+    assert [line for line in errors if line.startswith("error: ") and "bad.jsonl row 1" in line]
 
 
-# ---------------------------------------------------------------- without starting any
+# ---------------------------------------------------------------- in this process
+@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_ratio_is_a_tensor_on_every_rank(name, value):
+    """Also where it is exactly 1, otherwise all_reduce gets two types; NaN is not hidden."""
+    sums = Counter()
+    logprobs = torch.full((2, 3), value)
+    importlib.import_module(name).track_ratio(sums, logprobs, torch.zeros(2, 3))
+    deviation = torch.as_tensor(sums["ratio_max_dev"])
+    assert deviation.dtype == torch.float32
+    assert torch.equal(deviation.isnan(), torch.tensor(value).isnan())
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("together", [1, 2, 3])
-def test_shares_of_micro_batches(world_size, together, monkeypatch):
-    """Every row once, as many micro-batches in each process, about as many rows."""
+@pytest.mark.parametrize("group_size", [1, 2, 3])
+def test_micro_batches_of_each_rank(world_size, group_size, monkeypatch):
+    """Every row once, equally many micro-batches on each rank, groups together, equal shares."""
     lengths = torch.tensor([3, 9, 4, 12, 7, 1, 5, 30, 2, 8, 6, 6, 5, 9, 14, 3, 21, 2])
     batch = {
         "attention_mask": (torch.arange(30) < lengths[:, None]).long(),
-        "group": torch.arange(len(lengths)) // together,
+        "group": torch.arange(len(lengths)) // group_size,
     }
     monkeypatch.setattr(common, "world_size", lambda: world_size)
     numbers = []
 
-    def lists_of(rank, most):
+    def lists_of(rank, largest):
         monkeypatch.setattr(common, "rank", lambda: rank)
-        monkeypatch.setattr(common, "all_reduce", lambda n, op: numbers.append(n) or most or n)
+        monkeypatch.setattr(common, "all_reduce", lambda n, op: numbers.append(n) or largest or n)
         return common.micro_batch_rows(batch, 40)
 
     for rank in range(world_size):
@@ -217,6 +242,6 @@ def test_shares_of_micro_batches(world_size, together, monkeypatch):
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for rows in share for i in rows) == list(range(18))
     for rows in (rows for share in shares for rows in share):
-        assert rows[::together] == [i - i % together for i in rows[::together]]
+        assert rows[::group_size] == [i - i % group_size for i in rows[::group_size]]
     counts = [sum(len(rows) for rows in share) for share in shares]
-    assert max(counts) - min(counts) <= together
+    assert max(counts) - min(counts) <= group_size

@@ -1,4 +1,4 @@
-"""README's commands have flags that exist, and its Python runs on what each script saves."""
+"""Commands of README and docs use flags that exist, their Python runs, their tables are current."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from test_scripts import chain  # noqa: E402, F401
 
 import sft  # noqa: E402
 
-# of Python programs in general, of torchrun, and of benchmarks/
+# flags of argparse, torchrun and benchmarks/
 OTHER_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 OTHER_FLAGS |= {
     "--shutdown-timeout",
@@ -30,7 +30,7 @@ FLAG = r"--[a-z][a-z-]*"
 
 
 def snippet(words, page="README.md"):
-    """The block of Python in a page that has these words."""
+    """The only Python block of a page with these words."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (found,) = [block for block in blocks if words in block]
     return found
@@ -41,8 +41,7 @@ def flags_of(script):
 
 
 def commands(text):
-    """(script, the flags after it) of all code in a page: blocks, where a backslash joins lines,
-    and what stands between backticks."""
+    """Yield (script, its flags) for each command in the blocks and inline code of a page."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -56,7 +55,7 @@ def commands(text):
     "page", ["README.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
 )
 def test_flags_of_commands_exist(page):
-    """Each flag after a script's name is that script's, and any other flag some script's."""
+    """Flags after a script's name belong to this script, all others to some script."""
     text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text()
     unknown = [(script, set(flags) - flags_of(script)) for script, flags in commands(text)]
     assert not [(script, flags) for script, flags in unknown if flags - OTHER_FLAGS]
@@ -64,17 +63,6 @@ def test_flags_of_commands_exist(page):
     assert not set(re.findall(rf"(?<![\w-]){FLAG}", text)) - known
     if page == "README.md":
         assert {script for script, _ in commands(text)} == set(SCRIPTS)
-
-
-def test_prompts_that_are_kept(runs, tmp_path, monkeypatch):  # noqa: F811
-    """The lines that take prompts by their solve rate run on a run's rollouts."""
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/rejection_sampling").symlink_to(runs["rejection_sampling"][0])
-    exec(snippet("rollouts.jsonl", "docs/data.md").replace("0.2 <=", "0.0 <="), {})
-    rollouts = Path("runs/rejection_sampling/rollouts.jsonl").read_text().splitlines()
-    rows = [json.loads(line)["row"] for line in rollouts]
-    assert [json.loads(line) for line in Path("kept.jsonl").read_text().splitlines()] == rows
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "reward_model"])
@@ -101,7 +89,7 @@ def test_it_chats(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert isinstance(capsys.readouterr().out, str)
 
 
-TABLES_IN = {  # benchmark -> page
+PAGE_OF = {  # benchmark -> page with its table
     "curves": "results",
     "smollm2": "results",
     "closed_form": "correctness",
@@ -110,11 +98,11 @@ TABLES_IN = {  # benchmark -> page
 }
 
 
-@pytest.mark.parametrize("name", TABLES_IN)
-def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
-    """Tables in the documents are, row by row, what a benchmark prints of its points."""
+@pytest.mark.parametrize("name", PAGE_OF)
+def test_tables_match_the_measurements(name, capsys, monkeypatch):
+    """Every row that a benchmark prints from its .jsonl file is in a page."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else speed.py would set it for good
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # otherwise speed.py sets it for all tests
     benchmark = importlib.import_module(name)
     if name == "curves":
         benchmark.print_methods(benchmark.load())
@@ -125,5 +113,5 @@ def test_tables_are_those_of_the_points(name, capsys, monkeypatch):
         lines = (ROOT / f"benchmarks/{name}.jsonl").read_text().splitlines()
         table([json.loads(line) for line in lines])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    shown = (ROOT / f"docs/{TABLES_IN[name]}.md").read_text().splitlines()
+    shown = (ROOT / f"docs/{PAGE_OF[name]}.md").read_text().splitlines()
     assert len(printed) > 6 and not set(printed) - set(shown)

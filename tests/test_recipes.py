@@ -1,8 +1,8 @@
-"""docs/recipes.md: its Python runs, and its diff applies, on small models."""
+"""Python and diff of docs/recipes.md, and the chat template lines of docs/data.md, run."""
 
-import contextlib
 import importlib.util
 import json
+import math
 import re
 import runpy
 import sys
@@ -20,19 +20,21 @@ from test_scripts import chain, metrics  # noqa: F401 (a fixture)
 import common
 import dpo
 import rejection_sampling
+import reward_model
 import sft
 
 PAGE = (ROOT / "docs/recipes.md").read_text()
 
 
 def block(words, language="python"):
+    """The only block of the page with these words."""
     (found,) = [x for x in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if words in x]
     return found
 
 
 @pytest.fixture(scope="module")
 def rollouts(chain, tmp_path_factory):  # noqa: F811
-    """A run of rejection_sampling.py, with a reward that varies and prompts without a score."""
+    """Rollouts with different scores per prompt; prompts with a z have no score."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "rule.py").write_text(
         "def rule(prompts, completions, rows):\n"
@@ -53,7 +55,7 @@ def rollouts(chain, tmp_path_factory):  # noqa: F811
 
 
 def test_pairs_of_rollouts(rollouts, chain, tmp_path, monkeypatch):  # noqa: F811
-    """The best and the worst of each prompt whose scores differ; dpo.py takes them."""
+    """pairs.py takes the best and the worst completion of a prompt, and dpo.py trains on them."""
     (tmp_path / "pairs.py").write_text(block("sys.argv"))
     monkeypatch.setattr(sys, "argv", ["pairs.py", str(rollouts), str(tmp_path / "pairs.jsonl")])
     runpy.run_path(str(tmp_path / "pairs.py"))
@@ -71,8 +73,8 @@ def test_pairs_of_rollouts(rollouts, chain, tmp_path, monkeypatch):  # noqa: F81
     dpo.main(dpo.Args(**args, output_dir=str(tmp_path / "dpo")))
 
 
-def test_swapped_answers_swap_the_judges_sign(tmp_path, monkeypatch):
-    """Swapped answers swap the sign, and it is a reward like any other."""
+def save_chat_model(folder):
+    """A tiny language model with a chat template, one token per character."""
     tokenizer = letters(chat=True)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -83,27 +85,86 @@ def test_swapped_answers_swap_the_judges_sign(tmp_path, monkeypatch):
         num_attention_heads=2,
         initializer_range=0.3,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def reward_of(path, tokenizer, prompt, completions, finished, row=None):  # noqa: PLR0917
+    """--reward PATH of completions of one prompt, given as texts, through common.Reward."""
+    args = types.SimpleNamespace(reward=path, reward_combine="mean")
+    prompt_ids, _ = common.encode_completions(tokenizer, prompt, [])
+    example = {"prompt": prompt, "prompt_ids": prompt_ids, "row": row or {}}
+    ids_of = tokenizer.convert_tokens_to_ids  # one token per character, special tokens spelled out
+    rollouts = [
+        example | {"completion_ids": list(map(ids_of, text)), "finished": is_finished}
+        for text, is_finished in zip(completions, finished)
+    ]
+    return common.load_reward(args, [], tokenizer, CPU)(rollouts).tolist()
+
+
+def test_judge_is_antisymmetric_and_a_reward(tmp_path, monkeypatch):
+    tokenizer = save_chat_model(tmp_path / "judge")
     (tmp_path / "judge.py").write_text(block("log_odds"))
     monkeypatch.setenv("JUDGE", str(tmp_path / "judge"))
     functions = runpy.run_path(str(tmp_path / "judge.py"))
-    ours = functions["preference"]("Add 1 and 2.", "3", "4")
-    assert ours == pytest.approx(-functions["preference"]("Add 1 and 2.", "4", "3"), abs=1e-5)
-    assert abs(ours) > 1e-4
-    (reward,) = common.load_rewards(
-        types.SimpleNamespace(reward=f"{tmp_path}/judge.py:better_than_answer"),
-        [],
-        tokenizer,
-        [1],
-        device=CPU,
-        autocast=contextlib.nullcontext,
-    )
-    asked = {"prompt": "Add 1 and 2.", "row": {"answer": "4"}}
-    asked["prompt_ids"] = tokenizer(asked["prompt"]).input_ids
-    score = reward([asked], [tokenizer("3").input_ids])
-    assert score.item() == pytest.approx(ours, abs=1e-4)
-    assert talk("x")  # (messages are for models; the judge's question is a text)
+    preference = functions["preference"]("Add 1 and 2.", "3", "4")
+    swapped = functions["preference"]("Add 1 and 2.", "4", "3")
+    assert preference == pytest.approx(-swapped, abs=1e-5) and abs(preference) > 1e-4
+    path = f"{tmp_path}/judge.py:better_than_answer"
+    scores = reward_of(path, tokenizer, "Add 1 and 2.", ["3"], [True], row={"answer": "4"})
+    assert scores == pytest.approx([preference], abs=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["a\nb?", talk("a\nb?")], ids=["text", "messages"])
+def test_process_reward_is_the_worst_step(prompt, tmp_path, monkeypatch):
+    """The score equals transformers' own forward at the worst step. Newlines of the prompt end
+    no step, and the last step of an unfinished completion is not scored."""
+    tokenizer = save_chat_model(tmp_path / "sft")
+    row = {"prompt": prompt, "completions": ["x", "yz"], "labels": [True, False]}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(row) + "\n")
+    args = dict(model=str(tmp_path / "sft"), dataset=str(tmp_path / "steps.jsonl"), loss="process")
+    reward_model.main(reward_model.Args(**args, steps=1, output_dir=str(tmp_path / "prm")))
+    (tmp_path / "prm.py").write_text(block("worst_step"))
+    monkeypatch.setenv("PRM", str(tmp_path / "prm"))
+
+    text = prompt if isinstance(prompt, str) else common.render(tokenizer, prompt, None)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "prm").eval()
+
+    def expected(*steps):
+        ids = [tokenizer(text + step, return_tensors="pt") for step in steps]
+        scores = torch.stack([model(**x).logits[0, 0] for x in ids])
+        assert len(scores) == 1 or scores.std() > 1e-3  # so the minimum matters
+        return torch.nn.functional.logsigmoid(scores).min().item()
+
+    end = "<|im_end|>"
+    completions = {
+        ("x\nyz\n\nw", True): expected("x\n", "x\nyz\n", f"x\nyz\n\nw{end}"),
+        ("x\nyz\nw", False): expected("x\n", "x\nyz\n"),
+        ("w\nv", True): expected("w\n", f"w\nv{end}"),
+        ("w\nv", False): expected("w\n"),
+        ("v", True): expected(f"v{end}"),
+        ("v", False): expected("v"),  # no step has ended
+    }
+    texts, finished = zip(*completions)
+    scores = reward_of(f"{tmp_path}/prm.py:reward", tokenizer, prompt, texts, finished)
+    assert scores == pytest.approx(list(completions.values()), abs=1e-4)
+    if isinstance(prompt, list):  # it would end the turn
+        (score,) = reward_of(f"{tmp_path}/prm.py:reward", tokenizer, prompt, [f"x{end}y"], [True])
+        assert math.isnan(score)
+
+
+def test_chat_template_variable_is_saved(tmp_path, monkeypatch):
+    """The lines of docs/data.md turn off reasoning in every later load of the tokenizer."""
+    template = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}x"
+    monkeypatch.chdir(tmp_path)
+    letters(chat=True, template=template).save_pretrained("models/qwen3")
+    prompt = talk("a")
+    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "<think>x"
+    page = (ROOT / "docs/data.md").read_text()
+    (lines,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "{% set" in x]
+    exec(lines, {})
+    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "x"
 
 
 def test_prompts_by_solve_rate(rollouts, tmp_path, monkeypatch):
@@ -111,7 +172,9 @@ def test_prompts_by_solve_rate(rollouts, tmp_path, monkeypatch):
     Path("runs").mkdir()
     Path("runs/rejection_sampling").symlink_to(rollouts)
     exec(block("solve_rate").replace("0.2 <=", "0.0 <="), {})
-    assert len(Path("kept.jsonl").read_text().splitlines()) == 24
+    records = [json.loads(x) for x in (rollouts / "rollouts.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in Path("kept.jsonl").read_text().splitlines()]
+    assert kept == [record["row"] for record in records] and len(kept) == 24
 
 
 def test_sft_on_the_samples_of_a_teacher(rollouts, chain, tmp_path, monkeypatch):  # noqa: F811
@@ -127,8 +190,7 @@ def test_sft_on_the_samples_of_a_teacher(rollouts, chain, tmp_path, monkeypatch)
 
 
 def apply(diff, text):
-    """Each `-` line is replaced by the `+` lines that follow it; without one, they stand after the
-    line of context before them."""
+    """Apply a diff: `+` lines replace the `-` line before them, or follow a line of context."""
     for hunk in diff.split("@@")[1:]:
         lines = [line for line in hunk.splitlines()[1:] if line]
         added = "\n".join(line[1:] for line in lines if line.startswith("+"))
@@ -140,8 +202,8 @@ def apply(diff, text):
 
 
 def test_rebel_starts_at_the_squared_reward_difference_and_falls(chain, tmp_path, monkeypatch):  # noqa: F811
-    """The loss of the first update, where every log-ratio is 0, is the mean of the squared
-    differences of rewards, over 2; three more updates bring it down."""
+    """In the first update every log-ratio is 0, so the loss is half the mean squared difference of
+    rewards. Three more updates reduce it."""
     (tmp_path / "rebel.py").write_text(
         apply(block("rloo.py", "diff"), Path(ROOT / "rloo.py").read_text())
     )

@@ -1,6 +1,4 @@
-"""Never lose a run: what happens when one is stopped, killed, starved of disk, or fed a bad reward.
-
-pytest tests/test_resume.py && pytest -m slow tests/test_resume.py"""
+"""No run is lost: signals, kills, full disks, non-finite gradients; --resume is exact."""
 
 import importlib
 import json
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import background
 import processes
@@ -24,8 +21,8 @@ from test_scripts import (
     background_chain,
     chain,  # noqa: F401 (a fixture)
     metrics,
-    refused,
     reward_file,
+    write_rows,
 )
 
 import common
@@ -37,7 +34,7 @@ CLOCK = ("tokens_per_second", "seconds/sample", "seconds/train")
 
 
 def states(folder):
-    """The tensors of a run: its final weights, and the last checkpoint's."""
+    """All tensors of a run: final weights, and models and optimizer of the last checkpoint."""
     checkpoint = torch.load(folder / "checkpoint/state.pt", weights_only=True)
     tensors = load_file(folder / "model.safetensors") | checkpoint["models"]
     for name, state in checkpoint["optimizer"]["state"].items():
@@ -46,14 +43,14 @@ def states(folder):
 
 
 def lines_of(folder):
-    """What a run logged, the clock apart."""
+    """Contents of the logs of a run, without metrics that depend on the clock."""
     rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(folder)]
     names = [name for name in ("samples.jsonl", "rollouts.jsonl") if (folder / name).exists()]
     return rows, {name: (folder / name).read_text() for name in names}
 
 
 def assert_same_run(one, other):
-    """Weights, optimiser, metrics, samples and rollouts, bit for bit; the clock apart."""
+    """Compare weights, optimizer, metrics, samples and rollouts bit for bit."""
     a = states(one)
     b = states(other)
     assert a.keys() == b.keys()
@@ -68,7 +65,7 @@ def step_of(folder):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step(n, action): action() once, after step n has been logged."""
+    """at_step(n, action) calls action() once, after step n is logged."""
 
     def patch(step, action):
         inner = common.Run.log
@@ -92,7 +89,7 @@ def interrupt():
 # ---------------------------------------------------------------- exact resume
 @background.job
 def ended(folder, items):
-    """The runs of processes.resumes."""
+    """The directory of processes.resumes."""
 
     def run():
         done = processes.launch(1, "resumes", folder, background_chain())
@@ -110,50 +107,62 @@ def statuses_of(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_ends_as_an_undisturbed_one(name, ended):
-    """SIGKILL before, in the middle of, and after writes of logs and checkpoints, with a checkpoint
-    already there or none: before the first step, in training, in a rollout, and at the end."""
+    """SIGKILL before, during and after writes of logs and checkpoints, from start to end."""
     *killed, last = statuses_of(name, ended)["killed"]
-    assert len(killed) >= 3 and set(killed) == {-signal.SIGKILL} and last == 0
+    assert len(killed) >= 4 and set(killed) == {-signal.SIGKILL} and last == 0
     assert_same_run(ended / "whole" / name, ended / "killed" / name)
 
 
 @pytest.mark.parametrize("name, number", [(name, n) for name in NAMES for n in SIGNALS[name]])
 def test_signals_finish_the_step_and_save(name, number, ended):
-    """With no regard to --save-every; then the run goes on as if nothing had happened."""
+    """Independently of --save-every. The resumed run ends like the undisturbed one."""
     statuses = statuses_of(name, ended)
     assert statuses[number.name] == 128 + number
-    said = (ended / f"{name}.{number.name}").read_text()
-    assert "stopped after step 3 of 4; go on with --resume" in said
-    said = (ended / f"{name}.{number.name} resumed").read_text()
-    assert statuses[f"{number.name} resumed"] == 0 and "resumed after step 3 of 4" in said
+    output = (ended / f"{name}.{number.name}").read_text()
+    assert "stopped after step 3; --resume continues" in output
+    assert statuses[f"{number.name} resumed"] == 0
+    assert not list((ended / number.name).glob(f"{name}.*")), "resuming started over"
     assert_same_run(ended / "whole" / name, ended / number.name / name)
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Those of pytest, back in their place after each test."""
+    """Restore the signal handlers of pytest after each test."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
 
 
-def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
-    """It comes during the all-reduce: too late for this step, in time for the next."""
-    run = SimpleNamespace(signal=0)
+def test_a_signal_during_the_all_reduce_is_not_lost(chain, tmp_path, monkeypatch):  # noqa: F811
+    """It comes too late for step 2, so the run stops after step 3."""
+    calls = []
 
-    def interrupted_all_reduce(value, op):
-        run.signal = signal.SIGTERM
+    def interrupted_all_reduce(value, op="sum"):
+        if op == "max":
+            calls.append(op)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
         return value
 
-    monkeypatch.setattr(common, "all_reduce", interrupted_all_reduce)
-    assert not common.Run.is_interrupted(run)
-    assert common.Run.is_interrupted(run)
+    # sft.py reduces maxima in checkpoint_if_due only: micro_batch_rows gets the real one
+    checkpoint_if_due = common.Run.checkpoint_if_due
+
+    def interrupted_checkpoint(self, *args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "all_reduce", interrupted_all_reduce)
+            checkpoint_if_due(self, *args, **kwargs)
+
+    monkeypatch.setattr(common.Run, "checkpoint_if_due", interrupted_checkpoint)
+    with pytest.raises(SystemExit) as stopped:
+        run("sft", chain, tmp_path / "run", save_every=0)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert step_of(tmp_path / "run") == 3
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "rejection_sampling"])
 def test_no_steps_train_nothing(name, chain, tmp_path):  # noqa: F811
-    """--steps 0: the start is evaluated and saved."""
+    """--steps 0 evaluates and saves the start model."""
     run(name, chain, tmp_path / "run", steps=0, epochs=1, eval_every=0)
     assert {row["step"] for row in metrics(tmp_path / "run")} == {0}
     start = load_file(chain / "sft/model.safetensors")
@@ -163,69 +172,77 @@ def test_no_steps_train_nothing(name, chain, tmp_path):  # noqa: F811
     assert all(torch.equal(start[key], saved[key]) for key in common_names)
 
 
-def test_a_second_signal_stops_at_once_and_handlers_come_back(chain, tmp_path, at_step):  # noqa: F811
-    """After the first signal a second one of either kind stops at once; whoever called main gets
-    theirs back, whether the run has finished or was stopped."""
+def test_a_second_signal_stops_at_once(chain, tmp_path, at_step):  # noqa: F811
+    """No checkpoint of step 3 is made. It may be another signal than the first."""
+
+    def send():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(3, send)
+    with pytest.raises(SystemExit) as stopped:
+        run("sft", chain, tmp_path / "run")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert step_of(tmp_path / "run") == 2
+
+
+def test_a_finished_run_restores_the_signal_handlers(chain, tmp_path):  # noqa: F811
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     run("sft", chain, tmp_path / "run")
     assert [signal.getsignal(number) for number in numbers] == before
-    seen = []
-
-    def send():
-        os.kill(os.getpid(), signal.SIGINT)
-        seen.extend(map(signal.getsignal, numbers))
-
-    at_step(2, send)
-    with pytest.raises(SystemExit):
-        run("sft", chain, tmp_path / "other")
-    assert seen == [signal.SIG_DFL] * 2
-    assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize("end", ["killed", "SIGTERM"])
-def test_a_rollout_goes_on_where_it_ended(end, chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """In rejection_sampling.py: whole chunks of prompts are read back with what was sampled; one
-    that was cut off is sampled again."""
-    monkeypatch.setattr(rejection_sampling, "CHUNK", 8)
-    inner = rejection_sampling.sample
-    drawn = []
-    resumed = []
+@pytest.mark.parametrize("when", ["sampling", "writing", "training"])
+def test_rollouts_of_an_interrupted_iteration(when, chain, tmp_path, monkeypatch, at_step):  # noqa: F811, PLR0917
+    """rejection_sampling.py reads rollouts of before the checkpoint and samples later ones again.
 
-    def sample(*args, **kwargs):
-        drawn.append(len(args[1]))
-        if len(drawn) == 5 and not resumed:  # after two for the evaluation, the third chunk of four
-            if end == "killed":
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(*args, **kwargs)
+    The second iteration is interrupted while it samples, after it has written 5 of 12 rollouts, or
+    after the first of its two steps."""
+    run("rejection_sampling", chain, tmp_path / "whole", save_every=1)
+    folder = tmp_path / "run"
+    iterations = []
+    sample = rejection_sampling.sample
+    append = common.Run.append
 
-    run("rejection_sampling", chain, tmp_path / "whole")
-    folder = tmp_path / "halves"
-    monkeypatch.setattr(rejection_sampling, "sample", sample)
-    with pytest.raises(KeyboardInterrupt if end == "killed" else SystemExit) as stopped:
-        run("rejection_sampling", chain, folder)
-    rows = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
-    if end == "killed":
-        assert len(rows) == 16
-        cut = [rows[0], rows[1], rows[2][:40]]  # two more of its rows and a half
-        (folder / "rollouts.jsonl").write_text("".join(rows + cut))
-    else:
-        assert stopped.value.code == 143 and len(rows) == 24
-        assert "stopped after 24 of 32 prompts of iteration 1" in capsys.readouterr().out
-    drawn.clear()
-    resumed.append(True)
-    run("rejection_sampling", chain, folder, resume=True)
-    chunks = {"killed": 2 + 4, "SIGTERM": 1 + 4}[end]
-    evaluations = 4  # before the first step, after the third, and after each iteration
-    assert len(drawn) == chunks + 2 * evaluations
+    def spy_sample(policy, examples, **options):
+        if len(examples) == 12:  # the evaluation has 16
+            iterations.append(step_of(folder) if iterations else 0)
+            if when == "sampling" and len(iterations) == 2:
+                interrupt()
+        return sample(policy, examples, **options)
+
+    def interrupted_append(self, name, row):
+        append(self, name, row)
+        if when == "writing" and len(iterations) == 2 and name == "rollouts.jsonl":
+            if len((folder / name).read_text().splitlines()) == 12 + 5:
+                interrupt()
+
+    monkeypatch.setattr(rejection_sampling, "sample", spy_sample)
+    monkeypatch.setattr(common.Run, "append", interrupted_append)
+    if when == "training":  # after logging step 4, which has no checkpoint yet
+        at_step(4, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("rejection_sampling", chain, folder, save_every=1)
+    assert iterations == [0, 2]
+    monkeypatch.setattr(common.Run, "append", append)
+    run("rejection_sampling", chain, folder, save_every=1, resume=True)
+    assert iterations == ([0, 2] if when == "training" else [0, 2, 2])
     assert_same_run(tmp_path / "whole", folder)
+
+
+def test_resuming_leaves_other_files_alone(chain, tmp_path):  # noqa: F811
+    """A user's own .jsonl files in the run directory are not logs."""
+    run("sft", chain, tmp_path / "run", steps=2)
+    own = tmp_path / "run/my_notes.jsonl"
+    own.write_text('{"note": 1}\n')
+    run("sft", chain, tmp_path / "run", resume=True)
+    assert own.read_text() == '{"note": 1}\n'
 
 
 @pytest.mark.slow
 def test_killed_five_times(tmp_path):
-    """SIGKILL at random moments, every other one in the middle of writing a checkpoint; then it
-    ends as an undisturbed run does. Real processes: `python sft.py`."""
+    """SIGKILL of `python sft.py` at random moments, every other one during a checkpoint write."""
     command = [sys.executable, sft.__file__, "--steps", "40", "--save-every", "1", "--seed", "3"]
     command += ["--micro-batch-tokens", "600", "--eval-every", "10"]
     quiet = dict(
@@ -259,7 +276,7 @@ def test_killed_five_times(tmp_path):
                 time.sleep(draw.uniform(0.0, 0.3))
         finally:
             process.kill()
-        assert process.wait() == -signal.SIGKILL, "it must not have ended before it was killed"
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
         writing += half_written.exists()
         half_written.unlink(missing_ok=True)
         saved.append(last_saved())
@@ -271,7 +288,7 @@ def test_killed_five_times(tmp_path):
 
 # ---------------------------------------------------------------- flags of --resume
 def resume(script, *argv):
-    """python script.py --resume ..."""
+    """Run `python script.py --resume ARGV` in this process. Returns its args and metrics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", "--resume", *map(str, argv)])
         args = common.cli(script.Args, laptop=dict(learning_rate=0.5, seed=9))
@@ -279,8 +296,7 @@ def resume(script, *argv):
 
 
 def test_saved_flags_hold_and_the_command_line_wins(chain, tmp_path):  # noqa: F811
-    """With no other flag it is the same run, to the bit; what else is given holds from there on."""
-    run("sft", chain, tmp_path / "whole", steps=4, seed=3)
+    """Flags on the command line hold from the checkpoint on, to the bit."""
     run("sft", chain, tmp_path / "half", steps=2, seed=3)
     flags = json.loads((tmp_path / "half/args.json").read_text())
     args, _ = resume(sft, "--output-dir", tmp_path / "half")
@@ -297,7 +313,7 @@ def test_saved_flags_hold_and_the_command_line_wins(chain, tmp_path):  # noqa: F
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(chain, tmp_path):  # noqa: F811
+def test_resuming_a_finished_run_changes_nothing(chain, tmp_path):  # noqa: F811
     run("sft", chain, tmp_path / "run", steps=2)
     before = states(tmp_path / "run")
     logs = lines_of(tmp_path / "run")
@@ -307,23 +323,21 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(chain, tmp_path):  # noqa
     assert lines_of(tmp_path / "run") == logs
 
 
-def test_what_cannot_be_resumed(chain, tmp_path, capsys):  # noqa: F811
-    """The run of another script, and no run."""
+def test_runs_that_cannot_be_resumed(chain, tmp_path):  # noqa: F811
+    """A run of another script, and a directory without a run."""
     run("grpo", chain, tmp_path / "run", steps=1)
-    before = (tmp_path / "run/args.json").read_text()
-    with pytest.raises(SystemExit):
+    before = lines_of(tmp_path / "run")
+    with pytest.raises(TypeError, match="scale_rewards|kl_estimator"):
         resume(SCRIPTS["rloo"], "--output-dir", tmp_path / "run")
-    refused(capsys, "--resume", "another script")
-    assert (tmp_path / "run/args.json").read_text() == before
-    with pytest.raises(SystemExit):
+    assert lines_of(tmp_path / "run") == before
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         resume(sft, "--output-dir", tmp_path / "nowhere")
-    refused(capsys, "--resume", "nowhere holds no run")
     assert not (tmp_path / "nowhere").exists()
 
 
 # ---------------------------------------------------------------- a full disk
 def test_a_full_disk_keeps_the_last_good_checkpoint(chain, tmp_path, at_step):  # noqa: F811
-    """No file can grow over a megabyte, too little for a checkpoint. Then there is room again."""
+    """The size limit of files is a megabyte, less than a checkpoint. Later it is lifted."""
     run("sft", chain, tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard)))
@@ -356,27 +370,24 @@ def test_memory_and_file_handles_do_not_grow(chain, tmp_path, monkeypatch):  # n
     assert seen[-1][1] <= seen[20][1]
 
 
-# ---------------------------------------------------------------- faults in the middle of a step
-def test_a_gradient_that_is_not_finite_stops_the_run(chain, tmp_path, capsys):  # noqa: F811
-    """Before the update is made, the last good checkpoint in place."""
+# ---------------------------------------------------------------- steps that fail or teach nothing
+def test_a_gradient_that_is_not_finite_stops_the_run(chain, tmp_path):  # noqa: F811
+    """No update is made, and the last checkpoint stays."""
     flags = dict(save_every=1, learning_rate=1e30, lr_schedule="constant")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(RuntimeError, match="norm.*non-finite"):
         run("sft", chain, tmp_path / "run", **flags)
-    assert stopped.value.code == 2
-    refused(capsys, "step 2: ", "nan", "no update")
     assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("poisoned", ["policy", "reference"])
-def test_a_weight_that_is_nan_stops_it(  # noqa: PLR0917
+def test_a_weight_that_is_nan_stops_the_run(  # noqa: PLR0917
     name,
     poisoned,
     chain,  # noqa: F811
     tmp_path,
     monkeypatch,
     at_step,
-    capsys,
 ):
     models = []
     load_policy = SCRIPTS[name].load_policy
@@ -393,19 +404,15 @@ def test_a_weight_that_is_nan_stops_it(  # noqa: PLR0917
             model.get_output_embeddings().weight[5] = float("nan")
 
     at_step(1, poison)
-    flags = dict(dataset=str(prompts_file(tmp_path)), save_every=1)
-    with pytest.raises(SystemExit):
+    flags = dict(dataset=prompts_file(tmp_path), save_every=1)
+    with pytest.raises(RuntimeError, match="norm.*non-finite"):
         run(name, chain, tmp_path / "run", **flags)
-    refused(capsys, "step 2: ", "nan", "no update")
     assert step_of(tmp_path / "run") == 1 and len(metrics(tmp_path / "run")) == 1
 
 
 def prompts_file(folder):
-    """Prompts of the built-in task without held-out rows, which take time."""
-    path = folder / "prompts.jsonl"
-    rows = common.task_rows("prompt", False, 1)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """Prompts of the built-in task as a file: no evaluation, which takes time."""
+    return write_rows(folder / "prompts.jsonl", common.task_rows("prompts", False, 1))
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -415,11 +422,11 @@ def prompts_file(folder):
         ("return [1.0] * len(prompts)", dict(kl_coef=0.0)),
         ("return [float(len(c)) for c in completions]", dict(max_completion_length=1)),
     ],
-    ids=["all equal", "all cut"],
+    ids=["equal rewards", "no EOS"],
 )
 def test_steps_that_teach_nothing(name, body, flags, chain, tmp_path):  # noqa: F811, PLR0917
-    """No crash and no NaN: the step is counted, and the log says why nothing was learnt."""
-    changes = dict(dataset=str(prompts_file(tmp_path)), steps=2) | flags
+    """No crash and no NaN. The step counts, and zero_std_groups is 1 if all rewards are equal."""
+    changes = dict(dataset=prompts_file(tmp_path), steps=2) | flags
     if name == "grpo":
         changes |= dict(mask_truncated=True)
     run(name, chain, tmp_path / "run", reward=reward_file(tmp_path, body), **changes)
@@ -434,12 +441,11 @@ def test_steps_that_teach_nothing(name, body, flags, chain, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_completions_of_eos_alone(name, chain, tmp_path, monkeypatch):  # noqa: F811
-    """The shortest there are."""
-    eos = common.load_tokenizer(str(chain / "sft")).eos_token_id
-
-    def sample(model, prompts, *, num_generations, **options):
-        return [[eos] for _ in range(len(prompts) * num_generations)]
+def test_completions_of_eos_only(name, chain, tmp_path, monkeypatch):  # noqa: F811
+    def sample(policy, examples, *, num_generations, **options):
+        eos_ids = policy.generation_config.eos_token_id
+        rollout = {"completion_ids": eos_ids[:1], "finished": True}
+        return [example | rollout for example in examples for _ in range(num_generations)]
 
     monkeypatch.setattr(SCRIPTS[name], "sample", sample)
     run(name, chain, tmp_path / "run", steps=2)

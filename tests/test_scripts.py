@@ -1,5 +1,4 @@
-"""Each script end to end on a tiny model in a few steps, through its own main; the errors a
-person meets."""
+"""Every script end to end through main, a few steps on a tiny model; common errors of users."""
 
 import contextlib
 import functools
@@ -13,25 +12,23 @@ from types import SimpleNamespace
 import background
 import pytest
 import torch
-from conftest import end_two_of_three
+from conftest import ARGS, CPU, end_two_of_three
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import dpo
 import grpo
 import ppo
-import rejection_sampling
 import reward_model
 import rloo
 import sft
 
-CPU = torch.device("cpu")
-SMALL_TASK = {"sft": 64, "pairs": 64, "prompt": 64, "held out": 16}
+SMALL_TASK = {"sft": 64, "pairs": 64, "prompts": 64, "held out": 16}
 
 
 @functools.cache
 def train_chain(folder):
-    """sft/ and reward_model/ in a folder, three steps each, trained once a session."""
+    """sft/ and reward_model/ in a folder, three steps each, trained once per session."""
     args = dict(batch_size=16, steps=3, warmup_steps=0, learning_rate=1e-3)
     sft.main(sft.Args(output_dir=str(folder / "sft"), **args))
     args |= dict(model=str(folder / "sft"), output_dir=str(folder / "reward_model"))
@@ -48,22 +45,28 @@ def small_task():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """The folder of train_chain, and small built-in data."""
+    """The folder of train_chain; the built-in task is small."""
     with small_task():
         yield train_chain(tmp_path_factory.getbasetemp() / "chain")
 
 
 def background_chain():
-    """The same for jobs in the background, one for each of their processes."""
+    """The folder of train_chain for background jobs, one per process."""
     with small_task():
         return train_chain(background.STATE.folder / f"chain {os.getpid()}")
 
 
 def reward_file(folder, body):
-    """--reward of a file with one function of that body."""
+    """The --reward of a new file with one function."""
     path = folder / "reward.py"
     path.write_text(f"def reward(prompts, completions, rows):\n    {body}\n")
     return f"{path}:reward"
+
+
+def write_rows(path, rows):
+    """Write a .jsonl file and return its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def ppo_args(chain, output_dir, **changes):
@@ -90,14 +93,22 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def refused(capsys, *words, code=2):
-    """Check that the last error was one sentence with these words."""
+def refused(capsys, *words):
+    """Check that exactly one error was printed, on one line with these words."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
 
 
+def check_refused(script, args, capsys, *words):
+    """Check that main exits with status 2 and an error with these words."""
+    with pytest.raises(SystemExit) as stopped:
+        script.main(args)
+    assert stopped.value.code == 2
+    refused(capsys, *words)
+
+
 # ---------------------------------------------------------------- end to end
-def test_sft_saves_what_transformers_opens(chain):
+def test_transformers_opens_the_model_of_sft(chain):
     model = AutoModelForCausalLM.from_pretrained(chain / "sft")
     tokenizer = AutoTokenizer.from_pretrained(chain / "sft")
     out = model.generate(
@@ -111,51 +122,82 @@ def test_sft_saves_what_transformers_opens(chain):
 
 
 def test_reward_model_scores_the_same_in_transformers(chain):
-    """Right-padded rows through AutoModelForSequenceClassification give sequence_scores to 1e-5."""
-    model = AutoModelForSequenceClassification.from_pretrained(chain / "reward_model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(chain / "reward_model")
-    inputs = tokenizer(
-        ["dbca>abcd[EOS]", "hgfedcba>abcdefgh[EOS]", "ba>a"], padding=True, return_tensors="pt"
-    )
-    ours = common.load_scorer(str(chain / "reward_model"), CPU, "--reward")
+    """AutoModelForSequenceClassification gives our scores for right-padded rows."""
+    path = str(chain / "reward_model")
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = ["dbca>abcd[EOS]", "hgfedcba>abcdefgh[EOS]", "ba>a"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = {"inputs": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    ours = common.load_scorer(path, ARGS, CPU)
     with torch.no_grad():
-        theirs = model(inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, 0]
-        batch = {"inputs": inputs.input_ids, "attention_mask": inputs.attention_mask}
-        scores = reward_model.sequence_scores(ours, batch)
-    assert torch.allclose(scores, theirs, atol=1e-5)
-    eos_ids = common.find_eos_ids(tokenizer, str(chain / "reward_model"))
-    assert tokenizer.pad_token_id not in eos_ids
+        expected = model(inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, 0]
+        for score in (reward_model.sequence_scores, common.last_token_scores):
+            assert torch.allclose(score(ours, batch).flatten(), expected, atol=1e-5)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("script", [ppo, rloo, grpo])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_ppo_starts_at_ratio_one_and_kl_zero(chain, tmp_path, temperature):
-    """Through main: before the first update the ratio is 1, and the policy is the reference."""
-    ppo.main(ppo_args(chain, tmp_path / "run", temperature=temperature, eval_every=1))
+def test_ratio_is_one_and_kl_zero_at_the_start(chain, tmp_path, script, temperature):
+    args = script.Args(
+        model=str(chain / "sft"),
+        reward=str(chain / "reward_model"),
+        output_dir=str(tmp_path / "run"),
+        steps=2,
+        prompts_per_step=6,
+        num_generations=4,
+        num_minibatches=2,
+        max_completion_length=6,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        temperature=temperature,
+        eval_every=1,
+    )
+    script.main(args)
     first, second = metrics(tmp_path / "run")[1:]
-    assert first["ratio_max_dev"] < 1e-4
-    assert first["kl"] == 0 and second["kl"] != 0
-    assert {
-        "gold",
-        "score",
-        "eval/gold",
-        "eval/score",
-        "eval/kl",
-        "explained_variance",
-    } <= first.keys()
+    assert first["ratio_max_dev"] < 1e-4 and abs(first["kl"]) < 1e-4 < abs(second["kl"])
+    if script is ppo:  # all log-probs are by the same forward pass
+        assert first["kl"] == 0
+    wanted = {"gold", "score", "unscored", "eval/gold", "eval/gold_greedy", "eval/pass@4"}
+    wanted |= {"eval/score", "eval/kl"}
+    wanted |= {"explained_variance"} if script is ppo else {"zero_std_groups"}
+    assert wanted <= first.keys()
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 3 * 16
 
 
-def test_ppo_does_not_depend_on_the_micro_batches(chain, tmp_path, cut_by_budget_alone):
-    for budget in (20, 10_000):
-        ppo.main(
-            ppo_args(chain, tmp_path / str(budget), micro_batch_tokens=budget, num_minibatches=3)
+@pytest.mark.parametrize("script", [sft, reward_model, dpo])
+def test_losses_do_not_depend_on_the_micro_batches(chain, tmp_path, script):
+    """Losses and gradient norms agree between a budget of one row and a budget of all rows."""
+    for budget in (1, 100_000):
+        args = dict(
+            model=str(chain / "sft"),
+            output_dir=str(tmp_path / str(budget)),
+            batch_size=16,
+            steps=3,
+            learning_rate=1e-4,
+            micro_batch_tokens=budget,
         )
+        if script is dpo:
+            args["sft_coef"] = 0.3
+        script.main(script.Args(**args))
+    names = {"loss", "grad_norm", "eval/loss", "chosen_logratio", "eval/rejected_logratio"}
+    small, large = (metrics(tmp_path / str(budget)) for budget in (1, 100_000))
+    for one, other in zip(small, large, strict=True):
+        for name in one.keys() & names:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+def test_ppo_does_not_depend_on_the_micro_batches(chain, tmp_path):
+    for budget in (20, 10_000):
+        args = dict(micro_batch_tokens=budget, num_minibatches=3)
+        ppo.main(ppo_args(chain, tmp_path / str(budget), **args))
     small, large = weights(tmp_path / "20"), weights(tmp_path / "10000")
     assert all(torch.allclose(small[name], large[name], atol=2e-5) for name in small)
 
 
 def test_ppo_raises_an_exact_reward(chain, tmp_path):
-    """A reward that counts one letter goes up: a flipped sign anywhere would take it down."""
+    """The frequency of a letter is the reward and goes up."""
     args = dict(
         reward=reward_file(tmp_path, "return [text.count('a') / 6 for text in completions]"),
         steps=15,
@@ -170,81 +212,94 @@ def test_ppo_raises_an_exact_reward(chain, tmp_path):
     assert sum(scores[-3:]) / 3 > 3 * sum(scores[:3]) / 3 + 0.1
 
 
-def test_ppo_pays_for_missing_eos_and_learns_values(chain, tmp_path, monkeypatch):
-    """With a score of 1 the first reward is 1 less what missing EOS costs; the value loss falls."""
-    end_two_of_three(monkeypatch, ppo)
+@pytest.mark.parametrize("script", [ppo, rloo, grpo])
+def test_missing_eos_penalty(chain, tmp_path, monkeypatch, script):
+    """Scores are 1, so the reward is 1 minus the penalty times the share without EOS."""
+    end_two_of_three(monkeypatch, script)
+    args = dict(
+        model=str(chain / "sft"),
+        reward=reward_file(tmp_path, "return [1] * len(prompts)"),
+        output_dir=str(tmp_path / "run"),
+        missing_eos_penalty=0.25,
+        steps=1,
+        prompts_per_step=7,
+        num_generations=2,
+        max_completion_length=6,
+    )
+    script.main(script.Args(**args))
+    row = metrics(tmp_path / "run")[1]
+    assert row["score"] == 1 and row["eos_rate"] == pytest.approx(9 / 14)
+    assert row["reward"] == pytest.approx(1 - 0.25 * 5 / 14, abs=1e-5)
+
+
+def test_ppo_learns_values(chain, tmp_path):
     args = dict(
         reward=reward_file(tmp_path, "return [1] * len(prompts)"),
-        missing_eos_penalty=0.25,
         steps=8,
         value_clip=9.0,
         prompts_per_step=7,
     )
     ppo.main(ppo_args(chain, tmp_path / "run", **args))
-    rows = metrics(tmp_path / "run")[1:]
-    assert rows[0]["eos_rate"] == pytest.approx(9 / 14)
-    assert rows[0]["reward"] == pytest.approx(1 - 0.25 * 5 / 14, abs=1e-5)
-    assert rows[-1]["loss/value"] < 0.5 * rows[0]["loss/value"]
+    losses = [row["loss/value"] for row in metrics(tmp_path / "run")[1:]]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_reward_model_prefers_the_chosen(chain, tmp_path):
-    """Through main, and judged by the evaluation: on pairs seen often the margin grows."""
-    data = tmp_path / "pairs.jsonl"
-    data.write_text(
-        "".join(json.dumps(row) + "\n" for row in common.task_rows("preference", False, 1))
-    )
+    """The margin of evaluated pairs grows when the same pairs are trained on."""
+    data = write_rows(tmp_path / "pairs.jsonl", common.task_rows("pairs", False, 1))
     args = dict(
         model=str(chain / "sft"),
-        dataset=str(data),
-        eval_dataset=str(data),
+        dataset=data,
+        eval_dataset=data,
         batch_size=32,
         epochs=15,
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-3,
+        warmup_steps=0,
     )
-    run = dict(output_dir=str(tmp_path / "run"), learning_rate=1e-3, warmup_steps=0)
-    reward_model.main(reward_model.Args(**args, **run))
+    reward_model.main(reward_model.Args(**args))
     rows = metrics(tmp_path / "run")
     assert rows[-1]["eval/margin"] > rows[0]["eval/margin"] + 0.5
     assert rows[-1]["eval/accuracy"] > 0.6
 
 
-def test_sft_trains_each_completion_once_and_no_prompt(chain, tmp_path):
-    """Five rows in batches of two are three steps, and the losses are the mean NLL of what follows
-    the prompts, EOS included, by transformers' own forward."""
+def test_sft_loss_is_the_nll_of_the_completions(chain, tmp_path):
+    """Five rows in batches of two are three steps; each row is trained once, EOS included.
+
+    The expected losses are means over tokens by the forward pass of transformers."""
     rows = [("dbca>", "abcd"), ("b>", ""), ("gf>", "fg"), ("zya>", "a"), ("k>", "kk")]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(dict(prompt=p, completion=c)) + "\n" for p, c in rows))
-    args = dict(model=str(chain / "sft"), dataset=str(data), batch_size=2, learning_rate=0.0)
+    data = write_rows(tmp_path / "rows.jsonl", [dict(prompt=p, completion=c) for p, c in rows])
+    args = dict(model=str(chain / "sft"), dataset=data, batch_size=2, learning_rate=0.0)
     sft.main(sft.Args(**args, output_dir=str(tmp_path / "run")))
     model = AutoModelForCausalLM.from_pretrained(chain / "sft")
     tokenizer = AutoTokenizer.from_pretrained(chain / "sft")
-    nll = {}
+    nll = []
     for prompt, completion in rows:
         ids = tokenizer(f"{prompt}{completion}[EOS]", return_tensors="pt").input_ids
         with torch.no_grad():
-            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
-        nll[prompt] = -logps[len(prompt) - 1 :, 0]
-        assert len(nll[prompt]) == len(completion) + 1
-    order = [e["prompt"] for e in common.stream([dict(prompt=p) for p, _ in rows], 1, 0, 5)]
-    expected = [torch.cat([nll[p] for p in order[i : i + 2]]).mean().item() for i in (0, 2, 4)]
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        nll.append(-logprobs[len(prompt) - 1 :, 0])
+        assert len(nll[-1]) == len(completion) + 1
+    order = common.shuffled_examples(nll, 1, 0, 5)
+    expected = [torch.cat(order[i : i + 2]).mean().item() for i in (0, 2, 4)]
     assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("script", [ppo, rloo, grpo])
-def test_every_step_draws_afresh(chain, tmp_path, monkeypatch, script):
-    """One prompt and a policy that stands still: what differs between steps is the noise alone, and
-    another seed gives another."""
-    drawn = []
+def test_each_step_samples_with_new_noise(chain, tmp_path, monkeypatch, script):
+    """One prompt, learning rate 0: only the noise differs between steps and between seeds."""
+    sampled = []
     inner = script.sample
 
     def sample(*args, **kwargs):
-        drawn.append(inner(*args, **kwargs))
-        return drawn[-1]
+        rollouts = inner(*args, **kwargs)
+        sampled.append([rollout["completion_ids"] for rollout in rollouts])
+        return rollouts
 
     monkeypatch.setattr(script, "sample", sample)
-    (tmp_path / "prompt.jsonl").write_text('{"prompt": "dbca>"}\n')
     args = dict(
         model=str(chain / "sft"),
-        dataset=str(tmp_path / "prompt.jsonl"),
+        dataset=write_rows(tmp_path / "prompt.jsonl", [dict(prompt="dbca>")]),
         reward=reward_file(tmp_path, "return [1] * len(prompts)"),
         steps=2,
         prompts_per_step=1,
@@ -253,27 +308,26 @@ def test_every_step_draws_afresh(chain, tmp_path, monkeypatch, script):
         learning_rate=0.0,
     )
     for seed in (1, 2, 1):
-        script.main(script.Args(**args, seed=seed, output_dir=str(tmp_path / str(len(drawn)))))
-    assert drawn[:2] == drawn[4:] and len({str(x) for x in drawn}) == 4
+        script.main(script.Args(**args, seed=seed, output_dir=str(tmp_path / str(len(sampled)))))
+    assert sampled[:2] == sampled[4:] and len({str(ids) for ids in sampled}) == 4
 
 
+# ---------------------------------------------------------------- completions without a score
 @pytest.mark.parametrize("script", [ppo, rloo, grpo])
-def test_nothing_that_was_not_judged_is_trained(chain, tmp_path, monkeypatch, script):
-    """One None takes its whole group out of batch and metrics: 4 of 6 groups stay (trl#5902 counted
-    None as 0)."""
+def test_groups_with_an_unscored_completion_are_dropped(chain, tmp_path, monkeypatch, script):
+    """Two None drop two of six groups from batch and metrics; trl#5902 counted None as 0."""
     batches = []
     inner = script.completion_batch
 
-    def completion_batch(prompts, completions, device):
-        batches.append(completions)
-        return inner(prompts, completions, device)
+    def completion_batch(rollouts, device):
+        batches.append([rollout["completion_ids"] for rollout in rollouts])
+        return inner(rollouts, device)
 
     monkeypatch.setattr(script, "completion_batch", completion_batch)
     body = "return [None if i in (0, 7) else float(len(c)) for i, c in enumerate(completions)]"
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "dbca>"}\n{"prompt": "fe>"}\n')
     args = dict(
         model=str(chain / "sft"),
-        dataset=str(tmp_path / "prompts.jsonl"),
+        dataset=write_rows(tmp_path / "prompts.jsonl", [dict(prompt="dbca>"), dict(prompt="fe>")]),
         reward=reward_file(tmp_path, body),
         output_dir=str(tmp_path / "run"),
         steps=1,
@@ -286,28 +340,45 @@ def test_nothing_that_was_not_judged_is_trained(chain, tmp_path, monkeypatch, sc
     (completions,) = batches
     assert len(completions) == 8
     (row,) = metrics(tmp_path / "run")
-    assert row["unjudged"] == pytest.approx(4 / 12)
-    texts = [[i for i in ids if i > 2] for ids in completions]  # less PAD, EOS and UNK
-    assert row["score"] == pytest.approx(sum(map(len, texts)) / 8)
+    assert row["unscored"] == pytest.approx(4 / 12)
+    letters = [[i for i in ids if i > 2] for ids in completions]  # without PAD, EOS and UNK
+    assert row["score"] == pytest.approx(sum(map(len, letters)) / 8)
 
 
-@pytest.mark.parametrize("script", [ppo, rloo, grpo])
-def test_a_step_that_nothing_of_could_be_judged_stops_the_run(chain, tmp_path, capsys, script):
+@pytest.mark.parametrize(
+    "script, flags",
+    [(ppo, {}), (rloo, {}), (grpo, {}), (grpo, dict(dynamic_sampling=True))],
+)
+def test_fewer_scored_completions_than_minibatches(chain, tmp_path, capsys, script, flags):
+    """The run ends with an error: no score at all, or 4 completions for 5 minibatches."""
     args = dict(
         model=str(chain / "sft"),
-        reward=reward_file(tmp_path, "return [None] * len(prompts)"),
-        output_dir=str(tmp_path / "run"),
-        prompts_per_step=2,
-        num_generations=2,
+        steps=1,
+        prompts_per_step=3,
+        num_generations=4,
         max_completion_length=6,
+        **flags,
     )
-    with pytest.raises(SystemExit):
+    for scored, num_minibatches in [(0, 1), (4, 5), (4, 4)]:
+        body = f"return [1.0 if p in prompts[:{scored}] else None for p in prompts]"
+        args |= dict(
+            reward=reward_file(tmp_path, body),
+            num_minibatches=num_minibatches,
+            output_dir=str(tmp_path / f"{scored}-{num_minibatches}"),
+        )
+        if scored < num_minibatches:
+            words = [f"--num-minibatches {num_minibatches}: ", f" {scored} scored"]
+            check_refused(script, script.Args(**args), capsys, *words)
+    if not flags:
         script.main(script.Args(**args))
-    refused(capsys, "step 1: ", " 0 ", "judged")
+        row = metrics(tmp_path / "4-4")[1]
+        assert row["unscored"] == pytest.approx(2 / 3)
+        assert row["score"] == 1 == row.get("zero_std_groups", 1)
 
 
+# ---------------------------------------------------------------- models and data
 def test_learning_rate_schedules():
-    """Warm-up ends at the peak; linear and cosine would be 0 at the step after the last."""
+    """Warmup ends at the peak; linear and cosine reach 0 one step after the last."""
 
     def rates(schedule):
         args = SimpleNamespace(learning_rate=2.0, warmup_steps=3, lr_schedule=schedule)
@@ -319,25 +390,8 @@ def test_learning_rate_schedules():
     assert rates("cosine") == pytest.approx([0.5, 1, 1.5, 2, 1 + half, 1, 1 - half, 0])
 
 
-@pytest.mark.parametrize("script", [sft, reward_model])
-def test_training_does_not_depend_on_the_micro_batches(
-    chain, tmp_path, script, cut_by_budget_alone
-):
-    """Through main: the gradient's norm and the loss of every step, at a budget of one row and of
-    all rows."""
-    for budget in (1, 100_000):
-        args = dict(
-            model=str(chain / "sft"), output_dir=str(tmp_path / str(budget)), batch_size=16, steps=3
-        )
-        script.main(script.Args(**args, learning_rate=1e-4, micro_batch_tokens=budget))
-    small, large = (metrics(tmp_path / str(budget)) for budget in (1, 100_000))
-    for one, other in zip(small, large, strict=True):
-        for name in one.keys() & {"loss", "grad_norm", "eval/loss"}:
-            assert one[name] == pytest.approx(other[name], rel=1e-4), name
-
-
-def test_where_ppo_values_start(chain, tmp_path, monkeypatch):
-    """At --value-model; at the policy with a head that gives 0; at the reward model."""
+def test_initial_value_model_of_ppo(chain, tmp_path, monkeypatch):
+    """--value-model; otherwise the policy with a zero head, or the reward model if there is one."""
     loaded = []
     inner = ppo.load_scorer
 
@@ -355,97 +409,81 @@ def test_where_ppo_values_start(chain, tmp_path, monkeypatch):
     assert [bool(model.score.weight.any()) for _, model in loaded] == [True, False, True]
 
 
-def test_two_rows_are_enough(chain, tmp_path):
-    data = tmp_path / "rows.jsonl"
-    data.write_text(
-        '{"prompt": "ba>", "completion": "ab"}\n{"prompt": "dcf>", "completion": "cdf"}\n'
-    )
-    sft.main(
-        sft.Args(
-            model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "a"), epochs=2
-        )
-    )
-    args = dict(dataset=str(data), reward=str(chain / "reward_model"))
-    ppo.main(ppo_args(chain, tmp_path / "b", **args))
-    assert "gold" not in metrics(tmp_path / "b")[-1]
-
-
 @pytest.mark.parametrize("script", [sft, reward_model, dpo])
-def test_more_steps_than_the_epochs_have_are_named(chain, tmp_path, capsys, script):
-    data = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize("batch_size, steps, expected", [(1, 1, 1), (1, 3, 2), (64, None, 1)])
+def test_number_of_steps(chain, tmp_path, script, batch_size, steps, expected):  # noqa: PLR0917
+    """Two epochs of one row are two batches of one row, or one larger batch; --steps is a limit."""
     row = dict(prompt="ba>", completion="ab", chosen="ab", rejected="b")
-    data.write_text(json.dumps(row) + "\n")
-    args = dict(model=str(chain / "sft"), dataset=str(data), output_dir=str(tmp_path / "run"))
-    script.main(script.Args(**args, epochs=2, batch_size=1, steps=3))
-    assert "--steps 3: the run ends after 2," in capsys.readouterr().out
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    args = dict(
+        model=str(chain / "sft"),
+        dataset=write_rows(tmp_path / "rows.jsonl", [row]),
+        output_dir=str(tmp_path / "run"),
+        epochs=2,
+        batch_size=batch_size,
+        steps=steps,
+    )
+    script.main(script.Args(**args))
+    assert metrics(tmp_path / "run")[-1]["step"] == expected
 
 
-def test_a_checkpoint_with_sampling_settings_saves(chain, tmp_path):
-    """Llama 2 names a temperature without do_sample, which transformers refuses to save."""
+def test_ppo_with_fewer_prompts_than_a_step(chain, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [dict(prompt="ba>"), dict(prompt="dcf>")])
+    ppo.main(ppo_args(chain, tmp_path / "run", dataset=data))
+    assert "gold" not in metrics(tmp_path / "run")[-1]
+
+
+def test_sampling_settings_of_a_checkpoint_are_not_saved(chain, tmp_path):
+    """The config of Llama 2 has a temperature without do_sample; transformers cannot save it."""
     shutil.copytree(chain / "sft", tmp_path / "model")
     config = tmp_path / "model/generation_config.json"
     settings = dict(temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
-    model = str(tmp_path / "model")
     folder = tmp_path / "run"
-    sft.main(sft.Args(model=model, output_dir=str(folder), batch_size=32, steps=1))
+    args = dict(model=str(tmp_path / "model"), batch_size=32, steps=1)
+    sft.main(sft.Args(**args, output_dir=str(folder)))
     saved = json.loads((folder / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [1, 2] and not {"temperature", "top_p"} & saved.keys()
 
 
 def test_bfloat16_compute_keeps_float32_weights(chain, tmp_path):
-    """The GPU's path, on the CPU: bfloat16 autocast, a ratio near 1 and a KL of 0 before the first
-    update."""
+    """bfloat16 autocast on the CPU: before the first update the ratio is near 1 and the KL 0."""
     ppo.main(ppo_args(chain, tmp_path / "run", dtype="bfloat16"))
-    (_, first, *_) = metrics(tmp_path / "run")
+    first = metrics(tmp_path / "run")[1]
     assert first["ratio_max_dev"] < 0.05 and first["kl"] == 0
     assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "run").values())
 
 
-def test_overwrite_moves_earlier_runs_aside(chain, tmp_path, capsys):
-    """Each to a name of its own; nothing is deleted."""
+# ---------------------------------------------------------------- output directories and errors
+def test_overwrite_moves_the_earlier_run_aside(chain, tmp_path, capsys):
     run = dict(output_dir=str(tmp_path / "run"), batch_size=32, steps=1)
     sft.main(sft.Args(**run, seed=1))
-    with pytest.raises(SystemExit):
-        sft.main(sft.Args(**run))
-    refused(capsys, str(tmp_path / "run"), "--resume", "--overwrite")
-    for seed in (2, 3):
-        sft.main(sft.Args(**run, overwrite=True, seed=seed))
-    for name, seed in [("run.old", 1), ("run.old.old", 2), ("run", 3)]:
-        assert json.loads((tmp_path / name / "args.json").read_text())["seed"] == seed
-        assert (tmp_path / name / "model.safetensors").is_file()
+    check_refused(sft, sft.Args(**run), capsys, str(tmp_path / "run"), "--resume", "--overwrite")
+    sft.main(sft.Args(**run, overwrite=True, seed=2))
+    (earlier,) = tmp_path.glob("run.*-*")
+    for folder, seed in [(earlier, 1), (tmp_path / "run", 2)]:
+        assert json.loads((folder / "args.json").read_text())["seed"] == seed
+        assert (folder / "model.safetensors").is_file()
 
 
 def test_a_folder_of_other_files_is_not_written_to(chain, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(SystemExit):
-            sft.main(sft.Args(output_dir=str(tmp_path), overwrite=overwrite))
-        refused(capsys, "--output-dir", str(tmp_path))
+        args = sft.Args(output_dir=str(tmp_path), overwrite=overwrite)
+        check_refused(sft, args, capsys, "--output-dir", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-# ---------------------------------------------------------------- what a person meets
 @pytest.mark.parametrize(
     "script, argv, words",
     [
-        (ppo, [], ["runs/sft", "python sft.py"]),
+        (ppo, [], ["runs/sft does not exist", "`python NAME.py`"]),
         (dpo, ["--label-smoothing", "0.1", "--loss-type", "ipo"], ["--label-smoothing", "ipo"]),
-        (dpo, ["--simpo-margin", "2"], ["--simpo-margin", "sigmoid"]),
-        (dpo, ["--beta", "0"], ["--beta", "above 0"]),
-        (rejection_sampling, ["--select", "top-k"], ["--select top-k", "--select-k None"]),
-        (grpo, ["--num-generations", "1"], ["--num-generations is 1"]),
-        (rloo, ["--num-generations", "1"], ["--num-generations is 1"]),
-        (grpo, ["--kl-estimator", "k3", "--kl-in", "reward"], ["--kl-estimator k3", "--kl-in"]),
+        (grpo, ["--num-generations", "1"], ["--num-generations must be at least 2"]),
         (sft, ["--dataset", "my.jsonl"], ["--dataset", "--model"]),
-        (sft, ["--resume"], ["--resume", "runs/sft holds no run"]),
-        (sft, ["--chat-template-kwargs", "{}"], ["--chat-template-kwargs needs --model"]),
-        (sft, ["--model", "./nowhere"], ["--model ./nowhere", "no directory or Hub id"]),
     ],
 )
 def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):  # noqa: PLR0917
-    """Exit status 2 and one sentence, before any model loads."""
+    """Exit with status 2 and one sentence before any model is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     laptop = dict(overwrite=True) if script is sft else dict(model="runs/sft")
@@ -458,24 +496,21 @@ def test_usage(script, argv, words, tmp_path, monkeypatch, capsys):  # noqa: PLR
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(num_minibatches=13), ["--num-minibatches 13", "12 completions"]),
         (dict(reward=None), ["--reward is missing"]),
-        (dict(max_completion_length=100), ["do not fit the context", "--max-completion-length"]),
-        (dict(max_prompt_length=2), ["longer than --max-prompt-length 2", "nothing is left"]),
-        (dict(reward="./nowhere"), ["--reward ./nowhere", "no directory or Hub id"]),
-        (dict(value_model="./nowhere"), ["--value-model ./nowhere", "no directory or Hub id"]),
+        (dict(max_completion_length=100), ["exceed its context of 64"]),
+        (dict(max_prompt_length=2), ["sort", "no usable rows"]),
+        (dict(ptx_coef=1.0), ["--ptx-coef", "--ptx-dataset"]),
+        (dict(ptx_dataset="sort"), ["--ptx-coef", "--ptx-dataset"]),
     ],
 )
 def test_ppo_refuses(chain, tmp_path, capsys, changes, words):
-    with pytest.raises(SystemExit) as stopped:
-        ppo.main(ppo_args(chain, tmp_path / "run", **changes))
-    assert stopped.value.code == 2
-    refused(capsys, *words)
+    check_refused(ppo, ppo_args(chain, tmp_path / "run", **changes), capsys, *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_text_on_the_screen_is_escaped(capsys):
-    rows = [{"prompt": "a\nb\x1b[31m", "completion": "x" * 500}]
-    common.Run.log_samples(SimpleNamespace(append=lambda name, rows: None), 1, rows)
+def test_printed_samples_are_short_and_escaped(capsys):
+    rollout = {"prompt": "a\nb\x1b[31m", "prompt_ids": [], "completion_ids": [5] * 500}
+    run = SimpleNamespace(append=lambda name, row: None, tokenizer=common.tiny_tokenizer())
+    common.Run.log_samples(run, 1, [rollout], {})
     (line,) = capsys.readouterr().out.splitlines()
     assert r"a\nb\x1b[31m" in line and len(line) < 140

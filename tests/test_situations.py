@@ -1,32 +1,19 @@
-"""What happens to people: weights that are not whole, folders in use, data that changed, rewards of
-every make, rows of every make, shells and terminals."""
+"""Damaged or unsuitable models, directories in use, changed data, rewards of any kind of number."""
 
-import gzip
-import importlib.machinery
-import importlib.util
-import io
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import ARGS, CPU, random_head
 from language import write_rows
 from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file
-from test_data import ASKED, CHATML, letters, load_file, talk, turns
-from test_data import load as load  # a fixture
-from test_rewards import example, load_reward, other_tokenizer
-from test_rewards import save as save  # a fixture
-from test_scripts import chain as chain  # a fixture
+from test_data import letters
+from test_data import refused as refused  # a fixture
 from test_scripts import metrics, reward_file
 
 import common
@@ -38,10 +25,11 @@ import reward_model
 import rloo
 import sft
 
+SCRIPTS = [sft, reward_model, rejection_sampling, ppo, grpo, rloo, dpo]
 ROWS = [
-    {"prompt": f"{letters}>", "completion": answer, "answer": answer}
+    {"prompt": f"{word}>", "completion": answer, "answer": answer}
     | {"chosen": answer, "rejected": "b"}
-    for letters, answer in (("ca", "ac"), ("dba", "abd"), ("fe", "ef"), ("ihg", "ghi"))
+    for word, answer in (("ca", "ac"), ("dba", "abd"), ("fe", "ef"), ("ihg", "ghi"))
 ]
 
 
@@ -58,44 +46,30 @@ def args_of(script, model, folder, **flags):
     return script.Args(**given | flags)
 
 
-@pytest.fixture
-def stop(capsys):
-    """Calls, expects exit status 2 and one sentence on stderr with all the words -> the line."""
-
-    def function(words, call, *args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            call(*args)
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        assert all(word in lines[0] for word in words), lines[0]
-        return lines[0]
-
-    return function
-
-
 def contents(folder):
-    """Every file of a folder, to the byte."""
+    """The bytes of every file."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def at_step(monkeypatch, step, action):
-    """action() after that step has been logged."""
-    inner = common.Run.log
+@pytest.fixture
+def small_task(monkeypatch):
+    """Few rows of the built-in task."""
+    monkeypatch.setattr(common, "TASK_ROWS", {"sft": 8, "pairs": 8, "prompts": 8, "held out": 4})
 
-    def log(self, number, *args, **kwargs):
-        inner(self, number, *args, **kwargs)
-        if number == step:
-            action()
 
-    monkeypatch.setattr(common.Run, "log", log)
+@pytest.fixture(scope="module")
+def scorer_dir(scorers, tmp_path_factory):
+    """The tiny Llama with a score head."""
+    folder = tmp_path_factory.mktemp("scorer")
+    scorers["llama"].save_pretrained(folder)
+    common.tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 # ---------------------------------------------------------------- weights
 def changed(source, folder, change):
-    """A copy of a model after change(weights, config) -> its path."""
+    """Path of a copy of a model after change(weights, config)."""
     shutil.copytree(source, folder)
     weights = load_weights(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -106,75 +80,57 @@ def changed(source, folder, change):
 
 
 def lose(weights, part):
+    """Delete the weights with this part in their name."""
     for name in [name for name in weights if part in name]:
         del weights[name]
 
 
 def rename(weights, old, new):
+    """Rename the weights with this part in their name."""
     for name in [name for name in weights if old in name]:
         weights[name.replace(old, new)] = weights.pop(name)
 
 
-DAMAGES = {
-    "head gone": (lambda w, c: (lose(w, "lm_head"), lose(w, "score")), ["{head}.weight"]),
-    "layer gone": (lambda w, c: lose(w, "layers.1."), ["model.layers.1."]),
-    "layer not in the config": (lambda w, c: c.update(num_hidden_layers=1), ["model.layers.1."]),
-    "layer not in the file": (lambda w, c: c.update(num_hidden_layers=3), ["model.layers.2."]),
-    "keys renamed": (
+def load_as(use, path):
+    """Load a model as a script does."""
+    tokenizer = common.load_tokenizer(path)
+    if use == "policy":
+        return common.load_policy(path, tokenizer, ARGS, CPU, trainable=True)
+    if use == "reward":
+        return common.load_scorer(path, ARGS, CPU)
+    return common.load_scorer(path, ARGS, CPU, trainable=True, init=random_head)
+
+
+DAMAGES = {  # name -> change, parts of the names in the error
+    "no head": (lambda w, c: (lose(w, "lm_head"), lose(w, "score")), ["{head}.weight"]),
+    "no layer": (lambda w, c: lose(w, "layers.1."), ["model.layers.1."]),
+    "more layers": (lambda w, c: c.update(num_hidden_layers=1), ["model.layers.1."]),
+    "fewer layers": (lambda w, c: c.update(num_hidden_layers=3), ["model.layers.2."]),
+    "other names": (
         lambda w, c: rename(w, "embed_tokens", "embedding"),
-        ["model.embed_tokens.weight", "model.embedding.weight"],
+        ["model.embed"],
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def scorer_dir(scorers, tmp_path_factory):
-    """The tiny Llama with a scalar head, saved."""
-    folder = tmp_path_factory.mktemp("scorer")
-    scorers["llama"].save_pretrained(folder)
-    sft.tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("flag", ["--model", "--reward", "--value-model"])
+@pytest.mark.parametrize("use", ["policy", "reward", "value model", "new scorer"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_weights_that_are_not_whole(damage, flag, tiny_dirs, scorer_dir, tmp_path, stop):  # noqa: PLR0917
-    """Never random weights in their place, never weights thrown away: weight, flag and folder are
-    named, and no run begins."""
+def test_missing_and_unexpected_weights(damage, use, tiny_dirs, scorer_dir, tmp_path, refused):  # noqa: PLR0917
+    """They are neither initialized nor skipped. Only a language model may get a new score head."""
     change, words = DAMAGES[damage]
-    is_policy = flag == "--model"
-    source = tiny_dirs["llama"] if is_policy else scorer_dir
-    bad = changed(source, tmp_path / "bad", change)
-    script = {"--model": sft, "--reward": rloo, "--value-model": ppo}[flag]
-    flags = {flag[2:].replace("-", "_"): bad}
-    args = args_of(script, **{"model": tiny_dirs["llama"], "folder": tmp_path} | flags)
-    head = "lm_head" if is_policy else "score"
-    stop([f"{flag} {bad}", *[word.format(head=head) for word in words]], script.main, args)
-    assert not (tmp_path / "run").exists()
+    source = scorer_dir if use in ("reward", "value model") else tiny_dirs["llama"]
+    path = changed(source, tmp_path / "damaged", change)
+    if damage == "no head" and use == "new scorer":
+        load_as(use, path)
+        return
+    head = "lm_head" if use == "policy" else "score"
+    refused([f"{path}: ", *[word.format(head=head) for word in words]], load_as, use, path)
 
 
-@pytest.mark.parametrize("damage", ["layer gone", "layer not in the config", "keys renamed"])
-def test_a_language_model_that_is_to_be_a_scorer_is_whole_too(damage, tiny_dirs, tmp_path, stop):
-    """Its head alone may be new."""
-    change, words = DAMAGES[damage]
-    bad = changed(tiny_dirs["llama"], tmp_path / "bad", change)
-    args = args_of(reward_model, bad, tmp_path)
-    stop([f"--model {bad}", words[0]], reward_model.main, args)
-
-
-def test_constants_of_old_gpt2_files_are_no_weights(tiny_dirs, tmp_path):
-    """DialoGPT's, for one, hold attn.masked_bias."""
-    path = changed(
-        tiny_dirs["gpt2"],
-        tmp_path / "old",
-        lambda w, c: w.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
-    )
-    assert common.load_policy(path, CPU).config.n_layer == 2
-
-
+@pytest.mark.parametrize("use", ["policy", "new scorer"])
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_tied_head_may_be_in_the_file_or_not(in_file, tiny_dirs, tmp_path):
-    """As a policy, and as a language model that is to be a scorer."""
+def test_tied_head(in_file, use, tiny_dirs, tmp_path):
+    """A file may contain a tied head or not."""
 
     def tie(weights, config):
         config["tie_word_embeddings"] = True
@@ -182,16 +138,16 @@ def test_a_tied_head_may_be_in_the_file_or_not(in_file, tiny_dirs, tmp_path):
         if in_file:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
-    path = changed(tiny_dirs["llama"], tmp_path / "tied", tie)
-    policy = common.load_policy(path, CPU, trainable=True)
-    assert policy.lm_head.weight is policy.model.embed_tokens.weight
-    assert policy.lm_head.weight.std() > 0.1, "as drawn, not as made anew"
-    common.load_scorer(path, CPU, "--model", trainable=True, init=lambda model, is_new: None)
+    model = load_as(use, changed(tiny_dirs["llama"], tmp_path / "tied", tie))
+    expected = load_weights(Path(tiny_dirs["llama"], "model.safetensors"))
+    assert torch.equal(model.model.embed_tokens.weight, expected["model.embed_tokens.weight"])
+    if use == "policy":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_buffers_of_old_checkpoints_are_no_weights(name, tiny_dirs, tmp_path):
-    """Those that Llama, OpenAI's GPT-2 (without a prefix, too) and Pythia have in their files."""
+def test_buffers_of_old_checkpoints(name, tiny_dirs, tmp_path):
+    """Files of Llama, GPT-2 (also without prefix) and Pythia contain buffers."""
 
     def age(weights, config):
         causal = torch.ones(1, 1, 64, 64).tril()
@@ -205,152 +161,160 @@ def test_buffers_of_old_checkpoints_are_no_weights(name, tiny_dirs, tmp_path):
             weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e4)
             weights["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
 
-    path = changed(tiny_dirs[name], tmp_path / "old", age)
-    ours = common.load_policy(path, CPU, trainable=True).state_dict()
-    new = common.load_policy(tiny_dirs[name], CPU).state_dict()
-    assert all(torch.equal(ours[key], new[key]) for key in new)
+    old = load_as("policy", changed(tiny_dirs[name], tmp_path / "old", age)).state_dict()
+    new = load_as("policy", tiny_dirs[name]).state_dict()
+    assert all(torch.equal(old[key], new[key]) for key in new)
 
 
-def test_weights_of_other_sizes(tiny_dirs, tmp_path, stop):
-    """One sentence, though transformers' own has a line for each weight."""
+def test_weights_of_another_shape(tiny_dirs, tmp_path):
     path = changed(tiny_dirs["llama"], tmp_path / "x", lambda w, c: c.update(vocab_size=60))
-    stop([f"--model {path}"], sft.main, args_of(sft, path, tmp_path))
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        load_as("policy", path)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
-def test_quantised_models_are_refused(method, tiny_dirs, tmp_path, stop):
-    """Whether or not the package that reads them is here."""
-    config = dict(quant_method=method, bits=4, load_in_4bit=True, group_size=32, zero_point=True)
-    change = lambda w, c: c.update(quantization_config=config)  # noqa: E731
-    path = changed(tiny_dirs["llama"], tmp_path / "bad", change)
-    stop([f"--model {path}", "quantised"], sft.main, args_of(sft, path, tmp_path))
+@pytest.mark.parametrize("use", ["policy", "reward"])
+def test_pickled_weights_are_not_loaded(use, tiny_dirs, scorer_dir, tmp_path):
+    shutil.copytree(tiny_dirs["llama"] if use == "policy" else scorer_dir, tmp_path / "pickled")
+    file = tmp_path / "pickled" / "model.safetensors"
+    torch.save(load_weights(file), tmp_path / "pickled" / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        load_as(use, str(tmp_path / "pickled"))
 
 
-@pytest.mark.parametrize("flag", ["--model", "--reward", "--value-model"])
-def test_adapters_are_refused(flag, tiny_dirs, tmp_path, stop):
-    """A folder as peft saves it, with a tokenizer and without the model."""
-    folder = tmp_path / "adapter"
-    sft.tiny_tokenizer().save_pretrained(folder)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    flags = {flag[2:].replace("-", "_"): str(folder)}
-    args = args_of(ppo, **{"model": tiny_dirs["llama"], "folder": tmp_path} | flags)
-    stop([f"{flag} {folder}", "adapter", "merge"], ppo.main, args)
+# ---------------------------------------------------------------- context and vocabulary
+def smaller(what):
+    """A change of a model: a context of 7 tokens, or a vocabulary of 10."""
 
-
-@pytest.mark.parametrize("script", [sft, dpo, grpo, reward_model])
-def test_a_token_beyond_the_embedding_is_refused(script, chain, tmp_path, stop):
-    """A token that was added, and the model never resized; in the data, which else nothing would
-    see before the first step."""
-    model = tmp_path / "model"
-    shutil.copytree(chain / "sft", model)
-    tokenizer = common.load_tokenizer(str(model))
-    tokenizer.add_tokens(["<step>"])
-    tokenizer.save_pretrained(model)
-    rows = [row | {"prompt": "a<step>>"} for row in ROWS]
-    data = write_rows(tmp_path / "added.jsonl", rows)
-    words = [f"--model {model}", f"token {len(tokenizer) - 1}", "resize"]
-    stop(words, script.main, args_of(script, model, tmp_path, dataset=data))
-    script.main(args_of(script, model, tmp_path))  # where no row has it, it does no harm
-
-
-@pytest.mark.parametrize("what", ["positions", "embedding"])
-@pytest.mark.parametrize(
-    "script, flag, source",
-    [
-        (grpo, "reference", "sft"),
-        (rloo, "reference", "sft"),
-        (ppo, "value_model", "reward_model"),
-    ],
-)
-def test_a_second_model_that_is_smaller_is_refused(  # noqa: PLR0917
-    script, flag, source, what, chain, tmp_path, stop
-):
-    """Seen before anything is sampled, not as an index error in the first update."""
-
-    def smaller(weights, config):
-        if what == "positions":
+    def change(weights, config):
+        if what == "context":
             config.update(max_position_embeddings=7)
         else:
             config.update(vocab_size=10)
-            name = "model.embed_tokens.weight"
-            weights[name] = weights[name][:10].clone()
+            for name in ["model.embed_tokens.weight", "lm_head.weight"]:
+                if name in weights:
+                    weights[name] = weights[name][:10].clone()
 
-    path = changed(chain / source, tmp_path / "smaller", smaller)
-    args = args_of(script, chain / "sft", tmp_path, **{flag: path})
-    words = {
-        "positions": ["8 tokens do not fit the context of", "7: lower --max-prompt-length"],
-        "embedding": ["no embedding of token"],
-    }[what]
-    stop([f"--{flag.replace('_', '-')} {path}", *words], script.main, args)
+    return change
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_token_beyond_the_embedding_is_refused(script, tiny_dirs, tmp_path, refused):
+    """The tokenizer has more tokens than the model, which is harmless if no row contains them."""
+    path = changed(tiny_dirs["llama"], tmp_path / "smaller", smaller("vocabulary"))
+    words = [path, "ids beyond the vocabulary", "resize"]  # i is token 12
+    refused(words, script.main, args_of(script, path, tmp_path))
+    assert not (tmp_path / "run").exists()
+    # letters up to f
+    flags = dict(dataset=write_rows(tmp_path / "known.jsonl", ROWS[:3]))
+    if hasattr(script.Args, "reward"):
+        flags |= dict(reward=reward_file(tmp_path, "return [len(text) for text in completions]"))
+    script.main(args_of(script, path, tmp_path, **flags))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_short_context_is_refused(script, tiny_dirs, tmp_path, refused):
+    path = changed(tiny_dirs["llama"], tmp_path / "smaller", smaller("context"))
+    rows = [ROWS[0] | {"prompt": "abcd>", "completion": "ab", "chosen": "ab"}]
+    # prompt, completion and EOS, or prompt and --max-completion-length
+    longest = 9 if hasattr(script.Args, "reward") else 8
+    args = args_of(script, path, tmp_path, dataset=write_rows(tmp_path / "long.jsonl", rows))
+    refused([f"{path}: {longest} tokens exceed its context of 7"], script.main, args)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("what", ["context", "vocabulary"])
+@pytest.mark.parametrize(
+    "script, flag", [(grpo, "reference"), (rloo, "reference"), (ppo, "value_model")]
+)
+def test_a_second_model_that_is_smaller_is_refused(  # noqa: PLR0917
+    script, flag, what, tiny_dirs, scorer_dir, tmp_path, refused
+):
+    """Otherwise the first update would fail with an index error."""
+    source = scorer_dir if flag == "value_model" else tiny_dirs["llama"]
+    path = changed(source, tmp_path / "smaller", smaller(what))
+    args = args_of(script, tiny_dirs["llama"], tmp_path, **{flag: path})
+    words = {
+        "context": f"{path}: 8 tokens exceed its context of 7",
+        "vocabulary": f"{path}: the tokenizer has ids beyond the vocabulary",
+    }
+    refused([words[what]], script.main, args)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other_tokens", [False, True])
+def test_a_reward_model_with_a_short_context(
+    other_tokens, tiny_dirs, scorer_dir, tmp_path, refused
+):
+    """Prompts are counted in its own tokens, here with BOS."""
+
+    def change(weights, config):
+        smaller("context")(weights, config)
+        name = "model.embed_tokens.weight"
+        config["vocab_size"] = 128
+        weights[name] = torch.cat([weights[name]] * 2)
+
+    path = changed(scorer_dir, tmp_path / "short", change)
+    if other_tokens:
+        letters(bos=True).save_pretrained(path)
+    args = args_of(rloo, tiny_dirs["llama"], tmp_path, reward=path)
+    longest = 9 if other_tokens else 8
+    refused([f"{path}: {longest} tokens exceed its context of 7"], rloo.main, args)
+    assert not (tmp_path / "run").exists()
+    args.max_completion_length = 2
+    rloo.main(args)
+
+
+# ---------------------------------------------------------------- flags
 @pytest.mark.parametrize("script", [ppo, grpo, rloo, rejection_sampling])
-def test_a_temperature_of_zero_is_refused(script, chain, tmp_path, stop):
-    args = script.Args(model=str(chain / "sft"), reward="sort", temperature=0.0)
-    args.output_dir = str(tmp_path / "run")
-    stop(["--temperature 0.0", "above 0"], script.main, args)
+def test_a_temperature_of_zero_is_refused(script, tiny_dirs, tmp_path, refused):
+    args = args_of(script, tiny_dirs["llama"], tmp_path, temperature=0.0)
+    refused(["--temperature 0.0 must be above 0"], script.main, args)
 
 
-def test_outcome_tokens_without_the_loss_that_reads_them(chain, tmp_path, stop):
-    args = args_of(reward_model, chain / "sft", tmp_path, outcome_tokens="all")
-    stop(["--outcome-tokens all is for --loss outcome, not"], reward_model.main, args)
+def test_outcome_tokens_need_the_outcome_loss(tiny_dirs, tmp_path, refused):
+    args = args_of(reward_model, tiny_dirs["llama"], tmp_path, outcome_tokens="all")
+    refused(["--outcome-tokens all is for --loss outcome, not"], reward_model.main, args)
 
 
-# ---------------------------------------------------------------- truth
+KINDS = {sft: "sft", reward_model: "pairs", dpo: "pairs"}  # the others read prompts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_each_script_reads_its_kind_of_rows(script, tiny_dirs, tmp_path, monkeypatch):
+    calls = []
+
+    def task_rows(kind, held_out, seed):
+        calls.append((kind, held_out))
+        return [row | {"prompt": "b" + row["prompt"]} if held_out else row for row in ROWS]
+
+    monkeypatch.setattr(common, "task_rows", task_rows)
+    flags = dict(ptx_coef=1.0, ptx_dataset="sort") if script is ppo else {}
+    script.main(args_of(script, tiny_dirs["llama"], tmp_path, dataset="sort", **flags))
+    kind = KINDS.get(script, "prompts")
+    assert calls == [(kind, False), (kind, True)] + [("sft", False)] * (script is ppo)
+
+
 @pytest.mark.parametrize("script", [sft, dpo, grpo, ppo, rloo, rejection_sampling])
-@pytest.mark.parametrize("of_task", ["dataset", "eval_dataset"])
-def test_gold_is_the_checker_of_what_is_evaluated(script, of_task, chain, tmp_path):
-    """Not of what is trained on: held-out rows of one's own have no `answer`, or another one."""
+@pytest.mark.parametrize("on_task", ["dataset", "eval_dataset"])
+def test_gold_is_the_checker_of_what_is_evaluated(script, on_task, tiny_dirs, tmp_path, small_task):
+    """Training and evaluation each have gold only if they use rows of the built-in task."""
     rows = [{name: row[name] for name in row if name != "answer"} for row in ROWS]
-    other = "eval_dataset" if of_task == "dataset" else "dataset"
-    flags = {of_task: "sort", other: write_rows(tmp_path / "own.jsonl", rows)}
+    other = "eval_dataset" if on_task == "dataset" else "dataset"
+    flags = {on_task: "sort", other: write_rows(tmp_path / "own.jsonl", rows)}
     samples = hasattr(script.Args, "reward")
     if samples:
         flags |= dict(reward=reward_file(tmp_path, "return [len(text) for text in completions]"))
-    script.main(args_of(script, chain / "sft", tmp_path, **flags))
+    script.main(args_of(script, tiny_dirs["llama"], tmp_path, **flags))
     first, *_, last = metrics(tmp_path / "run")
-    assert ("eval/gold" in first) == (of_task == "eval_dataset")
-    assert ("gold" in last) == (of_task == "dataset" and samples)
+    assert ("eval/gold" in first) == (on_task == "eval_dataset")
+    assert ("gold" in last) == (on_task == "dataset" and samples)
 
 
-# ---------------------------------------------------------------- files
-HOLD = """
-import sys
-from filelock import FileLock
-with FileLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def another():
-    """another(folder): from now on another process has a run going on in it."""
-    started = []
-
-    def hold(folder):
-        command = [sys.executable, "-c", HOLD, str(Path(folder, common.LOCK))]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        started.append(process)
-        assert process.stdout.readline() == b"held\n"
-
-    yield hold
-    for process in started:
-        process.communicate()
-
-
-def is_free(folder):
-    """True where another process could start a run."""
-    lines = ["import sys", "from filelock import FileLock, Timeout"]
-    lines += ["try: FileLock(sys.argv[1]).acquire(blocking=False)", "except Timeout: sys.exit(3)"]
-    command = [sys.executable, "-c", "\n".join(lines), str(Path(folder, common.LOCK))]
-    return subprocess.run(command).returncode == 0
-
-
+# ---------------------------------------------------------------- directories and --resume
 @pytest.fixture(scope="module")
 def ended(tiny_dirs, tmp_path_factory):
-    """The folder of a run, ended after two steps; tests that change it take a copy."""
+    """The directory of a run of two steps."""
     folder = tmp_path_factory.mktemp("ended")
     sft.main(args_of(sft, tiny_dirs["llama"], folder, steps=2))
     return folder / "run"
@@ -358,629 +322,151 @@ def ended(tiny_dirs, tmp_path_factory):
 
 @pytest.fixture
 def run_dir(ended, tmp_path):
-    """A copy of that folder."""
+    """A copy of the directory of a run."""
     shutil.copytree(ended, tmp_path / "run")
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    "flag, place",
-    [
-        ("model", "."),
-        ("model", "link"),
-        ("dataset", "rows.jsonl"),
-        ("eval_dataset", "rows.jsonl"),
-        ("reward", "."),
-        ("reward", "reward.py:reward"),
-        ("reward", "link.py:reward"),
-        ("value_model", "."),
-    ],
-)
-def test_overwrite_moves_nothing_that_it_needs(flag, place, tiny_dirs, run_dir, stop):
-    """Else --model and the rest would be gone when they are to be read."""
-    folder = run_dir.parent
-    (folder / "link").symlink_to(run_dir)
-    (folder / "link.py").symlink_to(run_dir / "reward.py")
-    write_rows(run_dir / "rows.jsonl", ROWS)
-    reward_file(run_dir, "return [0.0] * len(rows)")
-    before = contents(run_dir)
-    value = str((folder if place.startswith("link") else run_dir) / place)
-    flags = {"model": tiny_dirs["llama"], "folder": folder, "overwrite": True} | {flag: value}
-    name = flag.replace("_", "-")
-    stop([f"--{name} {value}", "--output-dir", "--overwrite"], ppo.main, args_of(ppo, **flags))
-    assert contents(run_dir) == before and not (folder / "run.old").exists()
-
-
-@pytest.mark.parametrize("flags", [dict(overwrite=True), dict(resume=True), {}])
-def test_a_run_that_is_going_on_is_left_alone(flags, tiny_dirs, run_dir, another, stop):
-    """By --overwrite, by --resume, and by neither."""
-    before = contents(run_dir)
-    another(run_dir)
-    args = args_of(sft, tiny_dirs["llama"], run_dir.parent, **flags)
-    stop([f"--output-dir {run_dir}", "another run is going on"], sft.main, args)
-    after = contents(run_dir)
-    assert {name: after[name] for name in before} == before
-    assert not (run_dir.parent / "run.old").exists()
-
-
-def test_two_runs_that_start_at_once_in_one_new_folder(tiny_dirs, tmp_path, another, stop):
-    """The one that comes second is refused before it loads a model, and what it finds stays."""
-    (tmp_path / "run").mkdir()
-    another(tmp_path / "run")
-    words = [f"--output-dir {tmp_path / 'run'}", "another run is going on"]
-    stop(words, sft.main, args_of(sft, tmp_path / "nowhere", tmp_path))
-    assert list(contents(tmp_path / "run")) == [common.LOCK]
-
-
-def test_two_runs_that_both_found_the_folder_free(tiny_dirs, tmp_path, another, monkeypatch, stop):
-    """The other one's lock came while this one loaded its models: nothing is written."""
-    digest_of = common.digest_of
-
-    def slow(*args):
-        (tmp_path / "run").mkdir()
-        another(tmp_path / "run")
-        return digest_of(*args)
-
-    monkeypatch.setattr(common, "digest_of", slow)
-    words = [f"--output-dir {tmp_path / 'run'}", "another run is going on"]
-    stop(words, sft.main, args_of(sft, tiny_dirs["llama"], tmp_path))
-    assert list(contents(tmp_path / "run")) == [common.LOCK]
-
-
-def test_a_run_that_came_to_no_step_may_be_begun_again(tiny_dirs, tmp_path):
-    """Its reward failed, say: nothing is there that could be lost. What has a log is a run."""
-    reward_file(tmp_path, "return [1 / 0]")
-    args = args_of(rloo, tiny_dirs["llama"], tmp_path, reward=f"{tmp_path / 'reward.py'}:reward")
-    with pytest.raises(ZeroDivisionError):
-        rloo.main(args)
-    assert (tmp_path / "run/args.json").exists()
-    with pytest.raises(ZeroDivisionError):
-        rloo.main(args)
-    (tmp_path / "run/metrics.jsonl").write_text("")
-    with pytest.raises(SystemExit):
-        rloo.main(args)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl/run", "x" * 300, "model"])
-def test_folders_that_cannot_be_a_run(name, tiny_dirs, tmp_path, stop):
-    """A file, a folder in a file, too long a name, a model that is not ours: one sentence, before a
-    model loads, and nothing is written."""
-    shutil.copytree(tiny_dirs["llama"], tmp_path / "model")
-    args = args_of(sft, "./nowhere", tmp_path, output_dir=str(tmp_path / name))
-    before = contents(tmp_path)
-    for overwrite in (False, True):
-        args.overwrite = overwrite
-        line = stop([f"--output-dir {tmp_path / name}"], sft.main, args)
-        assert "make room" not in line
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("what", ["folder", "file"])
-def test_an_old_that_is_not_ours_is_kept(what, tiny_dirs, run_dir):
-    """--overwrite takes the next name."""
-    old = run_dir.parent / "run.old"
-    if what == "folder":
-        old.mkdir()
-    notes = old / "notes.txt" if what == "folder" else old
-    notes.write_text("a week's")
-    before = contents(run_dir)
-    sft.main(args_of(sft, tiny_dirs["llama"], run_dir.parent, overwrite=True, seed=2))
-    assert notes.read_text() == "a week's"
-    assert contents(run_dir.parent / "run.old.old") == before
-    assert json.loads((run_dir / "args.json").read_text())["seed"] == 2
-
-
-def test_what_a_run_that_was_killed_at_once_leaves_is_no_run(tiny_dirs, tmp_path):
-    """Its lock, and flags half written: the same command starts anew."""
-    (tmp_path / "run").mkdir()
-    for name in (common.LOCK, "args.json.new"):
-        (tmp_path / "run" / name).write_text("")
-    sft.main(args_of(sft, tiny_dirs["llama"], tmp_path))
-    assert (tmp_path / "run/model.safetensors").exists()
-
-
-def test_the_lock_is_held_to_the_end(tiny_dirs, run_dir, monkeypatch):
-    """Of the new folder, not of the one set aside."""
-    free = []
-
-    def look():
-        free.append([is_free(run_dir), is_free(f"{run_dir}.old")])
-
-    at_step(monkeypatch, 1, look)
-    sft.main(args_of(sft, tiny_dirs["llama"], run_dir.parent, overwrite=True))
-    assert free == [[False, True]] and is_free(run_dir)
-
-
-def test_after_a_failure_the_same_process_can_go_on(tiny_dirs, tmp_path, monkeypatch, capsys):
-    """As in a notebook: an exception in a step, then --resume, then --overwrite."""
-
-    def fail():
-        raise ZeroDivisionError
-
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, fail)
-        args = args_of(sft, tiny_dirs["llama"], tmp_path, steps=2, save_every=1)
-        with pytest.raises(ZeroDivisionError):
-            sft.main(args)
-    args.resume = True
-    sft.main(args)
-    assert "resumed after step 1 of 2" in capsys.readouterr().out
-    args.resume = False
-    args.overwrite = True
-    sft.main(args)
-    assert (tmp_path / "run.old/model.safetensors").exists() and is_free(tmp_path / "run")
-
-
-# ---------------------------------------------------------------- resume
-def go_on(model, run_dir, **flags):
+def resume_args(model, run_dir, **flags):
     return args_of(sft, model, run_dir.parent, **dict(steps=3, resume=True) | flags)
 
 
-@pytest.mark.parametrize("what", ["row added", "row gone", "row changed", "order", "model"])
-def test_resume_with_other_data_or_another_start(what, tiny_dirs, run_dir, tmp_path, stop):
-    """Order and number of steps would not be those of the run: refused, and the folder is as
-    it was, so that the right flags still go on."""
+@pytest.mark.parametrize("flags", [{}, dict(overwrite=True), dict(resume=True)], ids=str)
+@pytest.mark.parametrize("name", ["model", "notes"])
+def test_a_directory_that_is_not_a_run_is_refused(name, flags, tiny_dirs, tmp_path, refused):
+    """The error comes before a model loads, and nothing is written."""
+    if name == "model":
+        shutil.copytree(tiny_dirs["llama"], tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("")
+    folder = str(tmp_path / name)
+    args = args_of(sft, tmp_path / "missing", tmp_path, output_dir=folder, **flags)
+    before = contents(tmp_path)
+    refused([f"--output-dir {folder} is not empty"], sft.main, args)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_is_kept_without_resume_or_overwrite(tiny_dirs, run_dir, refused):
+    """--overwrite renames its directory to name.date-time."""
+    before = contents(run_dir)
+    args = args_of(sft, tiny_dirs["llama"], run_dir.parent, seed=2)
+    refused([f"--output-dir {run_dir} is not empty", "--resume", "--overwrite"], sft.main, args)
+    assert contents(run_dir) == before
+    args.overwrite = True
+    sft.main(args)
+    (earlier,) = run_dir.parent.glob("run.????????-??????-??????")
+    assert contents(earlier) == before
+    assert json.loads((run_dir / "args.json").read_text())["seed"] == 2
+    assert [row["step"] for row in metrics(run_dir)] == [1]
+
+
+@pytest.mark.parametrize("what", ["row added", "row removed", "row changed", "order", "weight"])
+def test_resume_with_other_data_or_weights_is_refused(what, tiny_dirs, run_dir, tmp_path, refused):
+    """The directory stays unchanged, and the run resumes with the right flags."""
     rows = {
         "row added": [*ROWS, ROWS[0]],
-        "row gone": ROWS[:-1],
-        "row changed": [*ROWS[:-1], ROWS[-1] | {"answer": "which only a reward reads"}],
+        "row removed": ROWS[:-1],
+        "row changed": [*ROWS[:-1], ROWS[-1] | {"answer": "only a reward reads it"}],
         "order": ROWS[::-1],
-        "model": ROWS,
-    }[what]
+    }.get(what, ROWS)
     model = tiny_dirs["llama"]
-    if what == "model":
+    if what == "weight":  # the last bit of one number
         change = lambda w, c: w["model.norm.weight"].view(torch.int32)[0].add_(1)  # noqa: E731
         model = changed(model, tmp_path / "model", change)
     before = contents(run_dir)
-    args = go_on(model, run_dir, dataset=write_rows(tmp_path / "other.jsonl", rows))
-    stop(["--resume", "data, their order or start model differ", str(run_dir)], sft.main, args)
+    args = resume_args(model, run_dir, dataset=write_rows(tmp_path / "other.jsonl", rows))
+    refused(["--resume: data or initial weights differ"], sft.main, args)
     assert contents(run_dir) == before
-    sft.main(go_on(tiny_dirs["llama"], run_dir))
+    sft.main(resume_args(tiny_dirs["llama"], run_dir))
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
 
 
-def test_resume_where_data_and_model_lie_elsewhere(tiny_dirs, run_dir, tmp_path):
-    """What they hold counts, not where they are, nor in which of the two forms."""
+def test_resume_with_moved_data_and_model(tiny_dirs, run_dir, tmp_path):
+    """Only their contents count, not their paths or the file format."""
     shutil.copytree(tiny_dirs["llama"], tmp_path / "moved")
     (tmp_path / "renamed.json").write_text(json.dumps(ROWS))
-    sft.main(go_on(tmp_path / "moved", run_dir, dataset=str(tmp_path / "renamed.json")))
+    sft.main(resume_args(tmp_path / "moved", run_dir, dataset=str(tmp_path / "renamed.json")))
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
     flags = json.loads((run_dir / "args.json").read_text())
     assert flags["model"] == str(tmp_path / "moved") and flags["steps"] == 3
 
 
 # ---------------------------------------------------------------- rewards
-def scores_of(function, examples=None):
-    """What the scripts get of a reward function on two examples."""
-    tokenizer = sft.tiny_tokenizer()
-    examples = examples or [example(tokenizer, "ab>")] * 2
-    completions = [tokenizer("ab[EOS]").input_ids] * len(examples)
-    return common.checker_reward(function, tokenizer, [1])(examples, completions)
+def scores_of(function, row=None):
+    """The scores of two completions of one row."""
+    example = {"row": row or {}, "prompt": "ab>", "prompt_ids": [4, 5, 3]}
+    rollouts = [example | {"completion_ids": [4, 5, 1], "finished": True}] * 2
+    return common.checker_reward(function, common.tiny_tokenizer())(rollouts)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         np.array([1, -2], dtype=np.float32),
-        np.array([1, -2], dtype=np.float64),
         np.array([1, -2]),
         torch.tensor([1.0, -2.0]),
-        torch.tensor([1, -2]),
         torch.tensor([1, -2], dtype=torch.bfloat16),
-        torch.tensor([1.0, -2.0], requires_grad=True),
-        [torch.tensor(1.0), torch.tensor(-2)],
-        [np.float32(1), np.int64(-2)],
+        [torch.tensor(1.0), np.int64(-2)],
         (1, -2.0),
         (number for number in (1, -2)),
     ],
     ids=lambda values: type(values).__name__,
 )
-def test_rewards_may_be_numbers_of_any_make(values):
+def test_rewards_may_be_any_kind_of_number(values):
     scores = scores_of(lambda prompts, completions, rows: values)
     assert scores.tolist() == [1, -2] and scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "values, word",
-    [
-        ([0.0, 1e39], "1e+39"),
-        ([0.0, -1e300], "-1e+300"),
-        ([0, 10**400], "1" + "0" * 30),
-        (np.array([0, 1e39]), "1e+39"),
-        (np.array([0, np.inf]), "inf"),
-        (torch.tensor([0, torch.nan]), "nan"),
-        ([torch.tensor(0.0), torch.tensor(-torch.inf)], "-inf"),
-        (np.zeros((2, 1)), "[0.0]"),
-        (np.zeros(3), "3 numbers"),
-        (None, "None: wanted a list"),
-        (1.0, "1.0: wanted a list"),
-    ],
-    ids=str,
-)
-def test_rewards_that_float32_does_not_hold(values, word, stop):
-    """Refused, in an array as in a list."""
-    stop(["the reward returned", word], scores_of, lambda prompts, completions, rows: values)
-
-
-def test_none_in_an_array_says_that_nothing_can_be_said():
+def test_none_in_an_array_is_no_score():
     scores = scores_of(lambda prompts, completions, rows: np.array([True, None]))
     assert scores[0] == 1 and scores[1].isnan()
 
 
-def test_a_reward_that_changes_what_it_is_given():
-    """Neither the data nor the same prompt's next completion sees it."""
-    tokenizer = sft.tiny_tokenizer()
-    message = {"role": "user", "content": "ab"}
-    first = example(tokenizer, "ab>", tests=["x", ["y"]], notes={"n": [1]})
-    first["prompt"] = [message]
-    examples = [first, first]
-    before = json.dumps(examples)
+def test_a_reward_function_gets_copies_of_rows():
+    """The copies are shallow, so it may add and remove columns."""
+    row = {"answer": "ab", "tests": ["x"]}
 
     def judge(prompts, completions, rows):
-        scores = []
-        for prompt, row in zip(prompts, rows):
-            scores.append(len(prompt) + len(row["tests"]) + len(row["tests"][1]))
-            prompt[0]["content"] += "!"
-            prompt.append({"role": "assistant", "content": ""})
-            row["tests"][1].clear()
-            row["notes"]["n"].pop()
-            row.clear()
-        prompts.clear()
-        rows.clear()
+        scores = [len(row) for row in rows]
+        rows[0].clear()
+        rows[1]["answer"] = "b"
         return scores
 
-    for _ in range(2):
-        assert scores_of(judge, examples).tolist() == [4, 4]
-    assert json.dumps(examples) == before
+    for _ in range(2):  # with `finished` there are three columns
+        assert scores_of(judge, row).tolist() == [3, 3]
+    assert row == {"answer": "ab", "tests": ["x"]}
 
 
-@pytest.mark.parametrize("name", ["math", "random", "colorsys", "torch"])
-def test_a_reward_file_named_as_a_module(name, tmp_path, monkeypatch):
-    """It may import that module, where nothing has yet too, and a file beside it; it stands in for
-    neither."""
+@pytest.mark.parametrize("name", ["math", "colorsys", "torch"])
+def test_a_reward_file_with_the_name_of_a_module(name, tmp_path, monkeypatch):
+    """It can import this module and its neighbors, and it replaces neither."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    if name == "colorsys":
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "beside_it.py").write_text("ONE = 1\n")
-    lines = [f"import {name}", "import beside_it", "def reward(prompts, completions, rows):"]
-    lines += [f"    return [beside_it.ONE + ({name}.__name__ == '{name}')] * len(prompts)"]
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    monkeypatch.delitem(sys.modules, "neighbor", raising=False)
+    (tmp_path / "neighbor.py").write_text("ONE = 1\n")
+    lines = [f"import {name}", "import neighbor", "def reward(prompts, completions, rows):"]
+    lines += [f"    return [neighbor.ONE + ({name}.__name__ == '{name}')] * len(prompts)"]
     (tmp_path / f"{name}.py").write_text("\n".join(lines))
-    score = load_reward(f"{tmp_path}/{name}.py:reward", [])
-    assert score([example(sft.tiny_tokenizer(), "ab>")], [[4, 1]]).tolist() == [2]
-    theirs = importlib.import_module(name)
-    assert theirs.__name__ == name and str(tmp_path) not in str(theirs.__spec__.origin)
-    sys.modules.pop("beside_it")
+    function = common.load_checker(f"{tmp_path}/{name}.py:reward", [])
+    assert scores_of(function).tolist() == [2, 2]
+    assert str(tmp_path) not in str(sys.modules[name].__spec__.origin)
 
 
-@pytest.mark.parametrize("limit", ["config", "tokenizer", "other tokens"])
-def test_a_reward_model_of_a_short_context(limit, chain, tmp_path, save, stop):
-    """Said before training, with its own count of tokens and the flag."""
-    if limit == "other tokens":
-        tokenizer = other_tokenizer()
-        tokenizer.model_max_length = 7
-        path = save(tokenizer)
-    else:
-        change = lambda w, c: c.update(max_position_embeddings=7)  # noqa: E731
-        path = changed(chain / "reward_model", tmp_path / "short", change)
-    if limit == "tokenizer":
-        tokenizer = sft.tiny_tokenizer()
-        tokenizer.model_max_length = 7
-        tokenizer.save_pretrained(tmp_path / "short")
-    args = args_of(rloo, chain / "sft", tmp_path, reward=path)
-    words = [f"--reward {path}", "prompts of 4 tokens", "--max-completion-length", "context of 7"]
-    stop(words, rloo.main, args)
-    assert not (tmp_path / "run").exists()
-    args.max_completion_length = 3
-    rloo.main(args)
-
-
-def test_messages_and_a_reward_model_without_a_template(save, stop):
-    """Said before training."""
-    policy = sft.tiny_tokenizer()
-    policy.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
-    path = save(other_tokenizer())
-    examples = [example(policy, talk("ab"))]
-    stop([f"--reward {path}", "chat template"], load_reward, path, examples, policy)
-
-
-def test_gsm8k_answers_that_are_numbers_in_json():
-    rows = [{"answer": answer} for answer in (7, 7.0, -7, "7", "#### 7", 8)]
-    scores = common.gsm8k_checker([""] * 6, ["so 7"] * 6, rows)
-    assert scores == [1, 1, 0, 1, 1, 0]
-
-
-# ---------------------------------------------------------------- data
-def in_parts(messages):
-    """The same, each content cut into two parts."""
-    cut = [(message, message["content"]) for message in messages]
-    return [
-        message
-        | {"content": [{"type": "text", "text": text} for text in (content[:1], content[1:])]}
-        for message, content in cut
-    ]
-
-
-@pytest.mark.parametrize(
-    "kind, names",
-    [("sft", ["messages"]), ("prompt", ["prompt"]), ("preference", ["chosen", "rejected"])],
-)
-def test_content_in_parts_is_the_text_that_they_make(kind, names, load):
-    tokenizer = letters(chat=True)
-    said = {"chosen": talk("hi", "yes"), "rejected": talk("hi", "no")}
-    row = {name: said.get(name, talk("hi", "yes", "so?", "no")[: 4 - len(names)]) for name in names}
-    if kind == "sft":
-        row = {"messages": talk("hi", "yes", "so?", "no")}
-    (plain,) = load([row], kind, tokenizer)
-    (cut,) = load([{name: in_parts(row[name]) for name in row}], kind, tokenizer)
-    del plain["row"], cut["row"]
-    assert cut == plain
-
-
-IMAGE = {"type": "image", "image": "a.png"}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-
-
-@pytest.mark.parametrize(
-    "messages, reason",
-    [
-        ([{"role": "user", "content": [IMAGE]}, *talk("no", first="assistant")], "not text"),
-        (in_parts(talk("hi"))[:1] + [CALL], "tools"),
-        (talk("hi") + [CALL | {"content": ""}], "tools"),
-        (talk("hi") + [CALL] + talk("yes", first="assistant"), "tools"),
-        (talk("hi") + [{"role": "assistant", "content": ["yes"]}], "not text"),
-    ],
-)
-def test_what_is_not_text_is_dropped_and_counted(messages, reason, load, capsys):
-    """An image or a call that the template leaves out would teach to answer without."""
-    good = {"messages": talk("hi", "yes")}
-    (kept,) = load([good, {"messages": messages}], tokenizer=letters(chat=True))
-    assert kept["row"] == good
-    out = capsys.readouterr().out
-    assert "1 rows; 1 dropped with" in out and reason in out
-
-
-def test_no_calls_of_tools_are_no_calls(load):
-    """As the datasets package fills columns that other rows have."""
-    messages = [
-        message | {"tool_calls": calls} for calls in (None, []) for message in talk("a", "b")
-    ]
-    (kept,) = load([{"messages": messages}], tokenizer=letters(chat=True))
-    assert kept["row"] == {"messages": messages}
-
-
-BEGUN = [*talk("hi"), {"role": "assistant", "content": "The colour is "}]
-SHOWN = turns("hi", tail=f"{ASKED}The colour is ")
-
-
-@pytest.mark.parametrize("begun", ["The colour is ", "The colour\n", "", " ", "<|im"])
-def test_a_begun_answer_is_gone_on_with(begun, load):
-    """For RL, and where the rest is a text: no end of turn between, and what is sampled or trained
-    is the rest alone."""
-    tokenizer = letters(chat=True)
-    prompt = [*talk("hi"), {"role": "assistant", "content": begun}]
-    shown = turns("hi", tail=ASKED + begun)
-    (asked,) = load([{"prompt": prompt}], "prompt", tokenizer)
-    assert tokenizer.decode(asked["prompt_ids"]) == shown
-    (told,) = load([{"prompt": prompt, "completion": "blue"}], "sft", tokenizer)
-    assert told["prompt_ids"] == asked["prompt_ids"]
-    assert tokenizer.decode(told["ids"]) == f"{shown}blue<|im_end|>"
-    assert told["mask"] == [0] * len(told["prompt_ids"]) + [1] * 5
-    row = {"prompt": prompt, "chosen": "blue", "rejected": "red"}
-    (pair,) = load([row], "preference", tokenizer)
-    assert pair["prompt_ids"] == asked["prompt_ids"]
-    ends = [tokenizer.decode(pair[f"{name}_ids"]) for name in ("chosen", "rejected")]
-    assert ends == ["blue<|im_end|>", "red<|im_end|>"]
-
-
-def test_a_reward_model_of_other_tokens_gets_the_begun_answer_as_one_turn(load, save, tmp_path):
-    policy = letters(chat=True)
-    (asked,) = load([{"prompt": BEGUN}], "prompt", policy)
-    theirs = other_tokenizer(chat=True)
-    end = common.end_of_turn_id(policy)
-    scorer = load_reward(save(theirs), [asked], policy, [end])
-    completion = policy("blue", add_special_tokens=False).input_ids
-    spelled = theirs(f"{SHOWN}blue<|im_end|>", add_special_tokens=False).input_ids
-    assert scorer.ids_of(asked, [*completion, end]) == spelled
-    assert scorer.ids_of(asked, completion) == spelled[:-1], "it was cut"
-
-
-THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-EMPTY = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
-
-
-@pytest.mark.parametrize("kind", ["sft", "preference"])
-def test_templates_that_open_a_think_block(kind, load, stop):
-    """A plain answer is no continuation of it, unless the template writes an empty block before it:
-    dropped with the template named as the reason, or kept and trained as rendered."""
-    row = {"prompt": talk("hi"), "completion": "yes", "chosen": "yes", "rejected": "no"}
-    words = ["0 rows", "1 dropped", "prefix", "chat template", "nothing is left"]
-    stop(words, load, [row], kind, letters(chat=True, template=THINKING))
-    tokenizer = letters(chat=True, template=THINKING.replace("{{ m.content }}", EMPTY))
-    (kept,) = load([row], kind, tokenizer)
-    assert tokenizer.decode(kept["prompt_ids"]).endswith(f"{ASKED}<think>\n")
-    ids = kept["chosen_ids"] if kind == "preference" else kept["ids"]
-    assert tokenizer.decode(ids).endswith("\n</think>\n\nyes<|im_end|>")
-
-
-def test_columns_that_nothing_reads_are_named_once(load, capsys):
-    """`system` and `history`, whose texts people think are trained; in RL the reward has them."""
-    rows = [ROWS[0] | {"system": "Be brief."}, ROWS[1] | {"history": []}]
-    load(rows, "preference")
-    assert capsys.readouterr().out.count("columns that are not used: history, system\n") == 1
-    load(rows, "prompt")
-    out = capsys.readouterr().out
-    assert out.count("columns for a reward function alone: history, system\n") == 1
-
-
-def test_a_line_break_in_a_template_from_a_shell(load):
-    """In '...' a shell leaves its two characters as they are."""
-    row = {"prompt": "hi", "completion": "yes"}
-    for template in (r"Q: {prompt}\nA: ", "Q: {prompt}\nA: "):
-        (made,) = load([row], prompt_template=template)
-        assert made["prompt"] == "Q: hi\nA: "
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the package `datasets`; the calls that it got."""
-    calls = []
-    fake = types.ModuleType("datasets")
-    fake.load_dataset = lambda *args, **kwargs: calls.append((args, kwargs)) or ROWS
-    fake.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    return calls
-
-
-@pytest.mark.parametrize(
-    "dataset, names, options",
-    [
-        ("someone/data", ["someone/data"], dict(split="train")),
-        ("gsm8k:test", ["gsm8k"], dict(split="test")),
-        ("openai/gsm8k:main:test", ["openai/gsm8k", "main"], dict(split="test")),
-        ("dir/rows.csv", ["csv"], dict(data_files="dir/rows.csv", split="train")),
-        ("rows.parquet", ["parquet"], dict(data_files="rows.parquet", split="train")),
-        ("rows.jsonl.gz", ["json"], dict(data_files="rows.jsonl.gz", split="train")),
-    ],
-)
-def test_what_the_datasets_package_is_asked_for(dataset, names, options, hub):
-    examples = load_file(dataset)
-    assert hub == [(tuple(names), options)]
-    assert [e["row"] for e in examples] == ROWS
-    assert examples[1]["where"] == f"{dataset} row 2"
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl.gz"])
-def test_tables_without_the_datasets_package(name, tmp_path, monkeypatch, stop):
-    """The file is there: the Hub is nothing to speak of."""
-    (tmp_path / name).write_text("prompt,completion\na,b\n")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    words = [str(tmp_path / name), "pip install datasets"]
-    assert "hub" not in stop(words, load_file, tmp_path / name).lower()
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl.gz"])
-def test_tables(name, tmp_path, stop):
-    pytest.importorskip("datasets")
-    path = tmp_path / name
-    if name == "rows.csv":
-        lines = [ROWS[0], *(row.values() for row in ROWS)]
-        path.write_text("".join(",".join(line) + "\n" for line in lines))
-    elif name == "rows.parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(ROWS), path)
-    else:
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
-    assert [e["row"] for e in load_file(path)] == ROWS
-    stop([f"{tmp_path}/none{path.suffix}"], load_file, f"{tmp_path}/none{path.suffix}")
-
-
-# ---------------------------------------------------------------- habits
-def test_a_tilde_that_the_shell_left_alone(tiny_dirs, tmp_path, monkeypatch):
-    """As in --output-dir=~/run; also for --model, --dataset, and what --resume looks for."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dirs["llama"], tmp_path / "model")
-    flags = dict(dataset="~/rows.jsonl", output_dir="~/run", steps=2)
-    sft.main(args_of(sft, "~/model", tmp_path, **flags))
-    assert (tmp_path / "run/model.safetensors").exists() and not (tmp_path / "~").exists()
-    argv = ["sft.py", "--resume", "--output-dir", "~/run", "--model", "~/model"]
-    monkeypatch.setattr(sys, "argv", argv)
-    args = common.cli(sft.Args, laptop={})
-    assert args.batch_size == 2
-    sft.main(args)
-
-
-@pytest.mark.parametrize("flag", ["--model", "--dataset", "--eval-dataset", "--output-dir"])
-def test_a_variable_of_the_shell_that_is_empty(flag, tiny_dirs, tmp_path, monkeypatch, stop):
-    """--model "$MODEL" is no laptop run, and --dataset "" not the folder that one stands in."""
-    monkeypatch.chdir(tmp_path)
-    given = ["--model", tiny_dirs["llama"], "--output-dir", str(tmp_path / "run"), flag, ""]
-    monkeypatch.setattr(sys, "argv", ["sft.py", *given])
-    args = common.cli(sft.Args, laptop={})
-    stop([f"{flag} is empty", "shell"], sft.main, args)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_terminal_without_every_character(tiny_dirs, tmp_path, monkeypatch):
-    """As with PYTHONIOENCODING=ascii: a sample's letters are escaped, and the run ends."""
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    rows = [row | {"prompt": f"\u4f60{row['prompt']}"} for row in ROWS]
-    data = write_rows(tmp_path / "letters.jsonl", rows)
-    args = args_of(sft, tiny_dirs["llama"], tmp_path, dataset=data, eval_dataset=data)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        sft.main(args)
-    out.flush()
-    assert rb"\u4f60" in out.buffer.getvalue()
-    assert (tmp_path / "run/model.safetensors").exists()
-
-
-@pytest.fixture
-def hang_up():
-    """SIGHUP to this process; afterwards its handler is what it was."""
-    before = signal.getsignal(signal.SIGHUP)
-    yield lambda: os.kill(os.getpid(), signal.SIGHUP)
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_a_terminal_that_is_closed(tiny_dirs, tmp_path, monkeypatch, hang_up, capsys):
-    """The step is saved, the status is 129, and the handler is given back."""
-    handler = lambda *_: None  # noqa: E731
-    signal.signal(signal.SIGHUP, handler)
-    at_step(monkeypatch, 1, hang_up)
-    with pytest.raises(SystemExit) as stopped:
-        sft.main(args_of(sft, tiny_dirs["llama"], tmp_path, steps=2, save_every=0))
-    assert stopped.value.code == 129
-    assert "stopped after step 1 of 2; go on with --resume" in capsys.readouterr().out
-    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
-    assert state["step"] == 1 and is_free(tmp_path / "run")
-    assert signal.getsignal(signal.SIGHUP) == handler
-
-
-def test_under_nohup_a_hang_up_does_not_stop_the_run(tiny_dirs, tmp_path, monkeypatch, hang_up):
-    """Where SIGHUP is ignored the run goes on to its end."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at_step(monkeypatch, 1, hang_up)
-    sft.main(args_of(sft, tiny_dirs["llama"], tmp_path, steps=2))
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-def test_help_into_a_pipe_that_is_closed():
-    """As after `--help | head -1`: no traceback."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, sft.__file__, "--help"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert done.stderr == b"" and done.returncode == -signal.SIGPIPE
-
-
-def test_help_in_a_narrow_terminal():
-    """Words, and not one letter a line."""
-    command = [sys.executable, sft.__file__, "--help"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "20"}
-    )
-    assert len(done.stdout.splitlines()) < 200
-
-
-@pytest.mark.parametrize("size", ["2", "", "many"])
-def test_world_size_that_no_torchrun_set(size, tiny_dirs, tmp_path, monkeypatch):
-    """As clusters do: one process is one process."""
-    monkeypatch.setenv("WORLD_SIZE", size)
+# ---------------------------------------------------------------- processes
+def test_world_size_without_torchrun(monkeypatch):
+    """Clusters set these variables too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    sft.main(args_of(sft, tiny_dirs["llama"], tmp_path))
-    assert (tmp_path / "run/model.safetensors").exists()
+    assert common.world_size() == 1 and common.rank() == 0
 
 
 def test_main_twice_in_one_process(tiny_dirs, tmp_path):
-    """With the same Args, whatever was drawn between: the same weights, to the bit."""
+    """The same Args give the same weights, bit for bit, whatever the global generator is."""
     reward = reward_file(tmp_path, "return [sum(map(ord, text)) % 7 for text in completions]")
     args = args_of(rloo, tiny_dirs["llama"], tmp_path, reward=reward)
     rloo.main(args)
     torch.rand(3)
-    random.random()
     args.output_dir = str(tmp_path / "again")
     rloo.main(args)
     one, other = (load_weights(tmp_path / n / "model.safetensors") for n in ("run", "again"))

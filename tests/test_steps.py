@@ -1,9 +1,9 @@
-"""What a step of each script does, seen from outside: the gradient of every step that `main` clips,
-the update that comes of it and every number that it logs, against slow float64 formulas.
+"""Every training step of every script, against slow float64 formulas.
 
-Completions, scores, reference, value model and flags are put in; nothing of a script's own tensor
-math is called. Models are GPT-2s of two layers, in float64 apart from what main runs. Each step is
-compared at the weights that the run had then, since the second depends on the first."""
+`main` of a script runs with given completions, scores, reference, value model and flags. The tests
+compare the gradient of every update, the update itself and the logged metrics. They call no tensor
+math of the scripts. The models are GPT-2s with two layers, float32 in the scripts and float64 in
+the formulas. Each step is compared at the weights that the run had at that step."""
 
 import copy
 import itertools
@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+import common
 import dpo
 import grpo
 import ppo
@@ -26,23 +27,29 @@ import sft
 
 EOS = 1
 END_OF_PROMPT = 3  # ">"
-UNJUDGED = 29  # a completion that begins with z has no score
+TIED = 28  # completions that begin with y have equal scores
+UNSCORED = 29  # a completion that begins with z has no score
 WIDTH = 16
 G = 3
-EXACT = 1e-4  # of the norm of what is compared: main computes in float32
-
-pytestmark = pytest.mark.usefixtures("cut_by_budget_alone")
+EXACT = 1e-4  # relative error of norms: the scripts compute in float32
+UNSURE = 1e-4  # closer to a threshold, rounding may decide
 
 
 def ids_of(text):
-    """The ids that sft.tiny_tokenizer gives a text, with $ for EOS."""
+    """Token ids of a text in the tiny tokenizer, with $ for EOS."""
     special = {"$": EOS, ">": END_OF_PROMPT}
     return [special.get(letter) or ord(letter) - ord("a") + 4 for letter in text]
 
 
 # ---------------------------------------------------------------- models
+CHAT = (
+    "{% for m in messages %}{{ m.content }}{{ '[EOS]' if m.role == 'assistant' else '>' }}"
+    "{% endfor %}"
+)
+
+
 def tiny_gpt2(cls, seed):
-    """Of weights drawn wide; with dropout in its configuration, which no step may use."""
+    """A model with large random weights. Its config has dropout, which no step may use."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
         vocab_size=30,
@@ -66,18 +73,14 @@ def tiny_gpt2(cls, seed):
     return model
 
 
-CHAT = (
-    "{% for m in messages %}{{ m.content }}{{ '[EOS]' if m.role == 'assistant' else '>' }}"
-    "{% endfor %}"
-)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with a policy, its reference some nats away, the policy with a chat template, and a
+    """A folder with four models.
+
+    policy; chat, the same with a chat template; reference, the policy with noise; scorer, another
     model with a scalar head."""
     folder = tmp_path_factory.mktemp("steps")
-    tokenizer = sft.tiny_tokenizer()
+    tokenizer = common.tiny_tokenizer()
     policy = tiny_gpt2(transformers.GPT2LMHeadModel, seed=1)
     reference = copy.deepcopy(policy)
     with torch.no_grad():
@@ -93,7 +96,7 @@ def models(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------- what is put in
+# ---------------------------------------------------------------- given completions and scores
 PROMPTS = ["ab", "c", "defgh", "ijk", "lm", "nopqrs", "tu"]
 HELD_OUT = ["xw", "bca", "qponm"]
 
@@ -104,42 +107,49 @@ def write_rows(path, rows):
 
 
 def fake_sample(calls):
-    """A `sample` that draws without a model, and records what it was asked for. In a rollout, where
-    gradients are on, one completion of the second prompt has no score."""
+    """A `sample` that ignores the model and records its calls.
 
-    def sample(model, prompts, *, num_generations, max_new_tokens, temperature, eos_ids, rng):  # noqa: PLR0917
-        rollout = torch.is_grad_enabled()
+    Gradients are enabled in rollouts for training and disabled in evaluations. In a rollout for
+    training, one completion of the second prompt has no score, and all completions of the
+    third prompt have equal scores."""
+
+    def sample(policy, examples, *, num_generations=1, max_new_tokens, temperature=1.0, rng):
+        is_rollout = torch.is_grad_enabled()
         draw = random.Random(f"{len(calls)} {num_generations}")
         completions = []
-        while len(completions) < len(prompts) * num_generations:
+        while len(completions) < len(examples) * num_generations:
             length = draw.randint(1, max_new_tokens + 2)
             ids = [draw.randrange(4, 28) for _ in range(max_new_tokens)]
             if length <= max_new_tokens:
                 ids = ids[: length - 1] + [EOS]
-            if ids not in completions:  # so that ids say which one it is
+            if ids not in completions:  # a sequence is identified by its ids
                 completions.append(ids)
-        if rollout:
-            completions[num_generations + 1] = [UNJUDGED, 5, EOS]
-        calls.append(
-            SimpleNamespace(
-                is_rollout=rollout,
-                model=model,
-                prompts=prompts,
-                completions=completions,
-                num_generations=num_generations,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-            )
+        if is_rollout:
+            completions[G + 1] = [UNSCORED, 5, EOS]
+            completions[2 * G : 3 * G] = [[TIED, 16 + i, EOS] for i in range(G)]
+        rollouts = [
+            examples[i // num_generations] | {"completion_ids": ids, "finished": ids[-1] == EOS}
+            for i, ids in enumerate(completions)
+        ]
+        call = SimpleNamespace(
+            is_rollout=is_rollout,
+            policy=policy,
+            prompts=[tuple(example["prompt_ids"]) for example in examples],
+            pairs=[(rollout["prompt_ids"], rollout["completion_ids"]) for rollout in rollouts],
+            num_generations=num_generations,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
         )
-        return completions
+        calls.append(call)
+        return rollouts
 
     return sample
 
 
 def score_of(prompt, completion):
-    """Of these two alone; None for what cannot be judged."""
-    if completion[0] == UNJUDGED:
-        return None
+    """A score that depends on both, or None."""
+    if completion[0] in (TIED, UNSCORED):
+        return 0.5 if completion[0] == TIED else None
     return (3 * sum(prompt) + 7 * sum(completion)) % 11 / 4 - 1
 
 
@@ -147,26 +157,37 @@ def gold_of(prompt, completion):
     return float((sum(prompt) + sum(completion)) % 3 == 0)
 
 
-def fake_checker(function):
-    """What load_rewards or load_gold gives, of a function of ids."""
-
-    def score(examples, completions):
-        values = [function(e["prompt_ids"], ids) for e, ids in zip(examples, completions)]
-        return torch.tensor([math.nan if value is None else value for value in values])
-
-    return score
+def scores_of(rollouts, function):
+    values = [function(x["prompt_ids"], x["completion_ids"]) for x in rollouts]
+    return torch.tensor([math.nan if value is None else value for value in values])
 
 
-# ---------------------------------------------------------------- what is recorded
-def parameters_of(model):
-    return {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
+def fake_reward(args, examples, tokenizer, device):
+    """Replaces load_reward."""
+
+    def reward(rollouts):
+        scores = scores_of(rollouts, score_of)
+        for rollout, score in zip(rollouts, scores):
+            rollout["member_scores"] = score[None]
+        return scores
+
+    return reward
 
 
-def gradients_of(model):
-    return {
-        name: torch.zeros_like(weight).double() if weight.grad is None else weight.grad.double()
-        for name, weight in model.named_parameters()
-    }
+def fake_gold(args, dataset, tokenizer):
+    """Replaces load_gold."""
+    return {"gold": lambda rollouts: scores_of(rollouts, gold_of)}
+
+
+# ---------------------------------------------------------------- running a script
+def flat(tensors):
+    """One float64 vector."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
+
+
+def gradient_of(model):
+    """The whole gradient, 0 for a weight without one."""
+    return flat(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
 
 
 def float64_copy(model):
@@ -176,57 +197,56 @@ def float64_copy(model):
 
 
 def watch(script, patch, models):
-    """Run main of a script with what is put in, later -> what its run did: `updates`, the steps in
-    their order, one for each model, with its sequences, weights, gradient and norm; `samples`."""
+    """Patch a script, and return a record that its run fills in.
+
+    `updates` has one entry per optimizer step and model: an exact copy of the model, the sequences
+    of the forward passes with gradient, the gradient and its norm, the clipped gradient. `samples`
+    has the calls of `sample`. Every model that is not trained is the reference."""
     record = SimpleNamespace(updates=[], samples=[])
     sequences = []
-
-    def forward_name():
-        names = ("token_logprobs_and_entropy", "token_logprobs", "token_scores")
-        return next(name for name in names if hasattr(script, name))
-
-    inner_forward = getattr(script, forward_name())
+    names = ("token_logprobs_and_entropy", "token_logprobs", "token_scores")
+    forward_name = next(name for name in names if hasattr(script, name))
+    inner_forward = getattr(script, forward_name)
     inner_clip = script.clip_gradients
-    inner_load = script.load_policy if hasattr(script, "load_policy") else None
+    inner_load = common.load_policy
 
-    def forward(model, batch, *more):
+    def forward(model, batch, *options):
         if torch.is_grad_enabled():
             for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
                 ids = batch["inputs"][i, :length].tolist()
                 if "targets" in batch:
                     ids.append(batch["targets"][i, length - 1].item())
                 sequences.append(tuple(ids))
-        return inner_forward(model, batch, *more)
+        return inner_forward(model, batch, *options)
 
     def clip(model, max_norm):
         update = SimpleNamespace(
             model=model,
             exact=float64_copy(model),
             sequences=list(sequences),
-            weights=parameters_of(model),
-            gradient=gradients_of(model),
+            gradient=gradient_of(model),
         )
         sequences.clear()
         update.norm = inner_clip(model, max_norm)
-        update.clipped = gradients_of(model)
+        update.clipped = gradient_of(model)
         record.updates.append(update)
         return update.norm
 
-    def load(path, device, flag="--model", *, trainable=False, **more):
-        """Whatever is not trained is the reference."""
+    def load(path, tokenizer, args, device, trainable=False):
         path = path if trainable else str(models / "reference")
-        return inner_load(path, device, flag, trainable=trainable, **more)
+        return inner_load(path, tokenizer, args, device, trainable=trainable)
 
-    patch.setattr(script, forward_name(), forward)
-    patch.setattr(script, "clip_gradients", clip)
-    if inner_load is not None:
-        patch.setattr(script, "load_policy", load)
-    if hasattr(script, "sample"):
-        patch.setattr(script, "sample", fake_sample(record.samples))
-    if hasattr(script, "load_rewards"):
-        patch.setattr(script, "load_rewards", lambda *args, **kwargs: [fake_checker(score_of)])
-    if hasattr(script, "load_gold"):
-        patch.setattr(script, "load_gold", lambda *args, **kwargs: fake_checker(gold_of))
+    patches = {
+        forward_name: forward,
+        "clip_gradients": clip,
+        "load_policy": load,
+        "sample": fake_sample(record.samples),
+        "load_reward": fake_reward,
+        "load_gold": fake_gold,
+    }
+    for name, replacement in patches.items():
+        if hasattr(script, name):
+            patch.setattr(script, name, replacement)
     return record
 
 
@@ -236,86 +256,77 @@ def read_log(args, name):
 
 
 def run(script, args, patch, models):
-    """Run it -> what watch records, and `rows`, its lines of metrics.jsonl: of the evaluation
-    before the first step, if any, and of the steps."""
+    """Run a script and return its record.
+
+    Adds what the run logged: `before` (the first evaluation), `rows` (one per step) and
+    `samples_before` (the samples of the first evaluation)."""
     record = watch(script, patch, models)
     script.main(args)
     lines = read_log(args, "metrics")
-    record.before = next((line for line in lines if line["step"] == 0), None)
-    record.rows = [line for line in lines if line["step"] > 0]
+    record.before = lines[0]
+    record.rows = lines[1:]
     samples = read_log(args, "samples")
     evaluated = [line["step"] for line in lines if "eval/kl" in line or "eval/loss" in line]
     assert list(dict.fromkeys(line["step"] for line in samples)) == evaluated
     assert evaluated[0] == 0 and evaluated[-1] == lines[-1]["step"]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
     record.samples_before = [line for line in samples if line["step"] == 0]
     return record
 
 
-# ---------------------------------------------------------------- what holds of every script
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
-
-
-def difference(ours, exact):
-    """|ours - exact| / |exact|, also where both are 0."""
-    return ((ours - exact).norm() / (exact.norm() + 1e-9)).item()
+# ---------------------------------------------------------------- checks for all scripts
+def difference(actual, expected):
+    """|actual - expected| / |expected|, also where both are 0."""
+    return ((actual - expected).norm() / (expected.norm() + 1e-9)).item()
 
 
 def check_gradient(update, loss):
-    """The gradient that was clipped is that of this loss at update.exact."""
-    weights = dict(update.exact.named_parameters())
-    assert list(weights) == list(update.gradient)
-    loss = loss + sum(0.0 * weight.sum() for weight in weights.values())  # (all may be clipped)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    exact = torch.cat([gradient.flatten() for gradient in gradients])
-    off = difference(flat(update.gradient), exact)
-    assert off < EXACT, f"the gradient is off by {off:.1e} of its norm"
+    """Compare the gradient before clipping with the gradient of a loss at update.exact."""
+    weights = list(update.exact.parameters())
+    loss = loss + sum(0.0 * weight.sum() for weight in weights)  # in case all tokens are clipped
+    error = difference(update.gradient, flat(torch.autograd.grad(loss, weights)))
+    assert error < EXACT, f"the gradient is off by {error:.1e} of its norm"
 
 
 def check_updates(updates, args, rates, eps):
-    """Each model's steps: the gradient scaled to --max-grad-norm if it is longer, then AdamW
-    (Loshchilov and Hutter 2019, algorithm 2) at that step's learning rate, with weight decay on
-    matrices alone."""
+    """Compare all updates of a model with AdamW (Loshchilov and Hutter 2019, algorithm 2).
+
+    Gradients are scaled to --max-grad-norm if they are longer. Weight decay applies to all
+    weights."""
     assert len(updates) == len(rates)
     model = updates[0].model
-    after = [update.weights for update in updates[1:]] + [parameters_of(model)]
-    first = {name: torch.zeros_like(weight) for name, weight in after[0].items()}
-    second = {name: torch.zeros_like(weight) for name, weight in after[0].items()}
-    for count, (update, weights, rate) in enumerate(zip(updates, after, rates), 1):
+    weights = [flat(update.exact.parameters()) for update in updates] + [flat(model.parameters())]
+    first = torch.zeros_like(weights[0])
+    second = torch.zeros_like(weights[0])
+    for i, (update, rate) in enumerate(zip(updates, rates)):
         assert update.model is model
-        norm = flat(update.gradient).norm().item()
+        norm = update.gradient.norm().item()
         assert float(update.norm) == pytest.approx(norm, rel=1e-4)
         scale = min(1.0, args.max_grad_norm / (norm + 1e-9)) if args.max_grad_norm else 1.0
-        assert difference(flat(update.clipped), scale * flat(update.gradient)) < EXACT
-        expected = {}
-        for name, weight in update.weights.items():
-            gradient = update.clipped[name]
-            first[name] = 0.9 * first[name] + 0.1 * gradient
-            second[name] = 0.999 * second[name] + 0.001 * gradient**2
-            deviation = (second[name] / (1 - 0.999**count)).sqrt()
-            step = first[name] / (1 - 0.9**count) / (deviation + eps)
-            step = step + args.weight_decay * weight
-            expected[name] = -rate * step
-        moved = flat(weights) - flat(update.weights)
-        assert difference(moved, flat(expected)) < 1e-3, f"update {count} is not AdamW's"
+        assert difference(update.clipped, scale * update.gradient) < EXACT
+        first = 0.9 * first + 0.1 * update.clipped
+        second = 0.999 * second + 0.001 * update.clipped**2
+        deviation = (second / (1 - 0.999 ** (i + 1))).sqrt()
+        step = first / (1 - 0.9 ** (i + 1)) / (deviation + eps) + args.weight_decay * weights[i]
+        error = difference(weights[i + 1] - weights[i], -rate * step)
+        assert error < 1e-3, f"update {i + 1} differs from AdamW"
 
 
 def check_rates(rates, args):
-    """Linear warm-up, then down to what would be 0 a step after the last."""
+    """Linear warmup, then linear decay that would reach 0 one step after the last."""
     for i, rate in enumerate(rates):
-        warm = min(1.0, (i + 1) / (args.warmup_steps + 1))
-        done = max(0, i - args.warmup_steps) / (len(rates) - args.warmup_steps)
-        assert rate == pytest.approx(args.learning_rate * warm * (1 - done))
+        warmup = min(1.0, (i + 1) / (args.warmup_steps + 1))
+        progress = max(0, i - args.warmup_steps) / (len(rates) - args.warmup_steps)
+        assert rate == pytest.approx(args.learning_rate * warmup * (1 - progress))
 
 
 def check_order(taken, data):
-    """What the steps took, one after another: all the data once, then all of it again in another
-    order."""
+    """Check that the first two epochs have each row once, in different orders."""
     n = len(data)
-    assert len(taken) >= 2 * n, "two epochs are needed to see anything"
-    assert sorted(taken[:n]) == sorted(data), "the first epoch has each row once"
-    assert sorted(taken[n : 2 * n]) == sorted(data), "and so has the second"
-    assert taken[:n] != taken[n : 2 * n], "in an order of its own"
+    assert len(taken) >= 2 * n, "the run is shorter than two epochs"
+    assert sorted(taken[:n]) == sorted(data)
+    assert sorted(taken[n : 2 * n]) == sorted(data)
+    assert taken[:n] != taken[n : 2 * n], "the second epoch has the order of the first"
 
 
 def number(value):
@@ -328,23 +339,36 @@ def check_logged(row, expected):
         assert row[name] == pytest.approx(number(value), rel=1e-4, abs=2e-5), name
 
 
-def log_probs(model, prompt, completion, temperature=1.0):
-    """(n, V): of every completion token's distribution, the row alone and without padding."""
+def check_fraction(fraction, flags):
+    """Compare a logged fraction with flags: True, False, or None where rounding may decide."""
+    sure = sum(flag is True for flag in flags)
+    unsure = sum(flag is None for flag in flags)
+    assert sure - 0.01 <= fraction * len(flags) <= sure + unsure + 0.01
+
+
+def is_ahead(chosen, rejected):
+    """1.0 if chosen > rejected, otherwise 0.0. The data has no pair that is closer than UNSURE."""
+    assert abs(chosen - rejected) > UNSURE, "rounding may decide: change the data"
+    return float(chosen > rejected)
+
+
+def log_softmax(model, prompt, completion, temperature=1.0):
+    """Distributions of all completion tokens, for a single unpadded row. Shape (n, V)."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
 
-def token_log_probs(model, prompt, completion, temperature=1.0):
-    """(n,)."""
-    logps = log_probs(model, prompt, completion, temperature)
-    return logps[range(len(completion)), completion]
+def token_logprobs(model, prompt, completion, temperature=1.0):
+    """Shape (n,)."""
+    distributions = log_softmax(model, prompt, completion, temperature)
+    return distributions[range(len(completion)), completion]
 
 
 def hidden_states(model, ids):
     return model.base_model(torch.tensor([list(ids)])).last_hidden_state[0]
 
 
-def reference_of(models):
+def load_reference(models):
     return float64_copy(transformers.AutoModelForCausalLM.from_pretrained(models / "reference"))
 
 
@@ -353,15 +377,59 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def variance(values):
+    return mean((x - mean(values)) ** 2 for x in values)
+
+
+def evaluations_of(record):
+    """Row, calls of `sample` and exact model of the evaluations before and after training."""
+    model = record.updates[0].model
+    calls = [call for call in record.samples if not call.is_rollout]
+    return [
+        (record.before, calls[:2], record.updates[0].exact),
+        (record.rows[-1], calls[-2:], float64_copy(model)),
+    ]
+
+
+def check_completions(
+    row, calls, policy, reference=None, *, scorers, num_generations=1, temperature=1.0
+):
+    """Check the metrics of greedy and sampled completions of held-out prompts.
+
+    The KL is a mean over sampled completions, at the sampling temperature."""
+    greedy, sampled = calls
+    assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
+    assert (sampled.num_generations, sampled.temperature) == (num_generations, temperature)
+    expected = {
+        "eval/eos_rate": mean(completion[-1] == EOS for _, completion in sampled.pairs),
+        "eval/completion_length": mean(len(completion) for _, completion in sampled.pairs),
+    }
+    for suffix, call in [("_greedy", greedy), ("", sampled)]:
+        for name, function in scorers.items():
+            expected[f"eval/{name}{suffix}"] = mean(function(*pair) for pair in call.pairs)
+    if num_generations > 1:
+        golds = [gold_of(*pair) for pair in sampled.pairs]
+        expected[f"eval/pass@{G}"] = mean(map(max, groups_of(golds)))
+    if reference is not None:
+        kls = []
+        with torch.no_grad():
+            for pair in sampled.pairs:
+                logprobs = token_logprobs(policy, *pair, temperature)
+                ref_logprobs = token_logprobs(reference, *pair, temperature)
+                kls.append((logprobs - ref_logprobs).sum())
+        expected["eval/kl"] = mean(kls)
+    check_logged(row, expected)
+
+
 # ---------------------------------------------------------------- rollouts
 def online_args(script, models, folder, **flags):
+    held_out = [dict(prompt=f"{prompt}>") for prompt in HELD_OUT]
     settings = dict(
         model=str(models / "policy"),
-        dataset=write_rows(folder / "prompts.jsonl", [dict(prompt=p + ">") for p in PROMPTS]),
-        eval_dataset=write_rows(
-            folder / "held_out.jsonl", [dict(prompt=p + ">") for p in HELD_OUT]
-        ),
+        dataset=write_rows(folder / "prompts.jsonl", [dict(prompt=f"{p}>") for p in PROMPTS]),
+        eval_dataset=write_rows(folder / "held_out.jsonl", held_out),
         output_dir=str(folder / "run"),
+        reward="none",
         num_generations=G,
         max_completion_length=6,
         micro_batch_tokens=24,
@@ -385,221 +453,197 @@ def online_args(script, models, folder, **flags):
     return script.Args(**settings | flags)
 
 
-def prompt_ids(prompts):
-    return [tuple(ids_of(f"{prompt}>")) for prompt in prompts]
+def groups_of(values):
+    return [values[i : i + G] for i in range(0, len(values), G)]
 
 
-def judged_rollouts(call, args, policy, reference):
-    """What one call of `sample` gave -> rollouts of the groups that could be judged."""
+def check_sampling(record, reference, args):
+    """Check prompts and settings of all calls of `sample`, and both evaluations.
+
+    Returns the calls of rollouts for training."""
+    rollouts = [call for call in record.samples if call.is_rollout]
+    for call in rollouts:
+        assert (call.num_generations, call.temperature) == (G, args.temperature)
+    for call in record.samples:
+        assert call.policy is record.updates[0].model
+        assert call.max_new_tokens == args.max_completion_length
+    data = [tuple(ids_of(f"{prompt}>")) for prompt in PROMPTS]
+    check_order([prompt for call in rollouts for prompt in call.prompts], data)
+    scorers = dict(score=score_of, gold=gold_of)
+    for row, calls, policy in evaluations_of(record):
+        check_completions(
+            row,
+            calls,
+            policy,
+            reference,
+            scorers=scorers,
+            num_generations=G,
+            temperature=args.temperature,
+        )
+    return rollouts
+
+
+def scored_rollouts(call, args, policy, reference):
+    """Rollouts of the groups of a call in which every completion has a score."""
     rollouts = []
-    for i in range(0, len(call.completions), G):
-        prompt = call.prompts[i // G]
-        completions = call.completions[i : i + G]
-        scores = [score_of(prompt, completion) for completion in completions]
+    for group in groups_of(call.pairs):
+        scores = [score_of(*pair) for pair in group]
         if None in scores:
             continue
-        for completion, score in zip(completions, scores):
+        for (prompt, completion), score in zip(group, scores):
             finished = completion[-1] == EOS
             reward = score if finished else score - args.missing_eos_penalty
             if getattr(args, "overlong_buffer", 0):  # Yu et al. 2025, equation 13
-                limit = args.max_completion_length
-                start = limit - args.overlong_buffer
-                if len(completion) > start:
-                    reward += (start - len(completion)) / args.overlong_buffer
+                start = args.max_completion_length - args.overlong_buffer
+                reward += min(0.0, (start - len(completion)) / args.overlong_buffer)
             with torch.no_grad():
-                old = token_log_probs(policy, prompt, completion, args.temperature)
-                ref = token_log_probs(reference, prompt, completion, args.temperature)
-            rollouts.append(
-                SimpleNamespace(
-                    prompt=prompt,
-                    completion=completion,
-                    ids=(*prompt, *completion),
-                    score=score,
-                    gold=gold_of(prompt, completion),
-                    finished=finished,
-                    reward=reward,
-                    old=old.tolist(),
-                    ref=ref.tolist(),
-                )
+                old = token_logprobs(policy, prompt, completion, args.temperature)
+                ref = token_logprobs(reference, prompt, completion, args.temperature)
+            rollout = SimpleNamespace(
+                prompt=prompt,
+                completion=completion,
+                ids=(*prompt, *completion),
+                score=score,
+                gold=gold_of(prompt, completion),
+                finished=finished,
+                reward=reward,
+                old=old.tolist(),
+                ref=ref.tolist(),
             )
-    assert 0 < len(rollouts) < len(call.completions)
+            rollouts.append(rollout)
+    assert 0 < len(rollouts) < len(call.pairs)
     return rollouts
 
 
 def check_minibatches(steps, args):
-    """Each epoch has each rollout once, in minibatches as even as can be, cut anew in every epoch
-    of every step."""
+    """Check that each epoch has each rollout once, in minibatches of nearly equal size.
+
+    No two epochs of the run may have the same minibatches."""
     cuts = []
     for step in steps:
-        numbers = [rollout.ids for rollout in step.rollouts]
+        ids = [rollout.ids for rollout in step.rollouts]
         for i in range(0, len(step.updates), args.num_minibatches):
             epoch = [update.sequences for update in step.updates[i : i + args.num_minibatches]]
-            assert sorted(ids for minibatch in epoch for ids in minibatch) == sorted(numbers)
+            assert sorted(itertools.chain(*epoch)) == sorted(ids)
             sizes = [len(minibatch) for minibatch in epoch]
             assert max(sizes) - min(sizes) <= 1
-            cuts.append([sorted(numbers.index(ids) for ids in minibatch) for minibatch in epoch])
+            cuts.append([sorted(map(ids.index, minibatch)) for minibatch in epoch])
     if args.num_minibatches > 1:
-        assert all(cut not in cuts[:i] for i, cut in enumerate(cuts)), "cut as before"
-
-
-def groups_of(rollouts):
-    return [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
+        assert all(cut not in cuts[:i] for i, cut in enumerate(cuts))
 
 
 def check_shared_metrics(row, rollouts, args):
-    """Those that have one definition in ppo, rloo and grpo."""
-    num_sampled = args.prompts_per_step * G
+    """Check the metrics that ppo, rloo and grpo define in the same way."""
     expected = {
         "score": mean(rollout.score for rollout in rollouts),
         "gold": mean(rollout.gold for rollout in rollouts),
+        "reward": mean(rollout.total_reward for rollout in rollouts),
         "completion_length": mean(len(rollout.completion) for rollout in rollouts),
         "eos_rate": mean(rollout.finished for rollout in rollouts),
-        "unjudged": 1 - len(rollouts) / num_sampled,
+        "unscored": 1 - len(rollouts) / (args.prompts_per_step * G),
     }
     if args.kl_coef:
-        expected["kl"] = mean(sum(r.old) - sum(r.ref) for r in rollouts)
+        expected["kl"] = mean(kl_of(rollout) for rollout in rollouts)
     else:
         assert "kl" not in row
     check_logged(row, expected)
     assert row["ratio_max_dev"] < 1e-4
-    # sampling and training are the whole step, of which the rate is
+    # a step is sampling and training
     seconds = row["seconds/sample"] + row["seconds/train"]
-    tokens = sum(len(r.prompt) + len(r.completion) - 1 for r in rollouts)
-    assert row["tokens_per_second"] * seconds == pytest.approx(tokens, rel=1e-3)
+    num_tokens = sum(len(rollout.ids) - 1 for rollout in rollouts)
+    assert row["tokens_per_second"] * seconds == pytest.approx(num_tokens, rel=1e-3)
 
 
-def check_count(fraction, flags):
-    """What is logged is the share of True among flags, which are True, False, or None for a ratio
-    so near to the edge that rounding may decide."""
-    sure = sum(flag is True for flag in flags)
-    unsure = sum(flag is None for flag in flags)
-    assert sure - 0.01 <= fraction * len(flags) <= sure + unsure + 0.01
+def kl_of(rollout):
+    """The k1 estimate for a completion."""
+    return sum(rollout.old) - sum(rollout.ref)
+
+
+def clip_edges(args):
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    return 1 - args.epsilon, 1 + high
 
 
 def is_clipped(ratio, advantage, args):
-    """True where the clip takes the gradient away."""
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    edge = 1 + high if advantage > 0 else 1 - args.epsilon
-    if abs(ratio - edge) < 1e-4:
+    """True where the clip removes the gradient, None where rounding may decide."""
+    low, high = clip_edges(args)
+    if advantage == 0:
+        return False
+    if abs(ratio - (high if advantage > 0 else low)) < UNSURE:
         return None
-    return bool(advantage) and bool(ratio > edge if advantage > 0 else ratio < edge)
+    return bool(ratio > high if advantage > 0 else ratio < low)
 
 
 def surrogate(ratio, advantage, args):
-    """Schulman et al. 2017, equation 7, of one token: the lesser of two gains."""
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    limited = min(max(ratio, 1 - args.epsilon), 1 + high)
-    return min(ratio * advantage, limited * advantage)
-
-
-def check_evaluations(record, reference, args):
-    """Before the first step and after the last, with the weights of then: a greedy completion, and
-    G at --temperature, whose KL is at that temperature, too."""
-    of_policy = [update for update in record.updates if not hasattr(update.model, "score")]
-    calls = [call for call in record.samples if not call.is_rollout]
-    before = of_policy[0].exact
-    after = float64_copy(of_policy[0].model)
-    check_evaluation(record.before, calls[:2], before, reference, args)
-    check_evaluation(record.rows[-1], calls[-2:], after, reference, args)
-
-
-def check_evaluation(row, calls, policy, reference, args):
-    greedy, sampled = calls
-    assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
-    assert (sampled.num_generations, sampled.temperature) == (G, args.temperature)
-    expected = {}
-    for suffix, call in [("_greedy", greedy), ("", sampled)]:
-        prompts = [prompt for prompt in call.prompts for _ in range(call.num_generations)]
-        pairs = list(zip(prompts, call.completions, strict=True))
-        expected[f"eval/score{suffix}"] = mean(score_of(*pair) for pair in pairs)
-        expected[f"eval/gold{suffix}"] = mean(gold_of(*pair) for pair in pairs)
-    golds = [gold_of(*pair) for pair in pairs]
-    expected[f"eval/pass@{G}"] = mean(max(golds[i : i + G]) for i in range(0, len(golds), G))
-    expected["eval/eos_rate"] = mean(completion[-1] == EOS for _, completion in pairs)
-    expected["eval/completion_length"] = mean(len(completion) for _, completion in pairs)
-    with torch.no_grad():
-        expected["eval/kl"] = mean(
-            (
-                token_log_probs(policy, *pair, args.temperature)
-                - token_log_probs(reference, *pair, args.temperature)
-            ).sum()
-            for pair in pairs
-        )
-    check_logged(row, expected)
+    """Objective of a token (Schulman et al. 2017, equation 7)."""
+    low, high = clip_edges(args)
+    return min(ratio * advantage, min(max(ratio, low), high) * advantage)
 
 
 def online_steps(script, models, folder, patch, **flags):
-    """Run ppo, grpo or rloo -> its flags and its steps: row (what was logged), rollouts, and the
-    updates of policy and value model, with minibatch (rollouts) and logps (by ids, with gradients).
-    Whatever the three have in common is checked."""
+    """Run ppo, grpo or rloo and check everything but rewards, losses and gradients.
+
+    Returns args and steps. A step has the logged row, the rollouts, and the updates of policy and
+    value model. An update of the policy has its minibatch of rollouts, their log-probs with
+    gradient by ids, and `others`, the sequences that are not rollouts."""
     args = online_args(script, models, folder, **flags)
     record = run(script, args, patch, models)
-    reference = reference_of(models)
-    of_policy = [update for update in record.updates if not hasattr(update.model, "score")]
-    of_values = [update for update in record.updates if hasattr(update.model, "score")]
+    reference = load_reference(models)
+    calls = check_sampling(record, reference, args)
+    policy_updates = [update for update in record.updates if not hasattr(update.model, "score")]
+    value_updates = [update for update in record.updates if hasattr(update.model, "score")]
+    assert bool(value_updates) == (script is ppo)
     rates = [row["learning_rate"] for row in record.rows]
-    num_updates = args.update_epochs * args.num_minibatches
-    rates_of_updates = [rate for rate in rates for _ in range(num_updates)]
     check_rates(rates, args)
-    check_updates(of_policy, args, rates_of_updates, eps=1e-5)
-    if script is ppo:
-        check_updates(of_values, args, rates_of_updates, eps=1e-5)
-    check_evaluations(record, reference, args)
-    calls = [call for call in record.samples if call.is_rollout]
-    check_order([tuple(prompt) for call in calls for prompt in call.prompts], prompt_ids(PROMPTS))
+    num_updates = args.update_epochs * args.num_minibatches
+    for updates in filter(None, [policy_updates, value_updates]):
+        check_updates(updates, args, [r for r in rates for _ in range(num_updates)], eps=1e-5)
     steps = []
     for i, (call, row) in enumerate(zip(calls, record.rows, strict=True)):
-        assert (call.num_generations, call.temperature) == (G, args.temperature)
-        updates = of_policy[i * num_updates : (i + 1) * num_updates]
-        rollouts = judged_rollouts(call, args, updates[0].exact, reference)
-        of_ids = {rollout.ids: rollout for rollout in rollouts}
+        updates = policy_updates[i * num_updates : (i + 1) * num_updates]
+        rollouts = scored_rollouts(call, args, updates[0].exact, reference)
+        by_ids = {rollout.ids: rollout for rollout in rollouts}
         entropies = []
         for update in updates:
-            update.others = [ids for ids in update.sequences if ids not in of_ids]
-            update.sequences = [ids for ids in update.sequences if ids in of_ids]
-            update.minibatch = [of_ids[ids] for ids in update.sequences]
-            update.logps = {}
+            update.others = [ids for ids in update.sequences if ids not in by_ids]
+            update.sequences = [ids for ids in update.sequences if ids in by_ids]
+            update.minibatch = [by_ids[ids] for ids in update.sequences]
+            update.logprobs = {}
             for rollout in update.minibatch:
-                logps = log_probs(
-                    update.exact, rollout.prompt, rollout.completion, args.temperature
-                )
-                update.logps[rollout.ids] = logps[range(len(logps)), rollout.completion]
-                entropies += [-(row.exp() * row).sum().item() for row in logps]
-        check_shared_metrics(row, rollouts, args)
-        if script is not ppo:
-            equal = [len({rollout.reward for rollout in g}) == 1 for g in groups_of(rollouts)]
-            if getattr(args, "baseline", None) != "none":
-                check_logged(row, {"zero_std_groups": mean(equal)})
+                prompt, completion = rollout.prompt, rollout.completion
+                rows = log_softmax(update.exact, prompt, completion, args.temperature)
+                update.logprobs[rollout.ids] = rows[range(len(completion)), completion]
+                entropies += (-(rows.exp() * rows).sum(1)).tolist()
         expected = {
             "entropy": mean(entropies),
             "grad_norm": mean(update.norm for update in updates),
         }
+        if script is grpo or script is rloo and args.baseline != "none":
+            is_equal = [len({rollout.reward for rollout in g}) == 1 for g in groups_of(rollouts)]
+            expected["zero_std_groups"] = mean(is_equal)
         check_logged(row, expected)
-        value_updates = of_values[i * num_updates : (i + 1) * num_updates]
-        steps.append(
-            SimpleNamespace(
-                row=row,
-                rollouts=rollouts,
-                updates=updates,
-                value_updates=value_updates,
-            )
+        step = SimpleNamespace(
+            row=row,
+            rollouts=rollouts,
+            updates=updates,
+            value_updates=value_updates[i * num_updates : (i + 1) * num_updates],
         )
+        steps.append(step)
     check_minibatches(steps, args)
     return args, steps
 
 
 # ---------------------------------------------------------------- ppo
 def whitened(rows, shift_mean):
-    """Numbers of ragged rows to population variance 1 over all of them."""
+    """Scale numbers in ragged rows to population variance 1."""
     numbers = [x for row in rows for x in row]
-    centre = mean(numbers)
-    deviation = math.sqrt(mean((x - centre) ** 2 for x in numbers) + 1e-8)
-    offset = 0.0 if shift_mean else centre
-    return [[(x - centre) / deviation + offset for x in row] for row in rows]
+    deviation = math.sqrt(variance(numbers) + 1e-8)
+    offset = 0.0 if shift_mean else mean(numbers)
+    return [[(x - mean(numbers)) / deviation + offset for x in row] for row in rows]
 
 
-def ppo_targets(rollouts, args):
-    """Sets rewards, returns and advantages of each, from its reward, old, ref and values."""
+def set_ppo_targets(rollouts, args):
+    """Set total_reward, returns and advantages of each rollout."""
     rewards = []
     for rollout in rollouts:
         token_rewards = [-args.kl_coef * (old - ref) for old, ref in zip(rollout.old, rollout.ref)]
@@ -609,38 +653,43 @@ def ppo_targets(rollouts, args):
     if args.whiten_rewards:
         rewards = whitened(rewards, shift_mean=False)
     advantages = []
+    decay = args.gamma * args.gae_lambda
     for rollout, token_rewards in zip(rollouts, rewards):
+        n = len(token_rewards)
         values = [*rollout.values, 0.0]
-        deltas = [
-            r + args.gamma * values[t + 1] - values[t] for t, r in enumerate(token_rewards)
-        ]  # Schulman et al. 2016, equation 11; 16 is the sum
-        decay = args.gamma * args.gae_lambda
-        sums = [
-            sum(decay ** (k - t) * deltas[k] for k in range(t, len(deltas)))
-            for t in range(len(deltas))
-        ]
-        rollout.returns = [a + v for a, v in zip(sums, rollout.values)]
+        # Schulman et al. 2016, equations 11 and 16
+        deltas = [token_rewards[t] + args.gamma * values[t + 1] - values[t] for t in range(n)]
+        sums = [sum(decay ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        rollout.returns = [advantage + value for advantage, value in zip(sums, rollout.values)]
         advantages.append(sums)
     for rollout, numbers in zip(rollouts, whitened(advantages, shift_mean=True)):
         rollout.advantages = numbers
 
 
 def token_values(model, rollout):
-    """(n,): V of what stands before each completion token."""
+    """Values V before each completion token. Shape (n,)."""
     hidden = hidden_states(model, rollout.ids[:-1])[len(rollout.prompt) - 1 :]
     return hidden @ model.score.weight[0]
 
 
-def half_squared_error(value, old, target, limit):
-    """The clipped value loss of one token: the larger of two."""
-    limited = min(max(value, old - limit), old + limit)
-    return 0.5 * max((value - target) ** 2, (limited - target) ** 2)
+def clipped_value_loss(value, old, target, clip):
+    """Loss of a token, and a flag like that of is_clipped."""
+    limited = min(max(value, old - clip), old + clip)
+    losses = 0.5 * (value - target) ** 2, 0.5 * (limited - target) ** 2
+    flag = bool(losses[1] > losses[0])
+    is_near = abs(abs(value - old) - clip) < UNSURE or abs(value + limited - 2 * target) < UNSURE
+    return max(losses), None if is_near else flag
 
 
-def variance(numbers):
-    return mean((x - mean(numbers)) ** 2 for x in numbers)
-
-
+PTX = [
+    ("qr", "stuvw"),
+    ("y", "z"),
+    ("tuv", ""),
+    ("zyxw", "vut"),
+    ("qq", "rsrsr"),
+    ("o", "p"),
+    ("m", "nop"),
+]
 PPO_FLAGS = {
     "all": dict(gamma=0.9, gae_lambda=0.8, value_clip=0.05, value_coef=0.3, num_minibatches=5),
     "whitened": dict(
@@ -653,26 +702,18 @@ PPO_FLAGS = {
         weight_decay=0.0,
         missing_eos_penalty=-0.6,
     ),
-    "no-kl": dict(kl_coef=0.0, num_minibatches=1, temperature=1.0),
-    "ptx": dict(ptx_coef=0.6, num_minibatches=3, temperature=0.7),
+    "no-kl": dict(kl_coef=0.0, num_minibatches=1, temperature=1.0, update_epochs=4, value_clip=5.0),
+    "ptx": dict(ptx_coef=0.6),
 }
-PTX = [
-    ("qr", "stuvw"),
-    ("y", "z"),
-    ("tuv", ""),
-    ("zyxw", "vut"),
-    ("qq", "rsrsr"),
-    ("o", "p"),
-    ("m", "nop"),
-]
 
 
 def ptx_loss(update, args):
-    """Mean NLL, at temperature 1, over the tokens of the rows of --ptx-dataset that it saw."""
+    """Mean NLL per token, at temperature 1, of the rows of --ptx-dataset in an update."""
+    if not args.ptx_coef:
+        return torch.zeros(())
     rows = {tuple(ids_of(f"{p}>{c}$")): (ids_of(f"{p}>"), ids_of(f"{c}$")) for p, c in PTX}
     assert len(update.others) == args.prompts_per_step * G // args.num_minibatches
-    nlls = [-token_log_probs(update.exact, *rows[ids]) for ids in update.others]
-    return torch.cat(nlls).mean()
+    return -torch.cat([token_logprobs(update.exact, *rows[ids]) for ids in update.others]).mean()
 
 
 @pytest.mark.parametrize("flags", PPO_FLAGS.values(), ids=PPO_FLAGS)
@@ -687,7 +728,8 @@ def test_ppo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
         for rollout in step.rollouts:
             with torch.no_grad():
                 rollout.values = token_values(step.value_updates[0].exact, rollout).tolist()
-        ppo_targets(step.rollouts, args)
+        set_ppo_targets(step.rollouts, args)
+        check_shared_metrics(step.row, step.rollouts, args)
         policy_losses = []
         value_losses = []
         ptx_losses = []
@@ -698,56 +740,65 @@ def test_ppo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
             errors = []
             for rollout in update.minibatch:
                 values = token_values(value_update.exact, rollout)
-                for t, logp in enumerate(update.logps[rollout.ids]):
+                for t, logprob in enumerate(update.logprobs[rollout.ids]):
                     advantage = rollout.advantages[t]
-                    ratio = (logp - rollout.old[t]).exp()
+                    ratio = (logprob - rollout.old[t]).exp()
                     gains.append(surrogate(ratio, advantage, args))
                     clipped.append(is_clipped(ratio, advantage, args))
-                    error = half_squared_error(
-                        values[t], rollout.values[t], rollout.returns[t], args.value_clip
+                    error, flag = clipped_value_loss(
+                        values[t],
+                        rollout.values[t],
+                        rollout.returns[t],
+                        args.value_clip,
                     )
                     errors.append(error)
-                    value_clipped.append(bool(error > 0.5 * (values[t] - rollout.returns[t]) ** 2))
-            ptx = ptx_loss(update, args) if args.ptx_coef else torch.zeros(())
-            check_gradient(update, -mean(gains) + args.ptx_coef * ptx)
-            ptx_losses.append(ptx)
-            check_gradient(value_update, args.value_coef * mean(errors))
+                    value_clipped.append(flag)
             policy_losses.append(-mean(gains))
             value_losses.append(mean(errors))
+            ptx_losses.append(ptx_loss(update, args))
+            check_gradient(update, policy_losses[-1] + args.ptx_coef * ptx_losses[-1])
+            check_gradient(value_update, args.value_coef * value_losses[-1])
         old_values = [x for rollout in step.rollouts for x in rollout.values]
         returns = [x for rollout in step.rollouts for x in rollout.returns]
-        errors = [a - b for a, b in zip(returns, old_values)]
+        errors = [target - value for target, value in zip(returns, old_values)]
         expected = {
             "loss/policy": mean(policy_losses),
             "loss/value": mean(value_losses),
             "loss": mean(policy_losses)
             + args.value_coef * mean(value_losses)
             + args.ptx_coef * mean(ptx_losses),
-            "reward": mean(rollout.total_reward for rollout in step.rollouts),
             "explained_variance": 1 - variance(errors) / variance(returns),
             "value_grad_norm": mean(update.norm for update in step.value_updates),
         }
         if args.ptx_coef:
             expected["loss/ptx"] = mean(ptx_losses)
         check_logged(step.row, expected)
-        check_count(step.row["clip_fraction"], clipped)
-        check_count(step.row["value_clip_fraction"], value_clipped)
+        check_fraction(step.row["clip_fraction"], clipped)
+        check_fraction(step.row["value_clip_fraction"], value_clipped)
     if args.ptx_coef:
         taken = [ids for step in steps for update in step.updates for ids in update.others]
         counts = [taken.count(tuple(ids_of(f"{p}>{c}$"))) for p, c in PTX]
         assert sum(counts) == len(taken)
-        assert max(counts) - min(counts) <= 1, "the next rows, from step to step"
+        assert max(counts) - min(counts) <= 1, "an update does not take the next rows"
 
 
 # ---------------------------------------------------------------- grpo and rloo
-def kl_of(rollout):
-    """k1 of a completion."""
-    return sum(rollout.old) - sum(rollout.ref)
+def check_losses(step, update_loss):
+    """Check gradients, loss and clip_fraction of a step. update_loss(update) -> loss, flags."""
+    losses = []
+    clipped = []
+    for update in step.updates:
+        loss, flags = update_loss(update)
+        check_gradient(update, loss)
+        losses.append(loss)
+        clipped += flags
+    check_logged(step.row, {"loss": mean(losses)})
+    check_fraction(step.row["clip_fraction"], clipped)
 
 
 def deviation(numbers):
-    """With Bessel's correction."""
-    return math.sqrt(sum((x - mean(numbers)) ** 2 for x in numbers) / (len(numbers) - 1))
+    """Standard deviation with Bessel's correction."""
+    return math.sqrt(variance(numbers) * len(numbers) / (len(numbers) - 1))
 
 
 GRPO_FLAGS = {
@@ -763,48 +814,67 @@ GRPO_FLAGS = {
     ),
     "kl1-reward": dict(
         kl_estimator="k1",
-        kl_in="reward",
         scale_rewards="none",
         loss_aggregation="constant",
         mask_truncated=True,
     ),
-    "kl-ratio": dict(kl_ratio=True),
+    "k3-weighted": dict(kl_estimator="k3-weighted"),
     "sequence-ratio": dict(ratio="sequence", epsilon=0.02, epsilon_high=0.03),
     "overlong": dict(overlong_buffer=4, scale_rewards="none"),
     "no-kl": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
 }
 
 
-def grpo_kl_loss(log_ratio, args):
-    """Of one token, in the loss."""
-    if args.kl_in == "reward":
-        return 0.0
-    if args.kl_estimator == "k2":
-        return args.kl_coef * log_ratio**2 / 2
-    return args.kl_coef * ((-log_ratio).exp() - 1 + log_ratio)
+def grpo_kl_loss(log_ratio, ratio, args):
+    """KL loss of a token; log_ratio is to the reference, ratio to the old policy."""
+    losses = {"k1": 0.0, "k2": log_ratio**2 / 2, "k3": (-log_ratio).exp() - 1 + log_ratio}
+    losses["k3-weighted"] = ratio * losses["k3"]
+    return args.kl_coef * losses[args.kl_estimator]
 
 
-def grpo_advantages(rollouts, args):
+def set_grpo_advantages(rollouts, args):
     for rollout in rollouts:
         rollout.total_reward = rollout.reward
-        if args.kl_in == "reward":
+        if args.kl_estimator == "k1":
             rollout.total_reward -= args.kl_coef * kl_of(rollout)
-    of_batch = deviation([rollout.total_reward for rollout in rollouts])
+    batch_deviation = deviation([rollout.total_reward for rollout in rollouts])
     for group in groups_of(rollouts):
         rewards = [rollout.total_reward for rollout in group]
-        scale = {"group": deviation(rewards) + 1e-6, "batch": of_batch + 1e-6, "none": 1.0}
+        scales = {
+            "group": deviation(rewards) + 1e-6,
+            "batch": batch_deviation + 1e-6,
+            "none": 1.0,
+        }
         for rollout in group:
-            centred = rollout.total_reward - mean(rewards)
-            rollout.advantage = centred / scale[args.scale_rewards]
+            centered = rollout.total_reward - mean(rewards)
+            rollout.advantage = centered / scales[args.scale_rewards]
 
 
-def grpo_loss(minibatch, token_losses, args):
-    """Of completions that are trained, lists of token losses, and how many there are in all."""
+def grpo_loss(update, args):
+    """Loss of a minibatch, and flags of is_clipped for all trained tokens."""
+    token_losses = []  # one list per trained completion
+    flags = []
+    for rollout in update.minibatch:
+        if args.mask_truncated and not rollout.finished:
+            continue
+        losses = []
+        logprobs = update.logprobs[rollout.ids]
+        sequence_ratio = mean(x - old for x, old in zip(logprobs, rollout.old)).exp()
+        for t, logprob in enumerate(logprobs):
+            token_ratio = (logprob - rollout.old[t]).exp()
+            ratio = sequence_ratio if args.ratio == "sequence" else token_ratio
+            kl_loss = grpo_kl_loss(logprob - rollout.ref[t], token_ratio, args)
+            losses.append(kl_loss - surrogate(ratio, rollout.advantage, args))
+            flags.append(is_clipped(ratio, rollout.advantage, args))
+        token_losses.append(losses)
     if args.loss_aggregation == "token":
-        return mean(loss for losses in token_losses for loss in losses)
-    if args.loss_aggregation == "constant":
-        return sum(map(sum, token_losses)) / (len(minibatch) * args.max_completion_length)
-    return mean(mean(losses) for losses in token_losses)
+        loss = mean(itertools.chain(*token_losses))
+    elif args.loss_aggregation == "constant":
+        total = sum(itertools.chain(*token_losses))
+        loss = total / (len(update.minibatch) * args.max_completion_length)
+    else:
+        loss = mean(map(mean, token_losses))
+    return loss, flags
 
 
 @pytest.mark.parametrize("flags", GRPO_FLAGS.values(), ids=GRPO_FLAGS)
@@ -812,34 +882,9 @@ def test_grpo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
     """The gradient of every step, and every metric."""
     args, steps = online_steps(grpo, models, tmp_path, monkeypatch, **flags)
     for step in steps:
-        grpo_advantages(step.rollouts, args)
-        step_losses = []
-        clipped = []
-        for update in step.updates:
-            token_losses = []
-            for rollout in update.minibatch:
-                if args.mask_truncated and not rollout.finished:
-                    continue
-                losses = []
-                logps = update.logps[rollout.ids]
-                of_sequence = mean(logp - old for logp, old in zip(logps, rollout.old)).exp()
-                for t, logp in enumerate(logps):
-                    ratio = (logp - rollout.old[t]).exp()
-                    factor = ratio if args.kl_ratio else 1.0
-                    ratio = of_sequence if args.ratio == "sequence" else ratio
-                    loss = -surrogate(ratio, rollout.advantage, args)
-                    losses.append(loss + factor * grpo_kl_loss(logp - rollout.ref[t], args))
-                    clipped.append(is_clipped(ratio, rollout.advantage, args))
-                token_losses.append(losses)
-            loss = grpo_loss(update.minibatch, token_losses, args)
-            check_gradient(update, loss)
-            step_losses.append(loss)
-        expected = {
-            "loss": mean(step_losses),
-            "reward": mean(rollout.total_reward for rollout in step.rollouts),
-        }
-        check_logged(step.row, expected)
-        check_count(step.row["clip_fraction"], clipped)
+        set_grpo_advantages(step.rollouts, args)
+        check_shared_metrics(step.row, step.rollouts, args)
+        check_losses(step, lambda update: grpo_loss(update, args))
 
 
 RLOO_FLAGS = {
@@ -848,10 +893,25 @@ RLOO_FLAGS = {
 }
 
 
+def rloo_loss(update, args):
+    """Loss of a minibatch, and flags of is_clipped for all tokens.
+
+    A completion is one action. Its ratio is a constant factor, and the clip removes the gradient of
+    the whole completion."""
+    losses = []
+    flags = []
+    for rollout in update.minibatch:
+        logprob = update.logprobs[rollout.ids].sum()
+        ratio = (logprob - sum(rollout.old)).exp().item()
+        flag = is_clipped(ratio, rollout.advantage, args)
+        losses.append(-rollout.advantage * ratio * logprob * (flag is not True))
+        flags += [flag] * len(rollout.completion)
+    return mean(losses), flags
+
+
 @pytest.mark.parametrize("flags", RLOO_FLAGS.values(), ids=RLOO_FLAGS)
 def test_rloo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
-    """The gradient of every step, and every metric. A completion is one action: its ratio is a
-    factor, and the clip takes its gradient away whole."""
+    """The gradient of every step, and every metric."""
     args, steps = online_steps(rloo, models, tmp_path, monkeypatch, **flags)
     for step in steps:
         for group in groups_of(step.rollouts):
@@ -862,30 +922,13 @@ def test_rloo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
                 rollout.advantage = rollout.total_reward
                 if args.baseline == "leave-one-out":
                     rollout.advantage -= mean(others)
-        step_losses = []
-        clipped = []
-        for update in step.updates:
-            losses = []
-            for rollout in update.minibatch:
-                logp = update.logps[rollout.ids].sum()
-                ratio = (logp - sum(rollout.old)).exp().item()
-                flag = is_clipped(ratio, rollout.advantage, args)
-                clipped += [flag] * len(rollout.completion)
-                losses.append(-rollout.advantage * ratio * logp * (flag is not True))
-            check_gradient(update, mean(losses))
-            step_losses.append(mean(losses))
-        expected = {
-            "loss": mean(step_losses),
-            "reward": mean(rollout.total_reward for rollout in step.rollouts),
-        }
-        check_logged(step.row, expected)
-        check_count(step.row["clip_fraction"], clipped)
+        check_shared_metrics(step.row, step.rollouts, args)
+        check_losses(step, lambda update: rloo_loss(update, args))
 
 
 @pytest.mark.parametrize("script", [ppo, grpo, rloo])
-def test_ratio_max_dev_is_of_the_first_update_alone(models, tmp_path, monkeypatch, script):
-    """Of the first update alone: where the forward that trains gives log-probs 0.03 above those
-    that were taken before, it is exp(0.03) - 1."""
+def test_ratio_max_dev_covers_only_the_first_update(models, tmp_path, monkeypatch, script):
+    """Log-probs that are 0.03 higher with gradient than without give exp(0.03) - 1."""
     inner = script.token_logprobs_and_entropy
 
     def forward(model, batch, temperature):
@@ -899,7 +942,7 @@ def test_ratio_max_dev_is_of_the_first_update_alone(models, tmp_path, monkeypatc
         assert row["ratio_max_dev"] == pytest.approx(math.exp(0.03) - 1, rel=1e-2)
 
 
-# ---------------------------------------------------------------- data sets
+# ---------------------------------------------------------------- fixed data
 def offline_args(script, model, folder, rows, held_out, **flags):
     settings = dict(
         model=str(model),
@@ -908,7 +951,7 @@ def offline_args(script, model, folder, rows, held_out, **flags):
         output_dir=str(folder / "run"),
         epochs=2,
         batch_size=4,
-        micro_batch_tokens=24 if script is sft else 60,  # (of pairs, two or more)
+        micro_batch_tokens=24 if script is sft else 60,  # at least two pairs
         learning_rate=2e-3,
         warmup_steps=1,
         max_grad_norm=0.5,
@@ -918,17 +961,18 @@ def offline_args(script, model, folder, rows, held_out, **flags):
 
 
 def check_offline(record, args, taken, data):
-    """What holds of sft, reward_model and dpo, with what their steps took: batches of two epochs,
-    the last one smaller; the schedule; the updates."""
+    """Check batches, learning rates and updates of sft, reward_model or dpo.
+
+    `taken` has the rows of each batch. The run has two epochs, and the last batch is smaller if the
+    rows do not divide evenly."""
     n = len(data)
     size = args.batch_size
     assert [len(batch) for batch in taken] == [min(size, 2 * n - i) for i in range(0, 2 * n, size)]
-    # (within a batch micro-batches have an order of their own)
-    batches = [sorted(batch) for batch in taken]
+    batches = [sorted(batch) for batch in taken]  # micro-batches change the order within a batch
     assert sorted(sum(batches, [])) == sorted([*data, *data])
     first_epoch = sum(batches[: n // size], [])
-    assert len(set(first_epoch)) == len(first_epoch), "no row comes again before all have come"
-    assert batches[0] != sorted(data[:size]), "in an order that is not the file's"
+    assert len(set(first_epoch)) == len(first_epoch), "a row is repeated within an epoch"
+    assert batches[0] != sorted(data[:size]), "the order is that of the file"
     if n % size == 0:
         assert not any(batch in batches[: n // size] for batch in batches[n // size :])
     rates = [row["learning_rate"] for row in record.rows]
@@ -938,38 +982,10 @@ def check_offline(record, args, taken, data):
         check_logged(row, {"grad_norm": update.norm})
 
 
-def evaluations_of(record):
-    """Before the first step and after the last: row, calls of `sample`, and the weights of then."""
-    before = record.updates[0].exact
-    after = float64_copy(record.updates[0].model)
-    return [
-        (record.before, record.samples[:2], before),
-        (record.rows[-1], record.samples[-2:], after),
-    ]
-
-
-def check_completions(row, calls, longest, policy=None, reference=None):
-    """A greedy and a sampled completion of each held-out prompt, the latter at temperature 1, as
-    long as the longest that is held out."""
-    greedy, sampled = calls
-    assert (greedy.num_generations, greedy.temperature) == (1, 0.0)
-    assert (sampled.num_generations, sampled.temperature) == (1, 1.0)
-    assert greedy.max_new_tokens == sampled.max_new_tokens == longest
-    pairs = list(zip(sampled.prompts, sampled.completions, strict=True))
-    golds = list(zip(greedy.prompts, greedy.completions, strict=True))
-    expected = {
-        "eval/gold": mean(gold_of(*pair) for pair in pairs),
-        "eval/gold_greedy": mean(gold_of(*pair) for pair in golds),
-        "eval/eos_rate": mean(completion[-1] == EOS for _, completion in pairs),
-        "eval/completion_length": mean(len(completion) for _, completion in pairs),
-    }
-    if policy is not None:
-        with torch.no_grad():
-            expected["eval/kl"] = mean(
-                (token_log_probs(policy, *pair) - token_log_probs(reference, *pair)).sum()
-                for pair in pairs
-            )
-    check_logged(row, expected)
+def check_offline_completions(row, calls, longest, policy, reference=None):
+    """Check the completions of an evaluation, which may be as long as the longest held-out one."""
+    assert [call.max_new_tokens for call in calls] == [longest, longest]
+    check_completions(row, calls, policy, reference, scorers=dict(gold=gold_of))
 
 
 # ---------------------------------------------------------------- sft
@@ -992,7 +1008,7 @@ HELD_OUT_CONVERSATIONS = [
 
 
 def masked_ids(turns, train_on):
-    """A conversation's ids, and 1 where they are trained: on EOS, too."""
+    """Ids of a conversation, and a mask that is 1 where they are trained, EOS included."""
     ids = []
     mask = []
     for i, (prompt, completion) in enumerate(turns):
@@ -1004,7 +1020,10 @@ def masked_ids(turns, train_on):
     return tuple(ids), mask
 
 
-def messages_of(turns):
+def row_of(turns, form):
+    if form == "text":
+        ((prompt, completion),) = turns
+        return dict(prompt=f"{prompt}>", completion=completion)
     messages = []
     for prompt, completion in turns:
         messages.append(dict(role="user", content=prompt))
@@ -1012,50 +1031,48 @@ def messages_of(turns):
     return dict(messages=messages)
 
 
-def trained_nlls(model, ids, mask):
-    """(n,): of the tokens of a sequence that are trained."""
-    logps = token_log_probs(model, ids[:1], ids[1:])
-    return -logps[torch.tensor(mask[1:]).bool()]
+def trained_nll(model, sequences):
+    """Mean NLL over the trained tokens of all sequences, pairs of ids and mask."""
+    nlls = []
+    for ids, mask in sequences:
+        logprobs = token_logprobs(model, ids[:1], ids[1:])
+        nlls.append(-logprobs[torch.tensor(mask[1:]).bool()])
+    return torch.cat(nlls).mean()
 
 
 @pytest.mark.parametrize("form, train_on", [("text", "last"), ("chat", "last"), ("chat", "all")])
 def test_sft_step_is_the_formula(models, tmp_path, monkeypatch, form, train_on):
-    """The gradient of every step, and every metric: means over the tokens of the batch, in the
-    evaluation over those of all held-out rows."""
+    """The gradient of every step, and every metric.
+
+    The loss is a mean over the trained tokens of a batch. The evaluation takes the mean over all
+    held-out rows."""
     conversations = CONVERSATIONS
-    model = models / "chat"
-    rows = [messages_of(turns) for turns in conversations]
-    if form == "text":
-        conversations = [turns[-1:] for turns in conversations]
-        model = models / "policy"
-        rows = [dict(prompt=f"{p}>", completion=c) for ((p, c),) in conversations]
-    held_out = [messages_of(turns) for turns in HELD_OUT_CONVERSATIONS]
     held_out_conversations = HELD_OUT_CONVERSATIONS
-    if form == "text":
-        held_out_conversations = [turns[-1:] for turns in HELD_OUT_CONVERSATIONS]
-        held_out = [dict(prompt=f"{p}>", completion=c) for ((p, c),) in held_out_conversations]
     flags = dict(train_on=train_on)
     if form == "text":
+        conversations = [turns[-1:] for turns in conversations]
+        held_out_conversations = [turns[-1:] for turns in held_out_conversations]
         flags |= dict(weight_decay=0.0, max_grad_norm=0.0, batch_size=3)
+    rows = [row_of(turns, form) for turns in conversations]
+    held_out = [row_of(turns, form) for turns in held_out_conversations]
+    model = models / ("policy" if form == "text" else "chat")
     args = offline_args(sft, model, tmp_path, rows, held_out, **flags)
     record = run(sft, args, monkeypatch, models)
     masks = dict(masked_ids(turns, train_on) for turns in conversations)
     check_offline(record, args, [update.sequences for update in record.updates], list(masks))
     for row, update in zip(record.rows, record.updates):
-        nlls = [trained_nlls(update.exact, ids, masks[ids]) for ids in update.sequences]
-        loss = torch.cat(nlls).mean()
+        loss = trained_nll(update.exact, [(ids, masks[ids]) for ids in update.sequences])
         check_gradient(update, loss)
         check_logged(row, {"loss": loss})
     held_out = [masked_ids(turns, train_on) for turns in held_out_conversations]
+    longest = max(len(turns[-1][1]) + 1 for turns in held_out_conversations)
     for row, calls, policy in evaluations_of(record):
         with torch.no_grad():
-            nlls = [trained_nlls(policy, ids, mask) for ids, mask in held_out]
-        check_logged(row, {"eval/loss": torch.cat(nlls).mean()})
-        longest = max(len(turns[-1][1]) + 1 for turns in held_out_conversations)
-        check_completions(row, calls, longest)
+            check_logged(row, {"eval/loss": trained_nll(policy, held_out)})
+        check_offline_completions(row, calls, longest, policy)
 
 
-# ---------------------------------------------------------------- pairs
+# ---------------------------------------------------------------- reward_model
 PAIRS = [  # prompt, chosen, rejected, margin
     ("ab", "ba", "cdefgh", 0.0),
     ("c", "defghijk", "a", 0.5),
@@ -1068,107 +1085,7 @@ PAIRS = [  # prompt, chosen, rejected, margin
     ("n", "opq", "opqrstu", 2.0),
 ]
 HELD_OUT_PAIRS = [("ab", "c", "dc", 0.0), ("defg", "hi", "jklmnopq", 1.0), ("u", "vwxy", "", 0.5)]
-
-
-def pair_rows(pairs):
-    return [dict(prompt=f"{p}>", chosen=c, rejected=r, margin=m) for p, c, r, m in pairs]
-
-
-def pair_ids(pair):
-    """Ids of the prompt, the chosen and the rejected completion."""
-    prompt, chosen, rejected, _ = pair
-    return ids_of(f"{prompt}>"), ids_of(f"{chosen}$"), ids_of(f"{rejected}$")
-
-
-def pairs_of(update):
-    """The pairs that an update saw; chosen and rejected side by side."""
-    known = {}
-    for pair in PAIRS:
-        prompt, chosen, rejected = pair_ids(pair)
-        known[(*prompt, *chosen), (*prompt, *rejected)] = pair
-    sequences = update.sequences
-    return [known[pair] for pair in zip(sequences[0::2], sequences[1::2], strict=True)]
-
-
-def log_sigmoid(x):
-    return -(1 + (-x).exp()).log()
-
-
-def is_ahead(chosen, rejected):
-    """A tie counts half."""
-    return 0.5 if chosen == rejected else float(chosen > rejected)
-
-
-def binomial_error(share, n):
-    return math.sqrt(share * (1 - share) / n)
-
-
-# ---------------------------------------------------------------- reward_model
-def pair_scores(model, pair):
-    """Of chosen and rejected: the head at the last token, EOS."""
-    prompt, chosen, rejected = pair_ids(pair)
-    head = model.score.weight[0]
-    return [hidden_states(model, prompt + ids)[-1] @ head for ids in (chosen, rejected)]
-
-
-@pytest.mark.parametrize("center_coef", [0.0, 0.3])
-def test_reward_model_step_is_the_formula(models, tmp_path, monkeypatch, center_coef):
-    """The gradient of every step, and every metric; the head that it starts from."""
-    flags = dict(center_coef=center_coef)
-    if center_coef == 0.0:
-        flags |= dict(weight_decay=0.0, max_grad_norm=0.0, batch_size=3)
-    rows = pair_rows(PAIRS)
-    held_out = pair_rows(HELD_OUT_PAIRS)
-    args = offline_args(reward_model, models / "policy", tmp_path, rows, held_out, **flags)
-    record = run(reward_model, args, monkeypatch, models)
-    taken = [pairs_of(update) for update in record.updates]
-    check_offline(record, args, taken, PAIRS)
-
-    head = record.updates[0].weights["score.weight"]
-    of_one = torch.empty(1, WIDTH)
-    of_one.normal_(generator=reward_model.generator(args.seed, "head"))
-    assert torch.allclose(head, of_one.double() / math.sqrt(WIDTH + 1), rtol=1e-4)
-
-    for row, update, pairs in zip(record.rows, record.updates, taken):
-        losses = []
-        differences = []
-        ahead = []
-        for pair in pairs:
-            chosen, rejected = pair_scores(update.exact, pair)
-            loss = -log_sigmoid(chosen - rejected - pair[3])
-            losses.append(loss + center_coef * (chosen + rejected) ** 2)
-            differences.append(chosen - rejected)
-            ahead.append(is_ahead(chosen, rejected))
-        check_gradient(update, mean(losses))
-        expected = {"loss": mean(losses), "margin": mean(differences), "accuracy": mean(ahead)}
-        check_logged(row, expected)
-
-    for row, _, model in evaluations_of(record):
-        with torch.no_grad():
-            scores = [pair_scores(model, pair) for pair in HELD_OUT_PAIRS]
-        losses = [-log_sigmoid(c - r - p[3]) for (c, r), p in zip(scores, HELD_OUT_PAIRS)]
-        both = [score.item() for pair in scores for score in pair]
-        accuracy = mean(is_ahead(chosen, rejected) for chosen, rejected in scores)
-        expected = {
-            "eval/loss": mean(losses),
-            "eval/accuracy": accuracy,
-            "eval/accuracy_stderr": binomial_error(accuracy, len(scores)),
-            "eval/top1_accuracy": accuracy,
-            "eval/tied_pairs": 0.0,
-            "eval/margin": mean(c - r for c, r in scores),
-            "eval/score_mean": mean(both),
-            "eval/score_std": math.sqrt(variance(both)),
-        }
-        check_logged(row, expected)
-        if row is record.before:
-            lines = record.samples_before
-            assert [line["labels"] for line in lines] == [[1.0], [0.0]] * len(HELD_OUT_PAIRS)
-            scores = [score for line in lines for score in line["scores"]]
-            assert scores == pytest.approx(both, abs=1e-4)
-
-
-# ---------------------------------------------------------------- reward_model, other data
-COMPARED = [  # a prompt, completions and their scores; None: not judged
+COMPARED = [  # prompt, completions with their scores; None: no score
     ("ab", {"ba": 3.0, "cdefgh": 1.0, "x": 2.0}),
     ("c", {"defghijk": 0.5, "a": -2.0}),
     ("lmn", {"o": 1.0, "pq": 0.0, "rs": None, "tuvw": 1.0, "q": 0.0}),
@@ -1181,10 +1098,11 @@ COMPARED = [  # a prompt, completions and their scores; None: not judged
 ]
 HELD_OUT_COMPARED = [
     ("ab", {"c": 1.0, "dc": 0.0, "cd": 1.0}),
-    ("defg", {"hi": 2.0, "jklmnopq": 0.0, "x": 1.0}),
+    ("defg", {"hi": 2.0, "jklmnopq": 0.0, "yz": 1.0}),
     ("u", {"vwxy": 1.0, "": 0.0}),
 ]
-STEPS = [  # a prompt, the steps of an answer and whether each is right; j stands between steps
+HELD_OUT_TIE = ("xy", {"a": 1.0, "bc": 1.0})  # for --loss outcome
+STEPS = [  # prompt, steps of a completion with their labels; j separates steps
     ("ab", {"ba": True, "cdefgh": False, "x": False}),
     ("c", {"defghi": True}),
     ("lmn", {"o": True, "pq": True, "rs": False, "tuvw": True}),
@@ -1195,8 +1113,10 @@ STEPS = [  # a prompt, the steps of an answer and whether each is right; j stand
     ("yzabcd", {"efg": True, "gfe": False, "feg": False}),
     ("n", {"opq": False, "opqrstu": True}),
 ]
-HELD_OUT_STEPS = [("ab", {"c": True, "dc": False}), ("defg", {"hi": False}), ("u", {"vwxy": True})]
-COMPARISONS = {
+HELD_OUT_STEPS = [("ab", {"cd": True, "c": False}), ("defg", {"hi": False}), ("u", {"vwxy": True})]
+REWARD_MODEL_FLAGS = {
+    "pairs": dict(weight_decay=0.0, max_grad_norm=0.0, batch_size=3),
+    "centered-pairs": dict(center_coef=0.3),
     "bradley-terry": dict(center_coef=0.3),
     "plackett-luce": dict(center_coef=0.3, batch_size=3, weight_decay=0.0, max_grad_norm=0.0),
     "outcome": dict(),
@@ -1205,143 +1125,185 @@ COMPARISONS = {
 }
 
 
-def judged(comparisons, args):
-    """Prompts as rows of a file, and each as its known completions: ids, where their scores are
-    read, what is known there."""
-    rows = []
-    prompts = []
-    for prompt, answers in comparisons:
-        if args["loss"] == "outcome":
-            answers = {text: score and float(score > 0) for text, score in answers.items()}
-        row = {"prompt": f"{prompt}>", "completions": list(answers)}
-        values = list(answers.values())
-        rows.append(row | {"labels" if args["loss"] == "process" else "scores": values})
-        start = len(ids_of(f"{prompt}>"))
-        if args["loss"] == "process":
-            whole = "j".join(answers) + "$"
-            ends = [i for i, letter in enumerate(whole) if letter in "j$"]
-            labels = [float(value) for value in values]
-            known = [(ids_of(f"{prompt}>{whole}"), [start + i for i in ends], labels)]
-        else:
-            known = []
-            for text, score in answers.items():
-                ids = ids_of(f"{prompt}>{text}$")
-                first = start if args.get("outcome_tokens") == "all" else len(ids) - 1
-                read = list(range(first, len(ids)))
-                if score is not None:
-                    known.append((ids, read, [score] * len(read)))
-        prompts.append(known)
-    return rows, prompts
+def pair_rows(pairs):
+    return [dict(prompt=f"{p}>", chosen=c, rejected=r, margin=m) for p, c, r, m in pairs]
 
 
-def read_scores(model, prompts):
-    """Of each completion of each prompt: scores where they are read."""
+def comparison(row, args):
+    """Completions of a row that have labels, as (ids, positions of the labels, labels)."""
+    prompt = row["prompt"]
+    if args.loss == "process":
+        text = prompt + "j".join(row["completions"]) + "$"
+        ends = [i for i, letter in enumerate(text) if i >= len(prompt) and letter in "j$"]
+        return [(ids_of(text), ends, [float(label) for label in row["labels"]])]
+    completions = row.get("completions") or [row["chosen"], row["rejected"]]
+    completions_with_labels = []
+    for completion, label in zip(completions, row.get("scores", [1.0, 0.0])):
+        ids = ids_of(f"{prompt}{completion}$")
+        first = len(prompt) if args.outcome_tokens == "all" else len(ids) - 1
+        if label is not None:
+            ends = list(range(first, len(ids)))
+            completions_with_labels.append((ids, ends, [label] * len(ends)))
+    return completions_with_labels
+
+
+def read_scores(model, comparisons):
+    """Scores at the labels, for each completion of each prompt."""
     head = model.score.weight[0]
     return [
-        [[hidden_states(model, ids)[i] @ head for i in read] for ids, read, _ in known]
-        for known in prompts
+        [[hidden_states(model, ids)[i] @ head for i in ends] for ids, ends, _ in completions]
+        for completions in comparisons
     ]
 
 
-def pairs_by_rank(scores, known):
-    """(better, worse) scores of a prompt, at last tokens."""
-    labels = [labels[-1] for _, _, labels in known]
-    n = range(len(labels))
-    return [(scores[i][-1], scores[j][-1]) for i in n for j in n if labels[i] > labels[j]]
+def flat_scores(scores):
+    """Plain numbers, in the order of the data."""
+    return [score.item() for rows in scores for row in rows for score in row]
 
 
-def comparison_loss(loss_type, scores, prompts, center_coef):
-    """As the papers have it, prompt by prompt."""
-    if loss_type in ("outcome", "process"):
-        losses = []
-        for prompt_scores, known in zip(scores, prompts):
-            for row, (_, _, labels) in zip(prompt_scores, known):
-                for score, label in zip(row, labels):
-                    losses.append(-log_sigmoid(score if label else -score))
-        return mean(losses)
+def ranked_pairs(scores, completions):
+    """Last scores (better, worse) of all pairs of a prompt with different labels."""
+    last = [(labels[-1], row[-1]) for row, (_, _, labels) in zip(scores, completions)]
+    return [(a, b) for label, a in last for other, b in last if label > other]
+
+
+def log_sigmoid(x):
+    return -(1 + (-x).exp()).log()
+
+
+def comparison_loss(args, scores, comparisons, margins, center_coef):
+    """Loss by the formulas of the papers, prompt by prompt."""
     losses = []
-    for prompt_scores, known in zip(scores, prompts):
-        pairs = pairs_by_rank(prompt_scores, known)
+    for prompt_scores, completions, margin in zip(scores, comparisons, margins):
+        labeled = [(row, labels) for row, (_, _, labels) in zip(prompt_scores, completions)]
+        if args.loss in ("outcome", "process"):
+            for row, labels in labeled:
+                losses += [-log_sigmoid(s if label else -s) for s, label in zip(row, labels)]
+            continue
+        pairs = ranked_pairs(prompt_scores, completions)
         loss = center_coef * mean((a + b) ** 2 for a, b in pairs)
-        if loss_type == "bradley-terry":
-            loss = loss - mean(log_sigmoid(a - b) for a, b in pairs)
+        if args.loss == "bradley-terry":
+            loss = loss - mean(log_sigmoid(a - b - margin) for a, b in pairs)
         else:
-            for own, (_, _, labels) in zip(prompt_scores, known):
-                below = [s[-1].exp() for s, x in zip(prompt_scores, known) if x[2][-1] < labels[-1]]
-                loss = loss - (own[-1].exp() / (own[-1].exp() + sum(below))).log()
+            for (*_, own), (*_, label) in labeled:
+                below = [row[-1].exp() for row, labels in labeled if labels[-1] < label]
+                loss = loss - (own.exp() / (own.exp() + sum(below))).log()
         losses.append(loss)
     return mean(losses)
 
 
-def comparison_metrics(loss_type, scores, prompts, is_held_out):
+def comparison_metrics(args, scores, comparisons, is_held_out):
     metrics = {}
-    pairs = [pairs_by_rank(*each) for each in zip(scores, prompts)]
-    pairs = [each for each in pairs if each]
-    if loss_type in ("outcome", "process"):
-        read = [s for prompt_scores in scores for row in prompt_scores for s in row]
-        labels = [label for known in prompts for _, _, row in known for label in row]
-        metrics["label_accuracy"] = mean(float((s > 0) == (x == 1)) for s, x in zip(read, labels))
-        metrics["brier"] = mean((1 / (1 + (-s).exp()) - x) ** 2 for s, x in zip(read, labels))
+    numbers = flat_scores(scores)
+    labels = [label for completions in comparisons for _, _, row in completions for label in row]
+    pairs = [ranked_pairs(*both) for both in zip(scores, comparisons)]
+    pairs = [prompt_pairs for prompt_pairs in pairs if prompt_pairs]
+    if args.loss in ("outcome", "process"):
+        right = [is_ahead(s, 0.0) == label for s, label in zip(numbers, labels)]
+        errors = [1 / (1 + math.exp(-s)) - label for s, label in zip(numbers, labels)]
+        metrics["label_accuracy"] = mean(right)
+        metrics["brier"] = mean(error**2 for error in errors)
     if pairs and (is_held_out or "label_accuracy" not in metrics):
         metrics["accuracy"] = mean(mean(is_ahead(*pair) for pair in each) for each in pairs)
         metrics["margin"] = mean(mean(a - b for a, b in each) for each in pairs)
+    if is_held_out:
+        metrics["score_mean"] = mean(numbers)
+        metrics["score_std"] = math.sqrt(variance(numbers))
+    if pairs and is_held_out:
+        best = []
+        is_tied = []
+        for prompt_scores, completions in zip(scores, comparisons):
+            last = [row_labels[-1] for _, _, row_labels in completions]
+            is_tied += [float(a == b) for a, b in itertools.combinations(last, 2)]
+            if len(set(last)) > 1:
+                top = max(range(len(last)), key=lambda i, rows=prompt_scores: rows[i][-1])
+                best.append(float(last[top] == max(last)))
+        metrics["top1_accuracy"] = mean(best)
+        metrics["tied_pairs"] = mean(is_tied)
+        metrics["accuracy_stderr"] = binomial_error(metrics["accuracy"], len(pairs))
     return metrics
 
 
-@pytest.mark.parametrize("flags", COMPARISONS.values(), ids=COMPARISONS)
-def test_reward_model_of_more_than_pairs(models, tmp_path, monkeypatch, request, flags):
-    """The gradient of every step, and every metric, of several completions of a prompt, or of the
-    steps of one; what is not judged counts for nothing."""
-    flags = dict(loss=request.node.callspec.id.removesuffix("-all")) | flags
-    if flags["loss"] == "process":
-        rows, prompts = judged(STEPS, flags)
-        held_out_rows, held_out = judged(HELD_OUT_STEPS, flags)
-    else:
-        rows, prompts = judged(COMPARED, flags)
-        # (one without a pair, which only outcome keeps)
-        more = [("xy", {"a": 1.0, "bc": 1.0})] if flags["loss"] == "outcome" else []
-        held_out_rows, held_out = judged(HELD_OUT_COMPARED + more, flags)
-    args = offline_args(reward_model, models / "policy", tmp_path, rows, held_out_rows, **flags)
+def binomial_error(share, n):
+    return math.sqrt(share * (1 - share) / n)
+
+
+def reward_model_rows(name):
+    """Rows of data and held-out rows."""
+    if name.endswith("pairs"):
+        return pair_rows(PAIRS), pair_rows(HELD_OUT_PAIRS)
+    data = [COMPARED, HELD_OUT_COMPARED]
+    if name == "process":
+        data = [STEPS, HELD_OUT_STEPS]
+    elif name.startswith("outcome"):
+        data = [COMPARED, [*HELD_OUT_COMPARED, HELD_OUT_TIE]]
+    both = []
+    for comparisons in data:
+        rows = []
+        for prompt, answers in comparisons:
+            values = list(answers.values())
+            if name.startswith("outcome"):
+                values = [value and float(value > 0) for value in values]
+            column = "labels" if name == "process" else "scores"
+            rows.append({"prompt": f"{prompt}>", "completions": list(answers), column: values})
+        both.append(rows)
+    return both
+
+
+@pytest.mark.parametrize("name, flags", REWARD_MODEL_FLAGS.items(), ids=REWARD_MODEL_FLAGS)
+def test_reward_model_step_is_the_formula(models, tmp_path, monkeypatch, name, flags):
+    """The initial head, the gradient of every step, and every metric.
+
+    For pairs, rankings and labels of completions, and labels of steps. Completions without a score
+    change nothing."""
+    loss_type = "bradley-terry" if name.endswith("pairs") else name.removesuffix("-all")
+    rows, held_out_rows = reward_model_rows(name)
+    args = offline_args(
+        reward_model,
+        models / "policy",
+        tmp_path,
+        rows,
+        held_out_rows,
+        loss=loss_type,
+        **flags,
+    )
+    comparisons = [comparison(row, args) for row in rows]
+    held_out = [comparison(row, args) for row in held_out_rows]
     record = run(reward_model, args, monkeypatch, models)
-    number_of = {tuple(ids): n for n, known in enumerate(prompts) for ids, _, _ in known}
+    numbers = {tuple(ids): i for i, known in enumerate(comparisons) for ids, _, _ in known}
     taken = []
     for update in record.updates:
-        numbers = {number_of[ids] for ids in update.sequences}
-        everything = sorted(tuple(ids) for n in numbers for ids, _, _ in prompts[n])
-        assert sorted(update.sequences) == everything, "all of a prompt's, once each"
-        taken.append(sorted(numbers))
-    check_offline(record, args, taken, list(range(len(prompts))))
+        batch = sorted({numbers[ids] for ids in update.sequences})
+        expected = [tuple(ids) for i in batch for ids, _, _ in comparisons[i]]
+        assert sorted(update.sequences) == sorted(expected), "completions of a prompt are separated"
+        taken.append(batch)
+    check_offline(record, args, taken, list(range(len(rows))))
 
-    for row, update, numbers in zip(record.rows, record.updates, taken):
-        batch = [prompts[n] for n in numbers]
-        scores = read_scores(update.exact, batch)
-        loss = comparison_loss(args.loss, scores, batch, args.center_coef)
+    head = torch.empty(1, WIDTH).normal_(generator=common.generator(args.seed, "head"))
+    expected = head.double() / math.sqrt(WIDTH + 1)
+    assert torch.allclose(record.updates[0].exact.score.weight, expected, rtol=1e-4)
+
+    for row, update, batch in zip(record.rows, record.updates, taken):
+        known = [comparisons[i] for i in batch]
+        margins = [rows[i].get("margin", 0.0) for i in batch]
+        scores = read_scores(update.exact, known)
+        loss = comparison_loss(args, scores, known, margins, args.center_coef)
         check_gradient(update, loss)
-        expected = comparison_metrics(args.loss, scores, batch, is_held_out=False)
-        check_logged(row, {"loss": loss} | expected)
+        check_logged(row, {"loss": loss} | comparison_metrics(args, scores, known, False))
 
+    margins = [row.get("margin", 0.0) for row in held_out_rows]
     for row, _, model in evaluations_of(record):
         with torch.no_grad():
             scores = read_scores(model, held_out)
-        expected = comparison_metrics(args.loss, scores, held_out, is_held_out=True)
-        expected["loss"] = comparison_loss(args.loss, scores, held_out, 0.0)
-        if args.loss != "process":
-            compared = held_out[: len(HELD_OUT_COMPARED)]
-            best = [max(range(len(s)), key=lambda i, s=s: s[i][-1]) for s in scores]
-            labels = [[labels[-1] for _, _, labels in known] for known in compared]
-            expected["top1_accuracy"] = mean(
-                float(each[i] == max(each)) for i, each in zip(best, labels)
-            )
-            expected["tied_pairs"] = 3 / 8 if args.loss == "outcome" else 1 / 7
-            error = binomial_error(expected["accuracy"], len(compared))
-            expected["accuracy_stderr"] = error
-        read = [number(s) for each in scores for row_scores in each for s in row_scores]
-        expected["score_mean"] = mean(read)
-        expected["score_std"] = math.sqrt(variance(read))
+        expected = comparison_metrics(args, scores, held_out, is_held_out=True)
+        expected["loss"] = comparison_loss(args, scores, held_out, margins, center_coef=0.0)
         check_logged(row, {f"eval/{name}": value for name, value in expected.items()})
         if row is record.before:
             lines = record.samples_before
-            assert [x for line in lines for x in line["scores"]] == pytest.approx(read, abs=1e-4)
+            labels = [labels for known in held_out for _, _, labels in known]
+            assert [line["labels"] for line in lines] == labels
+            logged = [score for line in lines for score in line["scores"]]
+            assert logged == pytest.approx(flat_scores(scores), abs=1e-4)
 
 
 # ---------------------------------------------------------------- dpo
@@ -1361,16 +1323,32 @@ DPO_FLAGS = {
 }
 
 
-def odds(logp):
-    return logp.exp() / (1 - logp.exp())
+def pair_ids(pair):
+    """Ids of the prompt, the chosen and the rejected completion."""
+    prompt, chosen, rejected, _ = pair
+    return ids_of(f"{prompt}>"), ids_of(f"{chosen}$"), ids_of(f"{rejected}$")
+
+
+def pairs_of(update):
+    """The pairs of an update; chosen and rejected must be adjacent."""
+    known = {}
+    for pair in PAIRS:
+        prompt, chosen, rejected = pair_ids(pair)
+        known[(*prompt, *chosen), (*prompt, *rejected)] = pair
+    sequences = update.sequences
+    return [known[pair] for pair in zip(sequences[0::2], sequences[1::2], strict=True)]
+
+
+def odds(logprob):
+    return logprob.exp() / (1 - logprob.exp())
 
 
 def preference(policy, reference, pair, args):
-    """Loss of a pair, and what is logged of it, by the papers' formulas."""
+    """Loss and metrics of a pair by the formulas of the papers."""
     prompt, chosen, rejected = pair_ids(pair)
-    w, l = (token_log_probs(policy, prompt, ids) for ids in (chosen, rejected))  # noqa: E741
+    w, l = (token_logprobs(policy, prompt, ids) for ids in (chosen, rejected))  # noqa: E741
     with torch.no_grad():
-        ref_w, ref_l = (token_log_probs(reference, prompt, ids) for ids in (chosen, rejected))
+        ref_w, ref_l = (token_logprobs(reference, prompt, ids) for ids in (chosen, rejected))
     logratios = (w - ref_w).sum(), (l - ref_l).sum()
     if args.loss_type in ("sigmoid", "sigmoid-norm"):
         lengths = (len(w), len(l)) if args.loss_type == "sigmoid-norm" else (1, 1)
@@ -1401,118 +1379,106 @@ def preference(policy, reference, pair, args):
     return logged
 
 
-def mean_of_each(logged):
+def mean_preference(policy, reference, pairs, args):
+    logged = [preference(policy, reference, pair, args) for pair in pairs]
     return {name: mean(values[name] for values in logged) for name in logged[0]}
 
 
 @pytest.mark.parametrize("flags", DPO_FLAGS.values(), ids=DPO_FLAGS)
 def test_dpo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
-    """The gradient of every step, and every metric, with a reference that the policy does not start
-    from."""
+    """The gradient of every step, and every metric.
+
+    The reference is not the initial policy."""
     rows = pair_rows(PAIRS)
     held_out = pair_rows(HELD_OUT_PAIRS)
     args = offline_args(dpo, models / "policy", tmp_path, rows, held_out, **flags)
     record = run(dpo, args, monkeypatch, models)
-    reference = reference_of(models)
+    reference = load_reference(models)
     taken = [pairs_of(update) for update in record.updates]
     check_offline(record, args, taken, PAIRS)
     for row, update, pairs in zip(record.rows, record.updates, taken):
-        expected = mean_of_each([preference(update.exact, reference, p, args) for p in pairs])
+        expected = mean_preference(update.exact, reference, pairs, args)
         check_gradient(update, expected["loss"])
         check_logged(row, expected)
         assert ("chosen_logratio" in row) == ("chosen_logratio" in expected)
+    longest = max(len(ids) for pair in HELD_OUT_PAIRS for ids in pair_ids(pair)[1:])
     for row, calls, policy in evaluations_of(record):
         with torch.no_grad():
-            logged = [preference(policy, reference, pair, args) for pair in HELD_OUT_PAIRS]
-        expected = {f"eval/{name}": value for name, value in mean_of_each(logged).items()}
-        error = binomial_error(expected["eval/accuracy"], len(HELD_OUT_PAIRS))
-        check_logged(row, expected | {"eval/accuracy_stderr": error})
-        longest = max(len(ids) for pair in HELD_OUT_PAIRS for ids in pair_ids(pair)[1:])
-        check_completions(row, calls, longest, policy, reference)
+            expected = mean_preference(policy, reference, HELD_OUT_PAIRS, args)
+        expected["accuracy_stderr"] = binomial_error(expected["accuracy"], len(HELD_OUT_PAIRS))
+        check_logged(row, {f"eval/{name}": value for name, value in expected.items()})
+        check_offline_completions(row, calls, longest, policy, reference)
 
 
 # ---------------------------------------------------------------- rejection_sampling
-def best_of(numbers, values, n):
-    """Mean value of the best of n, over all subsets of n."""
-    subsets = list(itertools.combinations(range(len(numbers)), n))
-    return mean(values[max(subset, key=lambda i: (numbers[i], -i))] for subset in subsets)
+def best_of(n, scores, values):
+    """Mean value of the best-scored of n, over all subsets of size n."""
+    subsets = list(itertools.combinations(range(len(scores)), n))
+    return mean(values[max(subset, key=lambda i: (scores[i], -i))] for subset in subsets)
 
 
 def selected_of(groups, args):
-    """The completions to be trained, of groups of (ids, score, gold)."""
-    selected = []
-    everything = []
-    for group in groups:
-        usable = [x for x in group if x.score is not None and x.score >= args.min_score]
-        everything += usable
-        if usable:
-            selected.append(max(usable, key=lambda x: x.score))  # the first in a tie
-    if args.select == "top-k":
-        return sorted(everything, key=lambda x: -x.score)[: args.select_k]
-    return selected
+    """Completions to train on; the first one wins a tie."""
+    usable = [
+        [x for x in group if x.score is not None and x.score >= args.min_score] for group in groups
+    ]
+    if args.select_k is not None:
+        return sorted(sum(usable, []), key=lambda x: -x.score)[: args.select_k]
+    return [max(group, key=lambda x: x.score) for group in usable if group]
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         dict(min_score=0.5, max_grad_norm=0.5, weight_decay=0.1),
-        dict(min_score=-0.5, select="top-k", select_k=5, max_grad_norm=0.0),
+        dict(min_score=-0.5, select_k=5, max_grad_norm=0.0),
     ],
     ids=["top-per-prompt", "top-k"],
 )
 def test_rejection_sampling_step_is_the_formula(models, tmp_path, monkeypatch, flags):
-    """What each iteration selects and trains, the gradient of every step, and every metric.
-    Training is at temperature 1, sampling and the evaluation's KL at --temperature."""
+    """The selection of every iteration, the gradient of every step, and every metric.
+
+    Training uses temperature 1. Sampling and the KL of the evaluation use --temperature."""
     flags = dict(prompts_per_iteration=5, iterations=3, epochs=2, batch_size=3) | flags
     args = online_args(rejection_sampling, models, tmp_path, **flags)
     record = run(rejection_sampling, args, monkeypatch, models)
-    check_evaluations(record, reference_of(models), args)
-    calls = [call for call in record.samples if call.is_rollout]
-    check_order([tuple(prompt) for call in calls for prompt in call.prompts], prompt_ids(PROMPTS))
-    all_rates = [row["learning_rate"] for row in record.rows]
-    check_updates(record.updates, args, all_rates, eps=1e-8)
+    calls = check_sampling(record, load_reference(models), args)
+    check_updates(record.updates, args, [row["learning_rate"] for row in record.rows], eps=1e-8)
     step = 0
     for iteration, call in enumerate(calls, 1):
-        assert (call.num_generations, call.temperature) == (G, args.temperature)
-        groups = []
-        for i, prompt in enumerate(call.prompts):
-            groups.append(
-                [
-                    SimpleNamespace(
-                        ids=(*prompt, *completion),
-                        mask=[0] * len(prompt) + [1] * len(completion),
-                        score=score_of(prompt, completion),
-                        gold=gold_of(prompt, completion),
-                    )
-                    for completion in call.completions[i * G : (i + 1) * G]
-                ]
+        rollouts = [
+            SimpleNamespace(
+                ids=(*prompt, *completion),
+                mask=[0] * len(prompt) + [1] * len(completion),
+                score=score_of(prompt, completion),
+                gold=gold_of(prompt, completion),
             )
+            for prompt, completion in call.pairs
+        ]
+        groups = groups_of(rollouts)
         selected = selected_of(groups, args)
         num_steps = math.ceil(2 * len(selected) / 3)
         rows = record.rows[step : step + num_steps]
         updates = record.updates[step : step + num_steps]
         assert [row["iteration"] for row in rows] == [iteration] * num_steps
         check_rates([row["learning_rate"] for row in rows], args)
-        taken = [update.sequences for update in updates]
-        assert sorted(sum(taken, [])) == sorted(2 * [x.ids for x in selected])
+        taken = sum([update.sequences for update in updates], [])
+        assert sorted(taken) == sorted(2 * [x.ids for x in selected])
         masks = {x.ids: x.mask for x in selected}
         for row, update in zip(rows, updates):
-            nlls = [trained_nlls(update.exact, ids, masks[ids]) for ids in update.sequences]
-            loss = torch.cat(nlls).mean()
+            loss = trained_nll(update.exact, [(ids, masks[ids]) for ids in update.sequences])
             check_gradient(update, loss)
             check_logged(row, {"loss": loss, "grad_norm": update.norm})
-        judged = [x for group in groups for x in group if x.score is not None]
-        expected = {
-            "score": mean(x.score for x in judged),
-            "gold": mean(x.gold for x in judged),
-            "selected_score": mean(x.score for x in selected),
-            "selected_gold": mean(x.gold for x in selected),
-        }
+        scored = [x for x in rollouts if x.score is not None]
         whole = [group for group in groups if all(x.score is not None for x in group)]
-        for n in (1, 2):
-            for name in ("score", "gold"):
+        expected = {}
+        for name in ("score", "gold"):
+            expected[name] = mean(getattr(x, name) for x in scored)
+            expected[f"selected_{name}"] = mean(getattr(x, name) for x in selected)
+            for n in (1, 2):
                 expected[f"best_of_{n}/{name}"] = mean(
-                    best_of([x.score for x in g], [getattr(x, name) for x in g], n) for g in whole
+                    best_of(n, [x.score for x in group], [getattr(x, name) for x in group])
+                    for group in whole
                 )
         check_logged(rows[0], expected)
         assert not any("score" in row for row in rows[1:])

@@ -1,5 +1,4 @@
-"""The built-in task: its rows, which of them are held out, and its exact checker; and GSM8K's
-checker."""
+"""The built-in task: its rows, its held-out rows and its checker; the checker of GSM8K."""
 
 import math
 import random
@@ -8,33 +7,21 @@ import pytest
 
 import common
 import dpo
-import grpo
 import ppo
-import reward_model
 import sft
 
-MAKERS = {
-    "sft": sft.sft_example,
-    "preference": dpo.preference_example,
-    "prompt": grpo.prompt_example,
-}
-KINDS = list(MAKERS)
-ROWS_OF = {"sft": "sft", "preference": "pairs", "prompt": "prompt"}
+KINDS = ["sft", "pairs", "prompts"]
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Fewer rows, to save time."""
+    """Use fewer rows, to save time."""
     for kind in KINDS:
-        monkeypatch.setitem(common.TASK_ROWS, ROWS_OF[kind], 2000)
+        monkeypatch.setitem(common.TASK_ROWS, kind, 2000)
 
 
 def letters(row):
-    """What the prompt asks to put into order."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return prompt.removesuffix(">")
-    return prompt[-1]["content"].split(": ")[-1]
+    return row["prompt"].removesuffix(">")
 
 
 def check(row, completion, finished=True):
@@ -47,15 +34,20 @@ def check(row, completion, finished=True):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_rows(kind, held_out):
     rows = common.task_rows(kind, held_out, seed=1)
-    assert len(rows) == common.TASK_ROWS["held out" if held_out else ROWS_OF[kind]]
+    assert len(rows) == common.TASK_ROWS["held out" if held_out else kind]
     for row in rows:
         assert {"prompt", "answer"} <= row.keys()
         assert row["prompt"].endswith(">")
         assert row["answer"] == "".join(sorted(letters(row)))
         assert len(set(row["answer"]) & set(common.LETTERS)) == len(row["answer"])
-        assert {row[key] for key in row.keys() & {"completion", "chosen"}} <= {row["answer"]}
-        assert ("rejected" in row) == (kind == "preference")
+        assert row.get("chosen", row["answer"]) == row["answer"]
+        assert ({"chosen", "rejected"} <= row.keys()) == (kind == "pairs")
     assert {len(row["answer"]) for row in rows} == {4, 5, 6, 7}
+
+
+def test_rows_of_other_kinds_are_refused():
+    with pytest.raises(KeyError, match="prompt"):
+        common.task_rows("prompt", False, seed=1)
 
 
 def test_no_prompt_of_any_kind_or_seed_is_held_out():
@@ -68,7 +60,7 @@ def test_no_prompt_of_any_kind_or_seed_is_held_out():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_a_function_of_the_seed_and_held_out_ones_of_nothing(kind):
+def test_rows_depend_on_the_seed_and_held_out_rows_do_not(kind):
     rows = common.task_rows(kind, False, 1)
     assert rows == common.task_rows(kind, False, 1)
     assert rows != common.task_rows(kind, False, 2)
@@ -77,9 +69,10 @@ def test_rows_are_a_function_of_the_seed_and_held_out_ones_of_nothing(kind):
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_chosen_is_right_and_rejected_is_not(held_out):
-    """About as many rejected answers are in order as the docstring says, so that order alone does
-    not tell the two apart; most are one letter longer or shorter, or of equal length."""
-    rows = common.task_rows("preference", held_out, 1)
+    """Most rejected answers are sorted and differ in length by at most one letter.
+
+    Order or length alone then does not tell them from chosen ones."""
+    rows = common.task_rows("pairs", held_out, 1)
     for row in rows:
         assert check(row, row["chosen"]) == 1.0 and check(row, row["rejected"]) == 0.0
         assert set(row["rejected"]) <= set(common.LETTERS)
@@ -89,8 +82,8 @@ def test_chosen_is_right_and_rejected_is_not(held_out):
     assert 0.4 < in_order < 0.9
 
 
-def test_wrong_answers_of_every_sort_and_never_the_right_one():
-    """Letters replaced, put in and left out; also where most of that changes nothing."""
+def test_wrong_answers():
+    """Letters are replaced, inserted and dropped. The result is never the right answer."""
     rng = random.Random(0)
     for answer in ("abcd", "aaaa", "ab"):
         wrong = [common.wrong_answer(answer, rng) for _ in range(500)]
@@ -101,19 +94,23 @@ def test_wrong_answers_of_every_sort_and_never_the_right_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_goes_through_the_tokenizer(kind, capsys, monkeypatch):
-    """As the scripts read them: none is dropped, none is held out and trained on."""
-    monkeypatch.setitem(common.TASK_ROWS, ROWS_OF[kind], 300)
+def test_every_row_becomes_an_example(kind, capsys, monkeypatch):
+    """No row is dropped."""
+    monkeypatch.setitem(common.TASK_ROWS, kind, 300)
     monkeypatch.setitem(common.TASK_ROWS, "held out", 100)
-    tokenizer = sft.tiny_tokenizer()
-    args = {"sft": sft.Args, "preference": reward_model.Args, "prompt": ppo.Args}[kind](model="x")
-    args.max_length = args.max_prompt_length = 64
-    examples = common.load_examples(common.TASK, MAKERS[kind], tokenizer, args)
-    held_out = common.load_held_out(MAKERS[kind], tokenizer, args)
+    tokenizer = common.tiny_tokenizer()
+    make_example, Args = {
+        "sft": (sft.sft_example, sft.Args),
+        "pairs": (common.preference_example, dpo.Args),
+        "prompts": (common.prompt_example, ppo.Args),
+    }[kind]
+    args = Args(model="x")
+    examples = common.load_examples(common.TASK, kind, make_example, tokenizer, args)
+    held_out = common.load_held_out(kind, make_example, tokenizer, args)
     assert len(examples) == 300 and len(held_out) == 100
     assert "dropped" not in capsys.readouterr().out
     assert not {letters(e["row"]) for e in examples} & {letters(e["row"]) for e in held_out}
-    answer_key = {"sft": "ids", "preference": "chosen_ids", "prompt": None}[kind]
+    answer_key = {"sft": "ids", "pairs": "chosen_ids", "prompts": None}[kind]
     for example in examples[:20] + held_out[:20]:
         assert isinstance(example["prompt"], str)
         assert tokenizer.decode(example["prompt_ids"]).endswith(letters(example["row"]) + ">")
@@ -138,16 +135,16 @@ def test_every_row_goes_through_the_tokenizer(kind, capsys, monkeypatch):
         ("", True, 0.0),
     ],
 )
-def test_checker_is_exact_and_wants_eos(completion, finished, score):
+def test_checker_is_exact_and_needs_eos(completion, finished, score):
     assert check({"prompt": "abcd>", "answer": "dcba"}, completion, finished) == score
 
 
-def test_checker_judges_each_row_by_itself():
+def test_checker_scores_each_row_by_its_own_answer():
     rows = [{"answer": answer, "finished": True} for answer in ("ab", "cd", "ef")]
     assert common.task_checker([""] * 3, ["ab", "ab", "ef"], rows) == [1.0, 0.0, 1.0]
 
 
-# what models write, and the number that it ends in
+# a completion and its final number
 FORMS = [
     ("#### 18", 18),
     ("She has 9 * 2 = $<<9*2=18>>18.\n#### 18", 18),
@@ -199,15 +196,15 @@ FORMS = [
 
 
 @pytest.mark.parametrize("text, number", FORMS)
-def test_gsm8k_reads_answer_forms(text, number):
+def test_gsm8k_number(text, number):
     assert common.gsm8k_number(text) == number
     rows = [{"answer": f"They did it.\n#### {answer}"} for answer in (number or 18, 5551)]
     scores = common.gsm8k_checker([""] * 2, [text] * 2, rows)
     assert scores == [float(number is not None), 0.0]
 
 
-def test_gsm8k_evaluates_nothing_and_never_raises():
-    """A number is finite or none, whatever the text."""
+def test_gsm8k_number_of_random_text():
+    """A finite number or None; nothing is evaluated."""
     assert common.gsm8k_number("#### __import__('os').getpid()") is None
     rng = random.Random(1)
     for _ in range(5000):

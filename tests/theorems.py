@@ -1,6 +1,7 @@
-"""What each script provably converges to, on the language that can be listed: a run of its own main
-with ordinary flags, and the distance of what it saved from the closed form. test_theorems.py
-asserts them, benchmarks/closed_form.py draws them."""
+"""Closed forms of the optimum of each script, on the language of language.py.
+
+A Theorem is a run of a script's main with ordinary flags, and the distance of the saved model from
+its closed form. test_theorems.py asserts the distances, benchmarks/closed_form.py plots them."""
 
 import contextlib
 import functools
@@ -23,7 +24,7 @@ from language import (
     kl,
     law,
     list_completions,
-    normalise,
+    normalize,
     save_start,
     texts_of,
     write_rows,
@@ -43,42 +44,43 @@ BEST_OF = 4
 
 @functools.cache
 def make_world(parent, seed, *, architecture="llama", pad_is_eos=False, letters=LETTERS):
-    """Reference model, rewards, demonstrations, pairs and prompts, as files in a new folder; made
-    once for all theorems of one parent folder that are about the same world."""
+    """Reference model, rewards, demonstrations, pairs and prompts, as files in a new directory.
+
+    Theorems with the same arguments share a world."""
     folder = tempfile.mkdtemp(prefix="world-", dir=parent)
-    draw, world = random.Random(seed), SimpleNamespace(folder=folder, ref=f"{folder}/ref")
+    draw = random.Random(seed)
+    world = SimpleNamespace(folder=folder, ref=f"{folder}/ref")
     world.tokenizer = save_start(f"{folder}/start", seed, architecture, pad_is_eos)
     world.completions = list_completions(world.tokenizer)
-    texts, eos = texts_of(world.tokenizer, world.completions), world.tokenizer.eos_token_id
-    # what a data set can hold: letters, then EOS
-    world.ended = [k for k, c in enumerate(world.completions) if c == (*c[: len(texts[k])], eos)]
+    texts = texts_of(world.tokenizer, world.completions)
+    eos_id = world.tokenizer.eos_token_id
+    # the completions that text data can contain: letters, then EOS
+    world.ended = [k for k, c in enumerate(world.completions) if c == (*c[: len(texts[k])], eos_id)]
     world.ended = [k for k in world.ended if set(texts[k]) <= set(letters)]
 
-    # rewards: the logs of 1 to 4, so that repeating rows gives exact odds, and a mean well away
-    # from 0
-    odds = {
-        (prompt, text): draw.randint(1, 4) for prompt in PROMPTS for text in dict.fromkeys(texts)
-    }
-    world.table = table = {
-        prompt: {x: 3 + math.log(odds[prompt, x]) for x in texts} for prompt in PROMPTS
-    }
+    # rewards: logs of 1 to 4, so repeated rows give exact odds, plus 3, so the mean is not near 0
+    unique_texts = list(dict.fromkeys(texts))
+    odds = {(prompt, text): draw.randint(1, 4) for prompt in PROMPTS for text in unique_texts}
+    table = {p: {text: 3 + math.log(odds[p, text]) for text in unique_texts} for p in PROMPTS}
+    world.table = table
     world.rewards = torch.tensor([[table[p][x] for x in texts] for p in PROMPTS]).double()
     with open(f"{folder}/reward.py", "w") as file:
         file.write(f"TABLE = {table!r}\n\n\ndef look_up(prompts, completions, rows):\n")
         file.write("    return [TABLE[p][c] for p, c in zip(prompts, completions)]\n")
     world.reward = f"{folder}/reward.py:look_up"
 
-    # demonstrations: 128 of each prompt, drawn from a skewed law
+    # demonstrations: 128 per prompt, from a skewed distribution
     world.data = torch.full(world.rewards.shape, -torch.inf).double()
     rows = []
     for i, prompt in enumerate(PROMPTS):
-        drawn = draw.choices(world.ended, [draw.random() ** 3 for _ in world.ended], k=128)
+        weights = [draw.random() ** 3 for _ in world.ended]
+        drawn = draw.choices(world.ended, weights, k=128)
         rows += [dict(prompt=prompt, completion=texts[k]) for k in drawn]
         for k in drawn:
             world.data[i, k] = math.log(drawn.count(k) / len(drawn))
     world.demonstrations = write_rows(f"{folder}/demonstrations.jsonl", rows)
 
-    # pairs: neighbours in three rings of all texts; A is chosen odds(A) times for odds(B) times B
+    # pairs: neighbors in three rings of all texts; A is chosen odds(A) times, B odds(B) times
     rows = []
     for prompt in PROMPTS:
         for _ in range(3):
@@ -90,75 +92,81 @@ def make_world(parent, seed, *, architecture="llama", pad_is_eos=False, letters=
     world.pairs = write_rows(f"{folder}/pairs.jsonl", rows)
     world.prompts = write_rows(f"{folder}/prompts.jsonl", [dict(prompt=p) for p in PROMPTS])
 
-    # the reference is trained, and not to the end: every completion keeps some probability
-    flags = dict(
-        dataset=world.demonstrations, epochs=40, batch_size=384, learning_rate=1e-3, save_every=0
+    # the training of the reference stops early: every completion keeps some probability
+    run(
+        sft,
+        model=f"{folder}/start",
+        output_dir=world.ref,
+        dataset=world.demonstrations,
+        epochs=40,
+        batch_size=384,
+        learning_rate=1e-3,
+        save_every=0,
     )
-    run(sft, model=f"{folder}/start", output_dir=world.ref, **flags)
     return world
 
 
 def run(script, **flags):
-    """The script's main, without its printing."""
+    """Run main of a script, without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         return script.main(script.Args(**flags))
 
 
 @dataclass
 class Theorem:
-    """A script, the flags of its run, and the closed form of where it must end."""
+    """A script, the flags of a run, and the closed form of its optimum."""
 
     script: object
     flags: dict
     world: SimpleNamespace
-    target: torch.Tensor  # log probabilities (prompts, K)
-    law: object  # a model in memory, or the folder of one -> its log probabilities (prompts, K)
-    elsewhere: torch.Tensor = None  # the law that one might take for its target
+    target: torch.Tensor  # log-probs (prompts, K)
+    law: object  # function(a model or its directory) -> log-probs (prompts, K)
+    elsewhere: torch.Tensor = None  # log-probs of a similar target that is not the right one
     rewards: torch.Tensor = None  # (prompts, K)
-    # KL(target || law), which fitting completions minimises, or KL(law || target)
-    forward: bool = False
+    forward: bool = False  # distance KL(target || law), as of maximum likelihood, not the reverse
 
     def distance(self, model):
-        """Mean over prompts, in nats."""
-        return (
-            kl(self.target, self.law(model)) if self.forward else kl(self.law(model), self.target)
-        )
+        """KL between the law of a model and the target in nats, mean over prompts."""
+        law = self.law(model)
+        return kl(self.target, law) if self.forward else kl(law, self.target)
 
     def run(self, **flags):
         return run(self.script, **(self.flags | flags))
 
 
 def scores_of(world, model):
-    """A reward model's scores of the completions that EOS ended, by transformers' own class:
-    (prompts, K)."""
+    """Scores of completions with EOS by the forward of transformers, (prompts, K)."""
     if not isinstance(model, torch.nn.Module):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         model = load(model, dtype=torch.float64)
-    scores, was_training = torch.zeros(len(PROMPTS), len(world.ended)).double(), model.training
+    scores = torch.zeros(len(PROMPTS), len(world.ended)).double()
+    was_training = model.training
     model.eval()
     with torch.no_grad():
         for i, prompt in enumerate(PROMPTS):
+            prompt_ids = world.tokenizer.convert_tokens_to_ids(list(prompt))
             for j, k in enumerate(world.ended):
-                ids = world.tokenizer.convert_tokens_to_ids(list(prompt)) + list(
-                    world.completions[k]
-                )
-                scores[i, j] = model(torch.tensor([ids])).logits[0, 0]
+                ids = torch.tensor([prompt_ids + list(world.completions[k])])
+                scores[i, j] = model(ids).logits[0, 0]
     model.train(was_training)
     return scores
 
 
 def theorem(name, folder, seed=1, short=True):
-    """Name of a theorem -> Theorem, its world made in the folder. short: train for seconds, else a
-    minute."""
+    """The Theorem of a name, with its world made in a directory.
+
+    short: train for seconds instead of a minute."""
     options = {
         "rloo": dict(architecture="gpt2"),
         "grpo k1": dict(pad_is_eos=True),
-        # EOS and PAD would be one text, and the loss holds the odds of two good answers but weakly
+        # otherwise EOS and PAD share a text, and the loss barely holds the odds of two good answers
         "grpo k3": dict(pad_is_eos=True),
         "reward_model": dict(letters="abc"),
     }
     world = make_world(folder, seed, **options.get(name, {}))
-    words, completions, ended = world.tokenizer, world.completions, world.ended
+    words = world.tokenizer
+    completions = world.completions
+    ended = world.ended
     flags = dict(
         model=world.ref,
         output_dir=f"{folder}/{name}{'' if short else ' long'}",
@@ -167,23 +175,33 @@ def theorem(name, folder, seed=1, short=True):
         log_every=10**6,
     )
     online = dict(
-        dataset=world.prompts, reward=world.reward, prompts_per_step=len(PROMPTS), kl_coef=BETA
+        dataset=world.prompts,
+        reward=world.reward,
+        prompts_per_step=len(PROMPTS),
+        num_generations=64 if short else 80,
+        max_completion_length=3,
+        kl_coef=BETA,
+        learning_rate=1.5e-3,
+        steps=240 if short else 600,
     )
-    online |= dict(max_completion_length=3, learning_rate=1.5e-3)
-    online |= dict(num_generations=64 if short else 80, steps=240 if short else 600)
 
-    def of_policy(model, temperature=1.0):
+    def policy_law(model, temperature=1.0):
         return law(model, words, completions, temperature)
 
-    def of_ended(model):
-        return normalise(law(model, words, [completions[k] for k in ended]))
+    def ended_law(model):
+        return normalize(law(model, words, [completions[k] for k in ended]))
 
-    ref = of_policy(world.ref)
+    ref = policy_law(world.ref)
     optimum = gibbs(ref, world.rewards, BETA)
     if name == "sft":
-        flags |= dict(model=f"{world.folder}/start", dataset=world.demonstrations, batch_size=384)
-        flags |= dict(epochs=80 if short else 240, learning_rate=5e-3 if short else 3e-3)
-        return Theorem(sft, flags, world, world.data, of_policy, forward=True)
+        flags |= dict(
+            model=f"{world.folder}/start",
+            dataset=world.demonstrations,
+            batch_size=384,
+            epochs=80 if short else 240,
+            learning_rate=5e-3 if short else 3e-3,
+        )
+        return Theorem(sft, flags, world, world.data, policy_law, forward=True)
     if name == "reward_model":
         flags |= dict(
             dataset=world.pairs,
@@ -191,73 +209,79 @@ def theorem(name, folder, seed=1, short=True):
             epochs=150 if short else 300,
             learning_rate=2e-3,
         )
-        target = normalise(optimum[:, ended])
+        target = normalize(optimum[:, ended])
 
-        def of_reward_model(model):  # the policy that its scores would make optimal
-            return normalise(ref[:, ended] + scores_of(world, model) / BETA)
+        def law_of_scores(model):  # of the policy that is optimal for these scores
+            return normalize(ref[:, ended] + scores_of(world, model) / BETA)
 
-        return Theorem(reward_model, flags, world, target, of_reward_model)
+        return Theorem(reward_model, flags, world, target, law_of_scores)
     if name == "dpo":
         flags |= dict(
+            beta=BETA,
             dataset=world.pairs,
             batch_size=240,
             epochs=30 if short else 100,
             learning_rate=2e-3,
         )
-        return Theorem(dpo, flags | dict(beta=BETA), world, normalise(optimum[:, ended]), of_ended)
+        return Theorem(dpo, flags, world, normalize(optimum[:, ended]), ended_law)
     if name == "rejection_sampling":
         kept = 2048 if short else 8192
         rows = [dict(prompt=p) for p in PROMPTS] * kept
         flags |= dict(
-            dataset=write_rows(f"{folder}/many.jsonl", rows), reward=world.reward, temperature=1.0
-        )
-        flags |= dict(
+            dataset=write_rows(f"{folder}/many.jsonl", rows),
+            reward=world.reward,
+            temperature=1.0,
             num_generations=BEST_OF,
             max_completion_length=3,
             batch_size=512,
             learning_rate=4e-3 if short else 2e-3,
+            epochs=5,
         )
-        flags |= dict(epochs=5)
         target = best_of_n_law(ref, world.rewards, BEST_OF)
-        return Theorem(rejection_sampling, flags, world, target, of_policy, forward=True)
+        return Theorem(rejection_sampling, flags, world, target, policy_law, forward=True)
     if name == "distillation":  # the teacher is the model of another world
         teacher = make_world(folder, seed + 1).ref
-        flags |= online | dict(reward="none", reference=teacher, kl_coef=1.0)
-        flags |= dict(kl_estimator="k1", kl_in="reward", scale_rewards="none")
-        return Theorem(grpo, flags, world, of_policy(teacher), of_policy)
-    if name == "ppo":  # lambda 1: an advantage is then right whatever the values are
-        flags |= online | dict(gae_lambda=1.0, update_epochs=1)
-        if short:
-            flags |= dict(num_generations=80)
-        return Theorem(ppo, flags, world, optimum, of_policy)
-    if name == "rloo":  # at a temperature: reference and policy are the laws that are sampled from
+        flags |= online | dict(
+            reward="none",
+            reference=teacher,
+            kl_coef=1.0,
+            kl_estimator="k1",
+            scale_rewards="none",
+        )
+        return Theorem(grpo, flags, world, policy_law(teacher), policy_law)
+    if name == "ppo":  # with lambda 1, advantages are unbiased for any values
+        flags |= online | dict(gae_lambda=1.0, update_epochs=1, num_generations=80)
+        return Theorem(ppo, flags, world, optimum, policy_law)
+    if name == "rloo":  # policy and reference are the distributions at the sampling temperature
 
-        def of_warm_policy(model):
-            return of_policy(model, temperature=0.7)
+        def warm_law(model):
+            return policy_law(model, temperature=0.7)
 
-        optimum = gibbs(of_warm_policy(world.ref), world.rewards, BETA)
-        return Theorem(rloo, flags | online | dict(temperature=0.7), world, optimum, of_warm_policy)
-    online |= dict(scale_rewards="none")
+        optimum = gibbs(warm_law(world.ref), world.rewards, BETA)
+        return Theorem(rloo, flags | online | dict(temperature=0.7), world, optimum, warm_law)
     if name == "grpo k1":
-        flags |= online | dict(kl_estimator="k1", kl_in="reward")
+        flags |= online | dict(scale_rewards="none", kl_estimator="k1")
         if short:
             flags |= dict(steps=220, learning_rate=2.5e-3)
-        return Theorem(grpo, flags, world, optimum, of_policy)
+        return Theorem(grpo, flags, world, optimum, policy_law)
     if name == "grpo k3":
         completions = list_completions(words, length=1)
         texts = texts_of(words, completions)
         rewards = torch.tensor([[world.table[p][x] for x in texts] for p in PROMPTS]).double()
-        # groups of 4, so that b, which knows their size, is a third larger than beta
+        # groups of 4, so b, which depends on their size, is a third larger than beta
         flags |= online | dict(
+            scale_rewards="none",
             kl_estimator="k3",
-            kl_in="loss",
             kl_coef=0.15,
             max_completion_length=1,
             steps=140 if short else 240,
+            prompts_per_step=60,
+            num_generations=4,
+            learning_rate=2e-3,
         )
-        flags |= dict(prompts_per_step=60, num_generations=4, learning_rate=2e-3)
-        ref, beta = of_policy(world.ref), flags["kl_coef"]
+        ref = policy_law(world.ref)
+        beta = flags["kl_coef"]
         target = k3_law(ref, rewards, beta, flags["num_generations"])
         elsewhere = gibbs(ref, rewards, beta)
-        return Theorem(grpo, flags, world, target, of_policy, elsewhere=elsewhere, rewards=rewards)
+        return Theorem(grpo, flags, world, target, policy_law, elsewhere=elsewhere, rewards=rewards)
     raise ValueError(f"unknown theorem {name}")
