@@ -1,40 +1,43 @@
-"""What the flags and recipes from the RLHF book do, measured: on-policy distillation, PPO-ptx, the
-length bias of DPO, online DPO.
+"""Measure flags and recipes of the RLHF book: distillation, PPO-ptx, length bias, online DPO.
 
-    python benchmarks/book.py --seeds 1 2 3             about an hour a seed on one core
-    python benchmarks/book.py --seeds 1 --study ptx     one of the four
-    python benchmarks/book.py --table                   prints what is in book.jsonl
+    python benchmarks/book.py --seeds 1 2 3             an hour per seed on one core
+    python benchmarks/book.py --seeds 1 --study ptx     one of the four studies
+    python benchmarks/book.py --table                   the tables of finished runs
 
-distillation  A teacher by PPO, a student of half its size from sft.py. The student learns from the
-              teacher's log-probs on its own samples (grpo.py per token, rloo.py whole completions),
-              or by SFT on as many samples of the teacher, of as many prompts.
-ptx           PPO from the mood checker on stories, by --ptx-coef, and with a KL term instead: does
-              it hold the language while the reward rises?
-length        DPO, its length-normalised form and SimPO on pairs whose chosen answer is mostly the
-              longer one: people's (PandaLM), and pairs of stories made so; how long samples get.
-online        Pairs of the policy's own samples, labelled by the reward model: two rounds of DPO
-              against one round on as many prompts.
+distillation  The teacher is trained by PPO, the student of half its size by sft.py. The student
+              learns from the teacher's log-probs on its own samples (grpo.py per token, rloo.py
+              per completion), or by SFT on as many samples of the teacher.
+ptx           PPO on stories with the mood checker, at several values of --ptx-coef and with a KL
+              instead.
+length        DPO, DPO normalized by length, and SimPO on pairs in which the chosen answer is
+              usually the longer one: human preferences (PandaLM), and selected pairs of stories.
+online        DPO on samples of the policy, labeled by the reward model: two rounds, or one round
+              on as many prompts.
 
-Runs stand in runs/book, one line of book.jsonl each; what is there is not run again. Stories and
-human preferences need ../shared, which is not part of this repository."""
+Runs are in runs/book, results in book.jsonl; finished ones are skipped. Stories and human
+preferences need ../shared, which is not in this repository."""
 
-import argparse
-import contextlib
-import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+from helpers import (
+    HERE,
+    ROOT,
+    make_parser,
+    mean_and_range,
+    print_header,
+    print_row,
+    read_lines,
+    run_script,
+    write_lines,
+)
+
 SHARED = ROOT.parent / "shared"
 DATA = SHARED / "data"
 RUNS = ROOT / "runs" / "book"
 POINTS = HERE / "book.jsonl"
-sys.path[:0] = [str(ROOT), str(HERE)]
 
 SORTED = "--dataset sort --max-completion-length 10 --learning-rate 3e-4 --warmup-steps 5"
 GROUPS = f"{SORTED} --prompts-per-step 32 --num-generations 8 --steps 160"
@@ -47,136 +50,111 @@ MOOD = (
     "--value-clip 2 --steps 60"
 )
 PAIRS = "--model runs/stories --batch-size 32 --learning-rate 1e-4 --max-length 500"
-ROLLOUTS = (
-    "--reward runs/reward_model --temperature 1 --num-generations 8 --max-completion-length 10 "
-    "--iterations 1 --steps 1"
-)
+ROLLOUTS = "--temperature 1 --num-generations 8 --max-completion-length 10 --iterations 1 --steps 1"
 ONLINE = "--eval-dataset sort --learning-rate 3e-4 --batch-size 32"
 
 
-def script(name, flags, folder, out, seed):
-    """One script as a user runs it, in the folder of a seed, unless its model is there."""
-    if (folder / out / "config.json").exists():
-        return
-    command = [sys.executable, str(ROOT / f"{name}.py"), *shlex.split(flags)]
-    command += ["--seed", str(seed), "--output-dir", out, "--overwrite"]
-    print(f"$ {' '.join(command[1:])}", flush=True)
-    with open(folder / f"{Path(out).name}.log", "w") as log:
-        subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=log)
-
-
 def metrics_of(folder, out):
-    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(folder / out / "metrics.jsonl")
 
 
 def recipe(name, folder, *arguments):
-    """Run the Python of docs/recipes.md that holds `name`."""
+    """Run the Python block of docs/recipes.md that contains `name`."""
     page = (ROOT / "docs" / "recipes.md").read_text()
     blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
     code = next(block for block in blocks if name in block)
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, check=True)
 
 
-def sampled(path, prompt_ids, max_new_tokens, seed, temperature=1.0):
-    """Completions of prompts by the model in a folder -> lists of ids, its tokenizer, EOS ids."""
-    import torch
-
-    import common
-
-    tokenizer = common.load_tokenizer(path)
-    eos_ids = common.find_eos_ids(tokenizer, path)
-    completions = common.sample(
-        common.load_policy(path, torch.device("cpu")),
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_ids=eos_ids,
-        rng=common.generator(seed, "book"),
-    )
-    return completions, tokenizer, eos_ids
-
-
-def solved(folder, out, seed, teacher=None):
-    """Share of the 500 held-out prompts that a model sorts, and its KL to a teacher, in nats."""
+def load(folder, out):
+    """Tokenizer and policy of a run, and flags to go with them."""
     import torch
 
     import common
     import rloo
 
     path = str(folder / out)
-    args = rloo.Args(model=path, micro_batch_tokens=4096)
+    args = rloo.Args(model=path, dtype="float32", micro_batch_tokens=4096)
     tokenizer = common.load_tokenizer(path)
-    eos_ids = common.find_eos_ids(tokenizer, path)
-    gold = common.load_gold(args, "sort", tokenizer, eos_ids)
-    examples = common.load_examples("sort", rloo.prompt_example, tokenizer, args, held_out=True)
-    prompt_ids = [example["prompt_ids"] for example in examples]
-    found = {}
-    for name, temperature in (("gold_greedy", 0.0), ("gold", 1.0)):
-        completions, _, _ = sampled(path, prompt_ids, 10, seed, temperature)
-        found[name] = gold(examples, completions).mean().item()
-    if teacher is not None:
-        device = torch.device("cpu")
-        batch = rloo.completion_batch(prompt_ids, completions, device)
-        student, teacher = (
-            rloo.batch_logprobs(
-                common.load_policy(str(model), device), batch, args, contextlib.nullcontext
-            )
-            for model in (path, folder / teacher)
+    return tokenizer, common.load_policy(path, tokenizer, args, torch.device("cpu")), args
+
+
+def solved(folder, out, seed, teacher=None):
+    """Share of the 500 held-out prompts that a model sorts, and its KL from a teacher in nats."""
+    import common
+    import rloo
+
+    tokenizer, policy, args = load(folder, out)
+    gold = common.load_gold(args, "sort", tokenizer)["gold"]
+    examples = common.load_examples(
+        "sort",
+        "prompts",
+        common.prompt_example,
+        tokenizer,
+        args,
+        held_out=True,
+    )
+    point = {}
+    for name, temperature in [("gold_greedy", 0.0), ("gold", 1.0)]:
+        rollouts = common.sample(
+            policy,
+            examples,
+            max_new_tokens=10,
+            temperature=temperature,
+            rng=common.generator(seed, "book"),
         )
-        found["kl_teacher"] = (student - teacher).sum(1).mean().item()
-    return found
+        point[name] = gold(rollouts).mean().item()
+    if teacher is not None:
+        batch = rloo.completion_batch(rollouts, policy.device)
+        _, teacher_policy, _ = load(folder, teacher)
+        logprobs = rloo.batch_logprobs(policy, batch, args)
+        teacher_logprobs = rloo.batch_logprobs(teacher_policy, batch, args)
+        point["kl_teacher"] = (logprobs - teacher_logprobs).sum(1).mean().item()
+    return point
 
 
-# ---------------------------------------------------------------- studies: name -> job of a point
+# ---------------------------------------------------------------- studies: yield name, job
 def distillation(folder, seed):
-    script("sft", "", folder, "runs/sft", seed)
+    run_script("sft", "", folder, "runs/sft", seed)
     teacher = "--reward sort --value-model runs/sft --learning-rate 3e-4 --kl-coef 0.02 "
     teacher += "--missing-eos-penalty 0 --eval-every 0"
-    script("ppo", teacher, folder, "runs/teacher", seed)
-    half_of(folder, "runs/sft", "runs/half", seed)
+    run_script("ppo", teacher, folder, "runs/teacher", seed)
+    save_half(folder, "runs/sft", "runs/half", seed)
     student = "--model runs/half --dataset sort --epochs 120 --learning-rate 1e-3 --warmup-steps 20"
-    script("sft", student, folder, "runs/student", seed)
+    run_script("sft", student, folder, "runs/student", seed)
 
-    def point(name, flags, out):
-        script(name, flags, folder, out, seed)
-        tokens = sum(
-            256 * row["completion_length"]
-            for row in metrics_of(folder, out)
-            if "completion_length" in row
-        )
-        if name == "sft":
-            rows = [json.loads(line) for line in open(folder / "taught.jsonl")]
-            tokens = sum(len(row["completion"]) + 1 for row in rows)  # a letter is a token
+    def on_policy(script, flags, out):
+        run_script(script, flags, folder, out, seed)
+        rows = metrics_of(folder, out)
+        lengths = [row["completion_length"] for row in rows if "completion_length" in row]
+        tokens = 256 * sum(lengths)
         return solved(folder, out, seed, "runs/teacher") | {"tokens": tokens}
 
-    def teach():
-        flags = "--model runs/teacher --reward sort --temperature 1 --num-generations 8 "
-        flags += "--prompts-per-iteration 5120 --max-completion-length 10 --iterations 1 --steps 1"
-        script("rejection_sampling", flags, folder, "runs/teacher_samples", seed)
-        with open(folder / "taught.jsonl", "w") as file:
-            for line in open(folder / "runs/teacher_samples/rollouts.jsonl"):
-                record = json.loads(line)
-                for text, ended in zip(record["completions"], record["finished"]):
-                    if ended:
-                        row = {"prompt": record["row"]["prompt"], "completion": text}
-                        file.write(json.dumps(row) + "\n")
-
     def taught(batch_size, out):
-        teach()
-        return point("sft", f"{TAUGHT} --batch-size {batch_size}", out)
+        flags = f"--model runs/teacher --reward sort {ROLLOUTS} --prompts-per-iteration 5120"
+        run_script("rejection_sampling", flags, folder, "runs/teacher_samples", seed)
+        rows = []
+        for record in read_lines(folder / "runs/teacher_samples/rollouts.jsonl"):
+            for text, finished in zip(record["completions"], record["finished"]):
+                if finished:
+                    rows.append({"prompt": record["row"]["prompt"], "completion": text})
+        write_lines(folder / "taught.jsonl", rows)
+        run_script("sft", f"{TAUGHT} --batch-size {batch_size}", folder, out, seed)
+        tokens = sum(len(row["completion"]) + 1 for row in rows)  # one per letter, and EOS
+        return solved(folder, out, seed, "runs/teacher") | {"tokens": tokens}
 
     yield "teacher", lambda: solved(folder, "runs/teacher", seed)
     yield "student", lambda: solved(folder, "runs/student", seed, "runs/teacher")
     flags = f"{DISTILLED} --scale-rewards none --kl-estimator k2"
-    yield "on-policy, per token", lambda: point("grpo", flags, "runs/on_policy_token")
-    yield "on-policy, whole completions", lambda: point("rloo", DISTILLED, "runs/on_policy_whole")
+    yield "on-policy, per token", lambda: on_policy("grpo", flags, "runs/on_policy_token")
+    name = "on-policy, whole completions"
+    yield name, lambda: on_policy("rloo", DISTILLED, "runs/on_policy_whole")
     yield "SFT, batches of 256", lambda: taught(256, "runs/taught_256")
     yield "SFT, batches of 32", lambda: taught(32, "runs/taught_32")
 
 
-def half_of(folder, original, out, seed):
-    """New weights for a model of half the size, with the same tokenizer."""
+def save_half(folder, original, out, seed):
+    """Save a new model of half the size with the same tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -192,13 +170,13 @@ def half_of(folder, original, out, seed):
 
 def start_stories(folder, seed):
     flags = f"--model {SHARED}/models/stories260K {STORIES} --learning-rate 1e-3 --epochs 4 "
-    script("sft", f"{flags} --batch-size 32", folder, "runs/stories", seed)
+    run_script("sft", f"{flags} --batch-size 32", folder, "runs/stories", seed)
 
 
 def held_out_loss(folder, model, seed):
-    """Of the stories, in nats a token, as sft.py says before its first step."""
+    """Loss on the held-out stories in nats per token: the evaluation before sft.py's first step."""
     out = f"{model}_loss"
-    script("sft", f"--model {model} {STORIES} --steps 1", folder, out, seed)
+    run_script("sft", f"--model {model} {STORIES} --steps 1", folder, out, seed)
     return metrics_of(folder, out)[0]["eval/loss"]
 
 
@@ -210,7 +188,7 @@ def ptx(folder, seed):
         flags = f"{MOOD} --kl-coef {kl_coef}"
         if ptx_coef:
             flags += f" --ptx-coef {ptx_coef} --ptx-dataset {DATA}/stories_sft_train.jsonl"
-        script("ppo", flags, folder, out, seed)
+        run_script("ppo", flags, folder, out, seed)
         first, *_, last = metrics_of(folder, out)
         return {
             "mood_before": first["eval/score"],
@@ -221,25 +199,20 @@ def ptx(folder, seed):
             "loss": held_out_loss(folder, out, seed),
         }
 
-    for kl_coef, ptx_coef in [(0.0, 0.0), (0.0, 0.1), (0.0, 1.0), (0.2, 0.0)]:
-        name = f"KL {kl_coef}, ptx {ptx_coef}"
-        yield name, lambda kl_coef=kl_coef, ptx_coef=ptx_coef: point(kl_coef, ptx_coef)
+    for coefs in [(0.0, 0.0), (0.0, 0.1), (0.0, 1.0), (0.2, 0.0)]:
+        yield "KL {}, ptx {}".format(*coefs), lambda coefs=coefs: point(*coefs)
 
 
 def write_pairs(folder):
-    """Every fifth row of PandaLM held out; of the stories' pairs with a shorter chosen one every
-    third is kept."""
-    rows = [json.loads(line) for line in open(DATA / "pref_pandalm_human.jsonl")]
-    parts = {"people": rows, "people_test": rows[4::5]}
-    parts["people"] = [row for i, row in enumerate(rows) if i % 5 != 4]
-    for name, part in (("stories", "train"), ("stories_test", "test")):
-        rows = [json.loads(line) for line in open(DATA / f"stories_mood_pairs_{part}.jsonl")]
+    """Hold out every fifth row of PandaLM; drop 2/3 of story pairs with a shorter chosen one."""
+    rows = read_lines(DATA / "pref_pandalm_human.jsonl")
+    write_lines(folder / "people.jsonl", [row for i, row in enumerate(rows) if i % 5 != 4])
+    write_lines(folder / "people_test.jsonl", rows[4::5])
+    for name, part in [("stories", "train"), ("stories_test", "test")]:
+        rows = read_lines(DATA / f"stories_mood_pairs_{part}.jsonl")
         longer = [row for row in rows if len(row["chosen"]) > len(row["rejected"])]
         others = [row for row in rows if len(row["chosen"]) <= len(row["rejected"])]
-        parts[name] = longer + others[::3]
-    for name, rows in parts.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text)
+        write_lines(folder / f"{name}.jsonl", longer + others[::3])
 
 
 def length(folder, seed):
@@ -250,83 +223,79 @@ def length(folder, seed):
         out = f"runs/{pairs}_{loss_type}"
         flags = f"{PAIRS} --dataset {pairs}.jsonl --eval-dataset {pairs}_test.jsonl "
         flags += f"--loss-type {loss_type}"
-        if pairs == "people":
-            # the answers begin without the space that would part them from the prompt
+        if pairs == "people":  # its answers do not begin with white space
             flags += " --prompt-template '{prompt}\n'"
-        script("dpo", flags, folder, out, seed)
+        run_script("dpo", flags, folder, out, seed)
         last = metrics_of(folder, out)[-1]
-        found = {"accuracy": last["eval/accuracy"], "kl": last["eval/kl"]}
-        return found | lengths(folder, out, pairs, seed)
+        metrics = {"accuracy": last["eval/accuracy"], "kl": last["eval/kl"]}
+        return metrics | lengths(folder, out, pairs, seed)
 
     for pairs in ("stories", "people"):
         yield f"{pairs}, before", lambda pairs=pairs: lengths(folder, "runs/stories", pairs, seed)
         for loss_type in ("sigmoid", "sigmoid-norm", "simpo"):
-            yield (
-                f"{pairs}, {loss_type}",
-                lambda pairs=pairs, loss_type=loss_type: point(pairs, loss_type),
-            )
+            job = (pairs, loss_type)
+            yield f"{pairs}, {loss_type}", lambda job=job: point(*job)
 
 
 def lengths(folder, out, pairs, seed):
-    """Of one sample for each held-out prompt: tokens, share that ends by itself, mood per hundred
-    words; and how often the chosen answer of the training pairs is the longer one."""
+    """Length, EOS rate and mood of one sample per held-out prompt, and the training pairs' bias."""
     import mood
 
     import common
 
-    rows = [json.loads(line) for line in open(folder / f"{pairs}_test.jsonl")]
+    tokenizer, policy, _ = load(folder, out)
+    rows = read_lines(folder / f"{pairs}_test.jsonl")
     end = "\n" if pairs == "people" else ""
-    texts = list(dict.fromkeys(row["prompt"] + end for row in rows))
-    path = str(folder / out)
-    tokenizer = common.load_tokenizer(path)
-    prompt_ids = [tokenizer(text).input_ids for text in texts]
-    completions, _, eos_ids = sampled(path, prompt_ids, 160, seed)
-    answers = [common.completion_text(tokenizer, *each) for each in zip(prompt_ids, completions)]
-    moods = mood.mood(None, answers, None)
-    words = sum(len(mood.words(answer)) for answer in answers)
-    trained = [json.loads(line) for line in open(folder / f"{pairs}.jsonl")]
+    texts = dict.fromkeys(row["prompt"] + end for row in rows)
+    prompts = [{"prompt_ids": tokenizer(text).input_ids} for text in texts]
+    rng = common.generator(seed, "book")
+    rollouts = common.sample(policy, prompts, max_new_tokens=160, rng=rng)
+    answers = [common.completion_text(tokenizer, rollout) for rollout in rollouts]
+    num_words = sum(len(mood.words(answer)) for answer in answers)
+    trained = read_lines(folder / f"{pairs}.jsonl")
     longer = [len(row["chosen"]) > len(row["rejected"]) for row in trained]
     return {
-        "tokens": statistics.mean(map(len, completions)),
-        "ended": statistics.mean(ids[-1] in eos_ids for ids in completions),
-        "mood_per_hundred_words": 100 * sum(moods) / words,
+        "tokens": statistics.mean(len(rollout["completion_ids"]) for rollout in rollouts),
+        "ended": statistics.mean(rollout["finished"] for rollout in rollouts),
+        "mood_per_hundred_words": 100 * sum(mood.mood(None, answers, None)) / num_words,
         "chosen_longer": statistics.mean(longer),
     }
 
 
 def online(folder, seed):
-    script("sft", "", folder, "runs/sft", seed)
-    script("reward_model", "", folder, "runs/reward_model", seed)
+    run_script("sft", "", folder, "runs/sft", seed)
+    run_script("reward_model", "", folder, "runs/reward_model", seed)
 
-    def round_of(model, prompts, number, order, out):
-        """Rollouts, pairs and DPO from a model."""
+    def one_round(model, num_prompts, number, order, out):
+        """Sample, make pairs, and train by DPO."""
         rollouts = f"runs/rollouts_{number}"
-        flags = f"--model {model} {ROLLOUTS} --prompts-per-iteration {prompts}"
-        script("rejection_sampling", flags, folder, rollouts, order)
+        flags = f"--model {model} --reward runs/reward_model {ROLLOUTS} "
+        flags += f"--prompts-per-iteration {num_prompts}"
+        run_script("rejection_sampling", flags, folder, rollouts, order)
         recipe("rollouts, pairs", folder, rollouts, f"pairs_{number}.jsonl")
         flags = f"--model {model} --dataset pairs_{number}.jsonl {ONLINE}"
-        script("dpo", flags, folder, out, seed)
-        pairs = sum(1 for _ in open(folder / f"pairs_{number}.jsonl"))
-        return solved(folder, out, seed) | {"pairs": pairs}
+        run_script("dpo", flags, folder, out, seed)
+        num_pairs = len(read_lines(folder / f"pairs_{number}.jsonl"))
+        return solved(folder, out, seed) | {"pairs": num_pairs}
 
     def two_rounds():
-        first = round_of("runs/sft", 8000, "first", seed, "runs/online_first")
-        # another order: other prompts
-        second = round_of("runs/online_first", 8000, "second", 100 + seed, "runs/online_second")
+        first = one_round("runs/sft", 8000, "first", seed, "runs/online_first")
+        # another seed, for other prompts
+        second = one_round("runs/online_first", 8000, "second", 100 + seed, "runs/online_second")
         return second | {"pairs": first["pairs"] + second["pairs"], "after_one": first["gold"]}
 
     yield "before", lambda: solved(folder, "runs/sft", seed)
-    yield "one round", lambda: round_of("runs/sft", 16_000, "only", seed, "runs/online_one")
+    yield "one round", lambda: one_round("runs/sft", 16_000, "only", seed, "runs/online_one")
     yield "two rounds", two_rounds
 
 
 STUDIES = {"distillation": distillation, "ptx": ptx, "length": length, "online": online}
 COLUMNS = {
     "distillation": {
-        "gold": "right, sampled",
-        "gold_greedy": "right, greedy",
+        "gold": "correct, sampled",
+        "gold_greedy": "correct, greedy",
         "kl_teacher": "KL from the teacher, nats",
-        "tokens": "tokens learnt from",
+        "tokens": "tokens trained on",
     },
     "ptx": {
         "mood_before": "mood before",
@@ -339,23 +308,23 @@ COLUMNS = {
     "length": {
         "chosen_longer": "chosen is longer, training pairs",
         "accuracy": "held-out accuracy",
-        "tokens": "tokens of samples",
-        "ended": "that end by themselves",
+        "tokens": "tokens per sample",
+        "ended": "EOS rate",
         "mood_per_hundred_words": "mood per hundred words",
         "kl": "KL, nats",
     },
     "online": {
         "pairs": "pairs",
-        "after_one": "right after the first round",
-        "gold": "right, sampled",
-        "gold_greedy": "right, greedy",
+        "after_one": "correct after the first round",
+        "gold": "correct, sampled",
+        "gold_greedy": "correct, greedy",
     },
 }
 
 
-# ---------------------------------------------------------------- all of them, tables
+# ---------------------------------------------------------------- all studies, tables
 def measure(seeds, studies):
-    known = {(point["study"], point["name"], point["seed"]) for point in read_points()}
+    known = {(point["study"], point["name"], point["seed"]) for point in read_lines(POINTS)}
     for seed in seeds:
         folder = RUNS / str(seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,39 +333,26 @@ def measure(seeds, studies):
                 if (study, name, seed) not in known:
                     point = {"study": study, "name": name, "seed": seed} | job()
                     print(point, flush=True)
-                    with open(POINTS, "a") as file:
-                        file.write(json.dumps(point) + "\n")
-
-
-def read_points():
-    lines = POINTS.read_text().splitlines() if POINTS.exists() else []
-    return [json.loads(line) for line in lines]
+                    write_lines(POINTS, [point], mode="a")
 
 
 def table(studies):
-    """Markdown: means and ranges over seeds."""
+    """Print means and ranges over seeds."""
     for study in studies:
-        found = [point for point in read_points() if point["study"] == study]
+        points = [point for point in read_lines(POINTS) if point["study"] == study]
         columns = COLUMNS[study]
-        print(f"\n| {study} | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 1)}")
-        for name in dict.fromkeys(point["name"] for point in found):
-            points = [point for point in found if point["name"] == name]
-            cells = [mean_and_range([p[c] for p in points if c in p]) for c in columns]
-            print(f"| {name} | {' | '.join(cells)} |")
-
-
-def mean_and_range(values):
-    if not values:
-        return ""
-    digits = 0 if max(values) > 1000 else 3
-    mean, low, high = statistics.mean(values), min(values), max(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+        print_header([study, *columns.values()])
+        for name in dict.fromkeys(point["name"] for point in points):
+            cells = [name]
+            for column in columns:
+                values = [p[column] for p in points if p["name"] == name and column in p]
+                digits = 0 if max(values, default=0) > 1000 else 3
+                cells.append(mean_and_range(values, digits))
+            print_row(cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--study", choices=STUDIES, action="append")
     parser.add_argument("--table", action="store_true")

@@ -1,27 +1,31 @@
-"""All methods from one start, at as many sampled completions each, over seeds: what they reach, in
-what time, how far from where they began.
+"""Compare all methods from one SFT model, at as many sampled completions each, over seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/curves.py --seeds 1 2 3    about half an hour a seed
-    python benchmarks/curves.py --draw                 table and figures of what is there
+    python benchmarks/curves.py --seeds 1 2 3    half an hour per seed
+    python benchmarks/curves.py --draw           table and figures of finished runs
 
-Times are of one CPU core. Each evaluation of a run is a line of benchmarks/curves.jsonl, written
-when the run ends; runs that are there are not run again, so that a benchmark that was killed goes
-on when it is started again. Figures need matplotlib."""
+Times are of one CPU core. A finished run adds a line per evaluation to benchmarks/curves.jsonl.
+Runs in that file are skipped, so a second call resumes. Figures need matplotlib."""
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+from helpers import (
+    HERE,
+    ROOT,
+    make_parser,
+    print_header,
+    print_row,
+    read_lines,
+    run_script,
+    write_lines,
+)
+
 POINTS = HERE / "curves.jsonl"
 
-# 40,960 completions each: rejection sampling trains on right ones only, DPO sees 20,480 pairs; DAPO
-# throws two thirds away and so samples as many in 13 steps, of four updates each, since with one
-# nothing is clipped
+# 40,960 completions each. Rejection sampling trains on correct ones only, DPO on 20,480 pairs. DAPO
+# drops two thirds, so it samples as many in 13 steps, each of four updates: with one update nothing
+# would be clipped
 EXACT = "--reward sort --learning-rate 3e-4"
 GROUPS = f"{EXACT} --num-generations 8 --prompts-per-step 32 --steps 160 --eval-every 20"
 DR_GRPO = "--scale-rewards none --loss-aggregation constant --kl-coef 0"
@@ -51,66 +55,52 @@ METHODS = {  # method -> script, flags
     ),
     "DPO": ("dpo", "--steps 640 --eval-every 80"),
 }
-STAGES = ["sft", "reward_model"]  # before, once a seed
-
-
-def process(script, flags, seed, folder, out):
-    """One script as a user would run it, in the folder of a seed."""
-    flags = [*flags.split(), "--seed", str(seed), "--output-dir", str(out), "--overwrite"]
-    print(f"\n$ python {script}.py {' '.join(flags)}", flush=True)
-    subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, check=True)
 
 
 def run(method, seed, folder):
-    """One run -> its points, a dict for each evaluation."""
-    for stage in STAGES:
-        if not (folder / "runs" / stage / "config.json").exists():
-            process(stage, "", seed, folder, Path("runs", stage))
+    """Run a method, after the stages that it needs; returns a point per evaluation."""
+    for stage in ["sft", "reward_model"]:
+        run_script(stage, "", folder, f"runs/{stage}", seed)
     script, flags = METHODS[method]
-    out = folder / "runs/method"
-    process(script, flags, seed, folder, out)
-    args = json.loads((out / "args.json").read_text())
-    rows = read_lines(out / "metrics.jsonl")
-    name = dict(method=method, seed=seed)
-    return [name | point for point in evaluations(rows, script, args)]
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    out = f"runs/{method}"
+    run_script(script, flags, folder, out, seed)
+    args = json.loads((folder / out / "args.json").read_text())
+    rows = read_lines(folder / out / "metrics.jsonl")
+    return [{"method": method, "seed": seed} | point for point in evaluations(rows, script, args)]
 
 
 def evaluations(rows, script, args):
-    """Each evaluation of a run, with what had been sampled and trained on until then."""
+    """Evaluations of a run, each with completions, seconds and trained tokens until then."""
     completions = seconds = tokens = 0.0
     points = []
     for row in rows:
         if row["step"] > 0:
-            step = row["seconds/train"] + row.get("seconds/sample", 0.0)
-            seconds += step
-            if script == "rejection_sampling":  # whose tokens per second leave sampling out
-                step = row["seconds/train"]
-            tokens += row["tokens_per_second"] * step * args.get("update_epochs", 1)
+            step_seconds = row["seconds/train"] + row.get("seconds/sample", 0.0)
+            seconds += step_seconds
+            if script == "rejection_sampling":  # its tokens_per_second excludes sampling
+                step_seconds = row["seconds/train"]
+            tokens += row["tokens_per_second"] * step_seconds * args.get("update_epochs", 1)
             completions += completions_of(row, script, args)
-        found = {name[5:]: value for name, value in row.items() if name.startswith("eval/")}
-        if found:
-            point = dict(step=row["step"], completions=completions)
-            points.append(point | dict(seconds=seconds, trained_tokens=tokens) | found)
+        metrics = {name[5:]: value for name, value in row.items() if name.startswith("eval/")}
+        if metrics:
+            point = {"step": row["step"], "completions": completions}
+            points.append(point | {"seconds": seconds, "trained_tokens": tokens} | metrics)
     return points
 
 
 def completions_of(row, script, args):
-    """How many were sampled for a step."""
+    """Number of completions sampled for a step."""
     if script == "dpo":
         return 2 * args["batch_size"]
     if script == "rejection_sampling":
-        samples = "seconds/sample" in row  # at an iteration's first step
-        return samples * args["prompts_per_iteration"] * args["num_generations"]
+        is_first_step = "seconds/sample" in row  # of an iteration
+        return is_first_step * args["prompts_per_iteration"] * args["num_generations"]
     groups = args["prompts_per_step"] / (1 - row.get("dropped_groups", 0.0))
     return groups * args["num_generations"]
 
 
 def at(points, axis, where, name):
-    """Linear interpolation of a value at a place on an axis (the last value beyond its end)."""
+    """A value at a place on an axis, by linear interpolation; beyond the end, the last value."""
     for before, after in zip(points, points[1:]):
         if before[axis] <= where <= after[axis]:
             share = (where - before[axis]) / (after[axis] - before[axis])
@@ -125,27 +115,23 @@ def spread(values, digits=3):
 
 
 def load():
-    """method -> a list of runs, each a list of points."""
+    """Finished runs: method -> list of runs, each a list of points."""
     runs = {}
-    for point in read_lines(POINTS) if POINTS.exists() else ():
-        of_method = runs.setdefault(point["method"], {})
-        of_method.setdefault(point["seed"], []).append(point)
+    for point in read_lines(POINTS):
+        method_runs = runs.setdefault(point["method"], {})
+        method_runs.setdefault(point["seed"], []).append(point)
     return {method: list(runs[method].values()) for method in METHODS if method in runs}
 
 
-def print_row(cells):
-    print(f"| {' | '.join(cells)} |")
-
-
 def print_methods(methods):
-    """What each reaches with as many completions, and in as much time."""
+    """Print results at equal completions, at equal time, and at the end."""
     runs = [run for runs in methods.values() for run in runs]
     budget = statistics.median(run[-1]["completions"] for run in runs)
     seconds = statistics.median(run[-1]["seconds"] for run in runs)
-    print()
-    print_row(
+    num_seeds = max(map(len, methods.values()))
+    print_header(
         [
-            f"{max(map(len, methods.values()))} seeds, {budget:,.0f} completions",
+            f"{num_seeds} seeds, {budget:,.0f} completions",
             "gold",
             f"after {seconds:.0f} s",
             "at the end, greedy",
@@ -154,10 +140,9 @@ def print_methods(methods):
             "tokens trained, thousand",
         ]
     )
-    print("|" + "---|" * 7)
     start = [run[0] for run in next(iter(methods.values()))]
-    before = spread([point["gold"] for point in start])
-    print_row(["before", before, "", spread([point["gold_greedy"] for point in start]), "", "", ""])
+    before = [spread([point[name] for point in start]) for name in ("gold", "gold_greedy")]
+    print_row(["before", before[0], "", before[1], "", "", ""])
     for method, runs in methods.items():
         ends = [run[-1] for run in runs]
         print_row(
@@ -173,82 +158,67 @@ def print_methods(methods):
         )
 
 
-COLOURS = dict(zip(METHODS, ("#222222", "C0", "C2", "C6", "C1", "C3", "C4", "C5", "C9")))
+COLORS = dict(zip(METHODS, ("#222222", "C0", "C2", "C6", "C1", "C3", "C4", "C5", "C9")))
 DASHED = ("REINFORCE, no baseline", "PPO, learned reward", "DPO", "rejection sampling")
 AXES = {
-    "completions": "completions the policy sampled (DPO: answers in its pairs)",
+    "completions": "completions sampled from the policy (DPO: answers in its pairs)",
     "seconds": "seconds of training on one CPU core",
     "kl": "KL from the SFT model, nats per completion",
 }
 
 
 def draw_mean(axes, runs, axis, method):
-    """Mean over seeds of what is right, and the range from the lowest to the highest."""
+    """Mean of gold over seeds, with the range; over the KL, with the ends of the runs."""
     import numpy as np
 
     n = min(map(len, runs))
     x = np.array([[point[axis] for point in run[:n]] for run in runs])
     y = np.array([[point["gold"] for point in run[:n]] for run in runs])
-    colour = COLOURS[method]
+    color = COLORS[method]
     line = "--" if method in DASHED else "-"
-    axes.plot(x.mean(0), y.mean(0), label=method, marker="o", ms=2.5, lw=1.4, color=colour, ls=line)
-    if axis != "kl":
-        axes.fill_between(x.mean(0), y.min(0), y.max(0), alpha=0.12, lw=0, color=colour)
+    axes.plot(x.mean(0), y.mean(0), label=method, marker="o", ms=2.5, lw=1.4, color=color, ls=line)
+    if axis == "kl":
+        axes.plot(x[:, -1], y[:, -1], ".", ms=4, alpha=0.5, color=color)
     else:
-        axes.plot(x[:, -1], y[:, -1], ".", ms=4, alpha=0.5, color=colour)
+        axes.fill_between(x.mean(0), y.min(0), y.max(0), alpha=0.12, lw=0, color=color)
 
 
-def draw(name, methods, panels):
-    """A PNG file on white, which light and dark pages show alike."""
-    import matplotlib.pyplot as plt
+def draw(path, methods, panels):
+    """Draw one panel per axis."""
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(5 * len(panels) + 2, 4.2),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
-    for panel, axis in zip(axes[0], panels):
+    figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, axis in zip(axes, panels):
         for method, runs in methods.items():
             draw_mean(panel, runs, axis, method)
         panel.set(xlabel=AXES[axis], xlim=(0, None))
         panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("held-out prompts answered right")
-    axes[0][0].set_title("Sorting letters, from one half-trained model", loc="left", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0].set_ylabel("share of held-out prompts solved")
+    axes[0].set_title("Sorting letters, from one SFT model", loc="left", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(HERE / f"{name}.png", dpi=130)
+    figure.savefig(path, dpi=130)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
-        "--methods", nargs="+", help="as they are named in the tables; without it all"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs/curves", help="folder of the runs"
-    )
-    parser.add_argument("--draw", action="store_true", help="only draw and print what is there")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/curves", help="folder of runs")
+    parser.add_argument("--draw", action="store_true", help="only draw finished runs")
     args = parser.parse_args()
     known = {(method, run[0]["seed"]) for method, runs in load().items() for run in runs}
     for seed in args.seeds if not args.draw else ():
-        for method in args.methods or METHODS:
-            if (method, seed) in known:
-                continue
-            folder = args.runs.resolve() / str(seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            points = run(method, seed, folder)
-            with open(POINTS, "a") as file:
-                file.write("".join(json.dumps(point) + "\n" for point in points))
+        folder = args.runs.resolve() / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for method in args.methods:
+            if (method, seed) not in known:
+                write_lines(POINTS, run(method, seed, folder), mode="a")
     methods = load()
     print_methods(methods)
-    draw("curves", methods, ["completions", "seconds"])
-    draw("frontier", methods, ["kl"])
+    draw(HERE / "curves.png", methods, ["completions", "seconds"])
+    draw(HERE / "frontier.png", methods, ["kl"])
 
 
 if __name__ == "__main__":

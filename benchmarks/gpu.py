@@ -1,13 +1,11 @@
-"""Steps of each script on a GPU, on a model of a real one's shape with random weights: seconds and
-peak memory, one JSON line a script.
+"""Seconds and peak memory of a step of each script on a GPU, one JSON line per script.
 
-    python benchmarks/gpu.py                   Qwen2.5-0.5B's shape, prompts of 256 tokens,
-                                               completions of 512, bfloat16 autocast
-    python benchmarks/gpu.py --shape 1.5B      with --gradient-checkpointing
-    python benchmarks/gpu.py --shape tiny      2 layers, on a CPU too: only to see that it runs
+python benchmarks/gpu.py                   Qwen2.5-0.5B's shape with random weights, prompts of
+                                           256 tokens, completions of 512, bfloat16 compute
+python benchmarks/gpu.py --shape 1.5B      with --gradient-checkpointing
+python benchmarks/gpu.py --shape tiny      2 layers, on a GPU or CPU: a test run
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,16 +14,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from helpers import ROOT, make_parser, read_lines, write_lines
 from memory import MODELS
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import sft  # noqa: E402
+import common
 
-SHAPES = MODELS | {
-    "tiny": MODELS["0.5B"]
-    | dict(vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2)
-}
+TINY = dict(vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2)
+SHAPES = MODELS | {"tiny": MODELS["0.5B"] | TINY}
 NAMES = ["sft", "reward_model", "dpo", "ppo", "rloo", "grpo", "rejection_sampling"]
 SHOWN = [
     "tokens_per_second",
@@ -38,92 +33,87 @@ SHOWN = [
 ]
 
 
+def save_model(folder, shape):
+    """Save a policy and a reward model with random weights."""
+    tokenizer = common.tiny_tokenizer()
+    tokenizer.model_max_length = 2048
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.AutoConfig.for_model(**SHAPES[shape], **ids, num_labels=1)
+    for kind, path in [("CausalLM", "model"), ("SequenceClassification", "reward")]:
+        # random weights are slow to draw on a CPU
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+        model.to(torch.bfloat16).save_pretrained(folder / path)
+        tokenizer.save_pretrained(folder / path)
+        del model
+    torch.cuda.empty_cache()
+
+
 def write_data(folder, prompt_length, completion_length):
-    """A model's worth of letters: prompts, answers and pairs of those lengths."""
-    letters = torch.randint(97, 123, (64, 2 * completion_length + prompt_length)).tolist()
-    texts = ["".join(map(chr, row)) for row in letters]
-    with open(folder / "rows.jsonl", "w") as file:
-        for text in texts:
-            row = {
-                "prompt": text[:prompt_length],
-                "chosen": text[prompt_length : prompt_length + completion_length],
-                "rejected": text[prompt_length + completion_length :],
-            }
-            file.write(json.dumps(row | {"completion": row["chosen"]}) + "\n")
+    """Write 64 rows of random letters, one token each: prompts, completions and pairs."""
+    rows = []
+    end = prompt_length + completion_length
+    for codes in torch.randint(97, 123, (64, end + completion_length)).tolist():
+        text = "".join(map(chr, codes))
+        chosen = text[prompt_length:end]
+        row = {"prompt": text[:prompt_length], "chosen": chosen, "rejected": text[end:]}
+        rows.append(row | {"completion": chosen})
+    write_lines(folder / "rows.jsonl", rows)
 
 
 def flags_of(name, folder, args, completion_length):
-    """The flags of two steps of a script."""
+    """Flags for two or three steps of a script."""
     flags = {
         "--model": folder / "model",
         "--dataset": folder / "rows.jsonl",
         "--output-dir": folder / name,
         "--dtype": "bfloat16",
-        "--eval-every": 0,
     }
     if name in ("sft", "reward_model", "dpo"):
         flags |= {"--steps": 3, "--batch-size": 32, "--max-length": 2048}
     else:
-        flags |= {
-            "--reward": folder / "reward",
-            "--max-completion-length": completion_length,
-        }
+        flags |= {"--reward": folder / "reward", "--max-completion-length": completion_length}
     if name in ("ppo", "rloo", "grpo"):
-        group = 1 if name == "ppo" else 8
+        group_size = 1 if name == "ppo" else 8
         flags |= {
             "--steps": 2,
-            "--prompts-per-step": args.completions // group,
-            "--num-generations": group,
+            "--prompts-per-step": args.completions // group_size,
+            "--num-generations": group_size,
             "--kl-coef": 0.05,
         }
     if name == "ppo":
         flags |= {"--update-epochs": 1}
     if name == "rejection_sampling":
-        flags |= {"--prompts-per-iteration": 32, "--iterations": 1, "--batch-size": 16}
+        flags |= {"--prompts-per-iteration": 32, "--batch-size": 16}
     words = [str(word) for pair in flags.items() for word in pair]
     return words + ["--gradient-checkpointing"] * (args.shape == "1.5B")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="0.5B")
     parser.add_argument("--scripts", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--completions", type=int, default=128)
     args = parser.parse_args()
     if args.shape != "tiny" and not torch.cuda.is_available():
-        sys.exit("no GPU here: --shape tiny runs the same path on the CPU")
+        sys.exit("error: no GPU; --shape tiny also runs on a CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     prompt_length, completion_length = (32, 16) if args.shape == "tiny" else (256, 512)
+    torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.manual_seed(1)
+        save_model(folder, args.shape)
         write_data(folder, prompt_length, completion_length)
-        tokenizer = sft.tiny_tokenizer()
-        tokenizer.model_max_length = 2048
-        config = transformers.AutoConfig.for_model(
-            **SHAPES[args.shape], num_labels=1, pad_token_id=0, eos_token_id=1, bos_token_id=None
-        )
-        for kind, path in [("CausalLM", "model"), ("SequenceClassification", "reward")]:
-            # (made on the GPU: random weights take a CPU a while)
-            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-                model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
-            model.to(torch.bfloat16).save_pretrained(folder / path)
-            tokenizer.save_pretrained(folder / path)
-            del model
-        torch.cuda.empty_cache()
-        for name in args.scripts:
-            flags = flags_of(name, folder, args, completion_length)
-            command = [sys.executable, ROOT / f"{name}.py", *flags]
+        for script in args.scripts:
+            row = {"script": script, "shape": args.shape, "device": device}
+            flags = flags_of(script, folder, args, completion_length)
+            command = [sys.executable, ROOT / f"{script}.py", *flags]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(json.dumps({"script": name, "error": done.stderr[-1500:]}), flush=True)
-                continue
-            lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-            last = json.loads(lines[-1])
-            row = {"script": name, "shape": args.shape, "device": device}
-            row |= {key: round(last[key], 4) for key in SHOWN if key in last}
+                row["error"] = done.stderr[-1500:]
+            else:
+                last = read_lines(folder / script / "metrics.jsonl")[-1]
+                row |= {name: round(last[name], 4) for name in SHOWN if name in last}
             print(json.dumps(row), flush=True)
 
 

@@ -1,21 +1,18 @@
-"""GPU memory of ppo.py with a learned reward, by part, for models and numbers of cards, and its
-check.
+"""GPU memory of a step of ppo.py with a learned reward, by part, and a check against measurements.
 
-    python benchmarks/memory.py            the table of docs/scale.md (half a minute)
-    python benchmarks/memory.py --check    the same sums for small models, beside what ppo.py really
-                                           allocates: 1 process, and 2 (five minutes)
+    python benchmarks/memory.py            the table of docs/scale.md: half a minute
+    python benchmarks/memory.py --check    computed and measured peaks of small models, on 1 and 2
+                                           processes: five minutes
     python benchmarks/memory.py --check --models 12M --processes 1
 
 Parameters are counted and activations traced on models without memory (torch's FakeTensorMode), in
-the script's own forward, bfloat16 autocast included; the rest is arithmetic that stands below. What
-a GPU needs besides (its context, NCCL, fragmentation: 1 to 3 GiB) is left out. The check runs on a
-CPU, where the peak is the sum of all live tensors' storages, looked at after every operation of a
-step."""
+the forward pass of the scripts under bfloat16 autocast. The rest is arithmetic. The CUDA context,
+NCCL and fragmentation (1 to 3 GiB) are not included. The check runs on a CPU: the peak is the
+largest sum of the storages of all live tensors after any operation of a step."""
 
 import argparse
 import gc
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -25,16 +22,14 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 import transformers
+from helpers import make_parser, print_header, print_row, write_lines
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import sft
 
 GIB = 2**30
 MODELS = {
@@ -101,7 +96,7 @@ SMALL = {
 PARTS = [
     "weights",
     "gradients",
-    "optimiser",
+    "optimizer",
     "reference",
     "reward model",
     "gathered",
@@ -110,7 +105,7 @@ PARTS = [
     "bf16 copy",
     "cache",
 ]
-# rows of the table: model, cards, memory of each, --gradient-checkpointing
+# rows of the table: model, cards, GB of each, --gradient-checkpointing
 CASES = [
     ("0.5B", 1, 24, True),
     ("0.5B", 1, 80, False),
@@ -125,27 +120,26 @@ CASES = [
     ("8B", 64, 80, True),
 ]
 CHUNK = 40_000_000  # logits of a chunk of the head, as in token_logprobs_and_entropy
-SAMPLED_TOKENS = 262_144  # sampled at a time, common.TOKENS_AT_A_TIME of a GPU
+SAMPLED_TOKENS = 65_536  # token_budget of common.sample
 
 
-# ---------------------------------------------------------------- the calculator
+# ---------------------------------------------------------------- computed
 def fake(shape, layers, kind="CausalLM"):
-    """A model of that shape without memory."""
-    config = transformers.AutoConfig.for_model(
-        **shape | dict(num_hidden_layers=layers, num_labels=1)
-    )
+    """A model without memory."""
+    sizes = dict(num_hidden_layers=layers, num_labels=1)
+    config = transformers.AutoConfig.for_model(**shape | sizes)
     Model = getattr(transformers, f"AutoModelFor{kind}")
     return Model.from_config(config, attn_implementation="sdpa").eval()
 
 
 def count(shape, layers, kind="CausalLM"):
+    """Number of parameters."""
     with FakeTensorMode():
         return sum(p.numel() for p in fake(shape, layers, kind).parameters())
 
 
 def saved_bytes(shape, layers, rows, length):
-    """What a forward keeps for its backward pass -> bytes of activations, of weights' bfloat16
-    copies."""
+    """Bytes kept for the backward pass: activations, and bfloat16 copies of weights."""
     kept = {}
 
     def pack(x):
@@ -157,8 +151,7 @@ def saved_bytes(shape, layers, rows, length):
         sizes = {p.shape[::-1] for p in model.parameters()} | {p.shape for p in model.parameters()}
         weights = {id(p.untyped_storage()) for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)
-        # (transformers looks whether anything is padded, which a tensor without memory cannot say:
-        # a mask)
+        # transformers inspects a mask (B, T) for padding, and a tensor without memory has no values
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16):
@@ -169,10 +162,10 @@ def saved_bytes(shape, layers, rows, length):
 
 
 def memory(shape, *, cards, rows, length, new, batch, checkpointing):
-    """Bytes on each card, by part, in the sampling and in the training phase of a step of ppo.py.
+    """Bytes on each card, by part: in the sampling phase, and in the training phase of a step.
 
-    rows x length: a micro-batch, whose last `new` columns are completion; batch: completions of a
-    step."""
+    A micro-batch has rows x length tokens, the last `new` columns are the completion. batch is the
+    number of completions per step."""
     layers = shape["num_hidden_layers"]
     hidden = shape["hidden_size"]
     vocab = shape["vocab_size"]
@@ -184,44 +177,43 @@ def memory(shape, *, cards, rows, length, new, batch, checkpointing):
     head = vocab * hidden
     root = policy - layers * block  # embedding, last norm, head
 
-    # in both phases; policy and value model have Adam's two moments
+    # both phases: Adam has two moments for policy and value model
     sampling = Counter()
     sampling["weights"] = 4 * (policy + scorer) / cards
-    sampling["optimiser"] = 8 * (policy + scorer) / cards
+    sampling["optimizer"] = 8 * (policy + scorer) / cards
     sampling["reference"] = 4 * policy / cards
     sampling["reward model"] = 4 * scorer / cards
     training = Counter(sampling)
 
-    # sampling: the whole policy in each process, and autocast's copy of what is no embedding
-    together = min(math.ceil(batch / cards), max(1, SAMPLED_TOKENS // length))  # rows at a time
+    # sampling: the whole policy on each card, and autocast's copy of all weights but embeddings
+    sampled_rows = min(math.ceil(batch / cards), max(1, SAMPLED_TOKENS // length))  # at a time
     width = shape.get("num_key_value_heads", heads) * hidden // heads
     sampling["gathered"] = 4 * policy * (cards > 1)
     sampling["bf16 copy"] = 2 * (policy - (0 if shape.get("tie_word_embeddings") else head))
-    # float32 keys (the rotary embedding makes them so), bfloat16 values; what draws a token
-    sampling["cache"] = (6 * layers * width * length + 32 * vocab) * together
+    # float32 keys (after the rotary embedding), bfloat16 values; softmax and CDF of one token
+    sampling["cache"] = (6 * layers * width * length + 32 * vocab) * sampled_rows
 
-    # training: a head's gradient is there, whole, before it is added to that of earlier
-    # micro-batches
+    # training: the head's gradient exists twice while micro-batches are accumulated
     training["gradients"] = 4 * (policy + scorer) / cards + 4 * head
-    # FSDP: what lies outside the layers, two layers (one comes while the other computes), a layer's
-    # gradient whole and as it is sent
+    # FSDP: root weights, two layers (one is prefetched), a layer's gradient before and after its
+    # copy to the communication buffer
     training["gathered"] = (4 * root + 16 * block) * (cards > 1)
     one, two = (saved_bytes(shape, n, rows, length) for n in (1, 2))
     layer, copies = (b - a for a, b in zip(one, two))  # of one layer
     outside = one[0] - layer
     training["activations"] = outside + layers * (layer + copies)
-    if checkpointing:  # the input of each layer, and one layer computed again
+    if checkpointing:  # the input of each layer, and one recomputed layer
         training["activations"] = outside + 4 * layers * rows * length * hidden + layer + copies
-    # the head and its gradient in bfloat16; the logits of a chunk, four times
+    # the head and its gradient in bfloat16; four copies of the logits of a chunk
     training["logits"] = 4 * head + 16 * min(rows * new * vocab, CHUNK)
     return sampling, training
 
 
 def table(tokens, length, new, batch):
-    print(f"\nppo.py, --micro-batch-tokens {tokens}, sequences of {length} tokens,")
-    print(f"{batch} completions a step; GiB on each card, in the phase that takes more\n")
-    print("| model | cards | flags | phase | " + " | ".join(PARTS) + " | together |")
-    print("|---" * (len(PARTS) + 5) + "|")
+    """Print the phase that needs more memory, for each of CASES."""
+    print(f"\nppo.py, --micro-batch-tokens {tokens}, sequences of {length} tokens, {batch}")
+    print("completions per step; GiB on each card in the phase that needs more")
+    print_header(["model", "cards", "flags", "phase", *PARTS, "total"])
     for name, cards, size, checkpointing in CASES:
         flags = ["--gradient-checkpointing"] if checkpointing else []
         budget = tokens
@@ -244,30 +236,32 @@ def table(tokens, length, new, batch):
         cells = [name, f"{cards} x {size} GB", " ".join(flags), phase]
         cells += [f"{parts[part] / GIB:.1f}" if parts[part] else "" for part in PARTS]
         cells.append(f"{total:.1f}" if total < 0.92 * size else f"{total:.1f} (does not fit)")
-        print(f"| {' | '.join(cells)} |")
+        print_row(cells)
 
 
 def communication():
-    """Where gathering takes longer than computing, from data sheets, not measured."""
+    """Print the micro-batch size at which communication takes as long as computation."""
     flops = 0.35 * 989e12
-    links = {"NVLink, 450 GB/s a card": 450e9, "400 Gb/s a card between machines": 50e9}
-    print("\nAn update sends 12 bytes a parameter and micro-batch (float32: gathered twice, its")
+    links = {"NVLink, 450 GB/s per card": 450e9, "400 Gb/s per card between machines": 50e9}
     print(
-        "gradient once) and computes 8 FLOPs a parameter and token (with checkpointing), at 35% of"
+        "\nAn update sends 12 bytes per parameter and micro-batch (float32 weights gathered twice,"
     )
-    print("an H100's bfloat16 rate. Sending takes as long as computing")
+    print(
+        "the gradient once). It computes 8 FLOPs per parameter and token (with checkpointing), at"
+    )
+    print("35% of an H100's bfloat16 peak. From data sheets, communication takes as long")
     for name, rate in links.items():
         print(f"- with {name}: at {12 / rate * flops / 8:,.0f} tokens")
 
 
-# ---------------------------------------------------------------- the check
+# ---------------------------------------------------------------- measured
 class Peak(TorchDispatchMode):
-    """The most bytes that live tensors' storages have held after any operation, earlier ones
-    included."""
+    """Largest number of bytes of all live tensors after any operation."""
 
     def __init__(self):
         super().__init__()
-        self.storages, self.bytes = weakref.WeakSet(), 0
+        self.storages = weakref.WeakSet()
+        self.bytes = 0
         for x in gc.get_objects():
             if isinstance(x, torch.Tensor):
                 self.see(x)
@@ -286,14 +280,14 @@ class Peak(TorchDispatchMode):
 
 
 def child(folder, name, checkpointing):
-    """Two steps of ppo.py, the second of them watched."""
+    """Run two steps of ppo.py and print the peaks of the second."""
     import ppo
 
     torch.set_num_threads(1)
     log = ppo.Run.log
     sample = ppo.sample
     peak = None
-    peak_of_sampling = 0
+    sampling_peak = 0
 
     def watched_log(run, step, *args, **kwargs):
         nonlocal peak
@@ -305,12 +299,12 @@ def child(folder, name, checkpointing):
             peak.__exit__(None, None, None)
 
     def watched_sample(*args, **kwargs):
-        nonlocal peak_of_sampling
-        completions = sample(*args, **kwargs)
+        nonlocal sampling_peak
+        rollouts = sample(*args, **kwargs)
         if peak is not None:
-            peak_of_sampling = peak.bytes
+            sampling_peak = peak.bytes
             peak.bytes = 0
-        return completions
+        return rollouts
 
     ppo.Run.log = watched_log
     ppo.sample = watched_sample
@@ -333,11 +327,11 @@ def child(folder, name, checkpointing):
         )
     )
     if common.rank() == 0:
-        print("PEAK", peak_of_sampling, peak.bytes, file=sys.stderr)
+        print("PEAK", sampling_peak, peak.bytes, file=sys.stderr)
 
 
 def save_models(folder, name, tokenizer):
-    """A policy and a reward model of that shape, random."""
+    """Save a policy and a reward model with random weights."""
     config = transformers.AutoConfig.for_model(
         **SMALL[name],
         num_labels=1,
@@ -352,7 +346,7 @@ def save_models(folder, name, tokenizer):
 
 
 def measure(folder, name, processes, checkpointing):
-    """A run in processes of its own -> peaks of sampling and of training, bytes."""
+    """Peaks of sampling and of training in bytes, of a run in its own processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -365,13 +359,13 @@ def measure(folder, name, processes, checkpointing):
 
 
 def check(names, numbers_of_processes):
-    print("| model | processes | flags | phase | sum, MiB | measured, MiB | ratio |")
-    print("|---" * 7 + "|")
+    names_of_cells = "model", "processes", "flags", "phase", "computed, MiB", "measured, MiB"
+    print_header([*names_of_cells, "ratio"])
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = sft.tiny_tokenizer()
+        tokenizer = common.tiny_tokenizer()
         tokenizer.model_max_length = 512
         prompt = "abcdefgh" * 8
-        Path(folder, "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        write_lines(Path(folder, "rows.jsonl"), [{"prompt": prompt}])
         length = len(prompt) + 64
         for name in names:
             save_models(folder, name, tokenizer)
@@ -388,18 +382,14 @@ def check(names, numbers_of_processes):
                 )
                 flags = "--gradient-checkpointing" if checkpointing else ""
                 for phase, parts, real in zip(("sampling", "training"), phases, measured):
-                    if os.environ.get("PARTS"):
-                        print({part: round(value / 2**20) for part, value in parts.items()})
                     total = sum(parts.values())
                     cells = [name, str(processes), flags, phase, f"{total / 2**20:.0f}"]
                     cells += [f"{real / 2**20:.0f}", f"{total / real:.2f}"]
-                    print(f"| {' | '.join(cells)} |", flush=True)
+                    print_row(cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--models", nargs="+", choices=list(SMALL), default=list(SMALL))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])

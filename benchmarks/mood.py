@@ -1,8 +1,8 @@
-"""Mood of a story, a reward that can be checked exactly: --reward benchmarks/mood.py:mood
+"""Mood of a story, a reward that is exact: --reward benchmarks/mood.py:mood
 
-Words are those of the opinion lexicon of Hu and Liu (2004), read from
-../shared/data/opinion_lexicon.json, which is not part of this repository; the environment variable
-MOOD_LEXICON names another place."""
+Positive minus negative words of the opinion lexicon of Hu and Liu (2004), read from
+../shared/data/opinion_lexicon.json, which is not in this repository. The environment variable
+MOOD_LEXICON overrides the path."""
 
 import json
 import os

@@ -1,64 +1,59 @@
-"""A figure of your own runs: score, truth, KL, entropy, length and EOS rate over steps or seconds.
+"""Plot score, gold, KL, entropy, length and EOS rate of runs over steps or seconds.
 
     python benchmarks/plot.py runs/ppo runs/grpo
     python benchmarks/plot.py runs/ppo runs/ppo_2 --out curves.png --over seconds
 
-A line a run, from its metrics.jsonl; dots are evaluations of held-out prompts. Needs matplotlib."""
+One line per run, from its metrics.jsonl. Dots are evaluations on held-out prompts. Needs
+matplotlib."""
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+from helpers import make_parser, read_lines
+
 PANELS = {
-    "score": "score (what is optimised)",
-    "gold": "solved (the exact checker)",
-    "kl": "KL from the reference, nats",
-    "entropy": "entropy, nats a token",
-    "completion_length": "tokens of a completion",
-    "eos_rate": "completions that end by themselves",
+    "score": "score",
+    "gold": "gold (exact checker)",
+    "kl": "KL from the reference, nats per completion",
+    "entropy": "entropy, nats per token",
+    "completion_length": "tokens per completion",
+    "eos_rate": "share of completions with EOS",
+    "loss": "loss",
+    "accuracy": "accuracy on pairs",
+    "margin": "chosen minus rejected",
 }
-LOSSES = {"loss": "loss", "accuracy": "pairs ranked rightly", "margin": "margin of the chosen"}
 
 
 def read_run(folder):
-    """Rows of metrics.jsonl, each with the seconds of sampling and training so far."""
-    path = Path(folder, "metrics.jsonl")
-    if not path.is_file():
-        sys.exit(f"error: {path} is not there: name folders of runs")
-    rows = []
+    """Rows of metrics.jsonl, each with the seconds of sampling and training until then."""
+    rows = read_lines(Path(folder, "metrics.jsonl"))
+    if not rows:
+        sys.exit(f"error: {folder} has no metrics.jsonl")
     seconds = 0.0
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in rows:
         seconds += row.get("seconds/sample", 0.0) + row.get("seconds/train", 0.0)
-        rows.append(row | {"seconds": seconds})
+        row["seconds"] = seconds
     return rows
 
 
 def points_of(rows, name, over):
-    """Where a run has that metric: places, values."""
+    """Steps or seconds, and values of a metric, from the rows that have it."""
     found = [(row[over], row[name]) for row in rows if row.get(name) is not None]
     return list(zip(*found)) or [(), ()]
 
 
 def draw(runs, over, out):
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        sys.exit("to draw, run `pip install matplotlib`")
+        sys.exit("error: plot.py needs `pip install matplotlib`")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        name: title
-        for name, title in (PANELS | LOSSES).items()
-        if any(name in row or f"eval/{name}" in row for rows in runs.values() for row in rows)
-    }
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (4.5 * columns, 3 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+    names = {name.removeprefix("eval/") for rows in runs.values() for row in rows for name in row}
+    panels = {name: title for name, title in PANELS.items() if name in names}
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(figsize=(4.5 * num_columns, 3 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis, (name, title) in zip(axes.flat, panels.items()):
         for i, (label, rows) in enumerate(runs.items()):
             axis.plot(*points_of(rows, name, over), color=f"C{i}", alpha=0.8, label=label)
@@ -69,16 +64,13 @@ def draw(runs, over, out):
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(out, dpi=110)
     print(f"{len(panels)} panels of {len(runs)} runs: {out}")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser = make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", help="run directories")
     parser.add_argument("--over", choices=["step", "seconds"], default="step")
     parser.add_argument("--out", default="runs.png")
     args = parser.parse_args()

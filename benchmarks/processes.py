@@ -1,14 +1,13 @@
-"""Seconds of a GRPO step on one process, and on two that split the models between them (FSDP2).
+"""Seconds of a GRPO step on one process, and on two that shard the models (FSDP2).
 
-    python benchmarks/processes.py           two CPU cores, a process on each (two minutes)
-    python benchmarks/processes.py --repeats 1 --steps 4      to see that it runs
+    python benchmarks/processes.py                            two CPU cores: two minutes
+    python benchmarks/processes.py --repeats 1 --steps 4      a test run
 
-The model and rows of speed.py's smallest case: a Llama of 4 layers, 1M parameters; 8 prompts x 8
-completions of at most 32 tokens, no EOS. gloo on one machine says what the messages cost there, not
-how a network of GPUs would do."""
+Model and rows are the smallest case of speed.py: a Llama with 4 layers and 1M parameters; 8 prompts
+x 8 completions of at most 32 tokens. The processes communicate by gloo on one machine, so the
+result does not transfer to a network of GPUs."""
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,11 +15,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import (
+    make_parser,
+    median_and_range,
+    print_header,
+    print_row,
+    read_lines,
+    write_lines,
+)
 
 
 def length(prompts, completions, rows):
-    """Any reward will do."""
+    """A reward that costs no time."""
     return [float(len(text)) for text in completions]
 
 
@@ -31,29 +37,28 @@ def child(folder, steps):
     import grpo
 
     torch.set_num_threads(1)
-    grpo.main(
-        grpo.Args(
-            model=f"{folder}/model",
-            dataset=f"{folder}/rows.jsonl",
-            reward=f"{__file__}:length",
-            output_dir=f"{folder}/run",
-            overwrite=True,
-            steps=steps,
-            save_every=0,
-            prompts_per_step=8,
-            num_generations=8,
-            max_completion_length=32,
-            kl_coef=0.04,
-        )
+    args = grpo.Args(
+        model=f"{folder}/model",
+        dataset=f"{folder}/rows.jsonl",
+        reward=f"{__file__}:length",
+        output_dir=f"{folder}/run",
+        overwrite=True,
+        steps=steps,
+        save_every=0,
+        prompts_per_step=8,
+        num_generations=8,
+        max_completion_length=32,
+        kl_coef=0.04,
     )
+    grpo.main(args)
 
 
 def make_start(folder):
-    """Model, tokenizer and prompts."""
+    """Save a model, its tokenizer and prompts."""
     import torch
     import transformers
 
-    import sft
+    import common
 
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
@@ -69,15 +74,14 @@ def make_start(folder):
         bos_token_id=None,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
-    sft.tiny_tokenizer().save_pretrained(f"{folder}/model")
+    common.tiny_tokenizer().save_pretrained(f"{folder}/model")
     letters = "abcdefgh"
-    rows = [json.dumps({"prompt": letters[i:] * 4 + letters[:i] * 4}) for i in range(8)]
-    Path(folder, "rows.jsonl").write_text("\n".join(rows))
+    rows = [{"prompt": letters[i:] * 4 + letters[:i] * 4} for i in range(8)]
+    write_lines(f"{folder}/rows.jsonl", rows)
 
 
 def run(folder, processes, steps):
-    """One run -> mean seconds of sampling, and of the rest of a step; the first two steps warm
-    up."""
+    """Mean seconds of sampling and of the rest of a step, without the first two steps."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -86,17 +90,14 @@ def run(folder, processes, steps):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()[2:]
-    metrics = [json.loads(line) for line in lines]
-    sampling = statistics.mean(row["seconds/sample"] for row in metrics)
-    training = statistics.mean(row["seconds/train"] for row in metrics)
+    rows = read_lines(Path(folder, "run/metrics.jsonl"))[2:]
+    sampling = statistics.mean(row["seconds/sample"] for row in rows)
+    training = statistics.mean(row["seconds/train"] for row in rows)
     return sampling, training
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -110,10 +111,9 @@ def main():
         for _ in range(args.repeats):
             for processes, runs in seconds.items():
                 runs.append(run(folder, processes, args.steps))
-    print("| processes | sampling, s | the rest of a step, s |\n|---|---|---|")
+    print_header(["processes", "sampling, s", "rest of a step, s"])
     for processes, runs in seconds.items():
-        columns = [f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in zip(*runs)]
-        print(f"| {processes} | {' | '.join(columns)} |")
+        print_row([str(processes), *map(median_and_range, zip(*runs))])
 
 
 if __name__ == "__main__":

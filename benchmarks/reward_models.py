@@ -1,44 +1,51 @@
-"""Reward models that learn from rollouts, and ensembles against over-optimisation, on the built-in
-task, where the truth is known.
+"""Reward models trained on rollouts, and ensembles under label noise, on the built-in task.
 
-    python benchmarks/reward_models.py --seeds 1 2 3       about half an hour a seed on two cores
-    python benchmarks/reward_models.py --table             prints what is in reward_models.jsonl
-    python benchmarks/reward_models.py --draw              benchmarks/overoptimisation.png
+    python benchmarks/reward_models.py --seeds 1 2 3       half an hour per seed on two cores
+    python benchmarks/reward_models.py --table             tables of finished runs
+    python benchmarks/reward_models.py --draw              figure of finished runs
 
-The loop: rejection_sampling.py samples 4 completions of each of 20,000 prompts from the SFT model,
-and the exact checker judges them; reward_model.py learns from that file by --loss outcome,
-bradley-terry (all pairs) and plackett-luce; each, and the reward model of the laptop run (pairs of
-right and wrong answers), picks the best of N of 64 completions of the 500 held-out prompts, beside
-the majority vote; the outcome model is PPO's reward.
+Rollouts: rejection_sampling.py samples 4 completions of each of 20,000 prompts from the SFT model,
+scored by the exact checker. reward_model.py is trained on them with --loss outcome, bradley-terry
+(all pairs) and plackett-luce. Each of the three, and the reward model of the laptop run, selects
+the best of N of 64 completions of the 500 held-out prompts; majority voting is the baseline. PPO
+uses the outcome model as its reward.
 
-Label noise, after Coste et al. 2023: 35,200 pairs with 25% of their labels flipped; four reward
-models of other seeds; PPO against the first alone and against the ensemble's mean, lowest score and
-mean less one standard deviation, with KL coefficients 0 and 0.03; best of N by the same.
+Label noise, after Coste et al. 2023: 35,200 pairs with 25% of the labels flipped train four reward
+models with different seeds. PPO uses the first one, or the ensemble's mean, minimum, and mean minus
+one standard deviation, with KL coefficients 0 and 0.03. Best of N uses the same four rewards.
 
-Runs stand in runs/reward_models, one line of reward_models.jsonl each; what is there is not run
-again. --jobs processes at a time, of one thread each."""
+Runs are in runs/reward_models, results in reward_models.jsonl; finished ones are skipped. --jobs is
+the number of processes, each of one thread."""
 
 import argparse
-import contextlib
 import json
-import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+from helpers import (
+    HERE,
+    ROOT,
+    make_parser,
+    mean_and_range,
+    print_header,
+    print_row,
+    read_lines,
+    run_script,
+    write_lines,
+)
+
 RUNS = ROOT / "runs" / "reward_models"
 POINTS = HERE / "reward_models.jsonl"
 MEMBERS = 4
 NOISE = 0.25
 LOSSES = ["outcome", "bradley-terry", "plackett-luce"]
-TRAINED = "--model runs/sft --learning-rate 4e-4 --warmup-steps 100"
-COMBINED = {  # name -> members, --reward-combine
+TRAINED = "--model runs/sft --learning-rate 4e-4 --warmup-steps 100 --batch-size 32"
+NOISY = [f"runs/noisy_{i}" for i in range(MEMBERS)]
+COMBINED = {  # name in reward_models.jsonl -> members, --reward-combine
     "one reward model": (1, "mean"),
     "mean of four": (MEMBERS, "mean"),
     "lowest of four": (MEMBERS, "min"),
@@ -46,74 +53,54 @@ COMBINED = {  # name -> members, --reward-combine
 }
 
 
-def script(name, flags, folder, out, seed):
-    """One script as a user runs it, in the folder of a seed, unless its model is there."""
-    if (folder / out / "config.json").exists():
-        return
-    command = [sys.executable, str(ROOT / f"{name}.py"), *flags.split()]
-    command += ["--seed", str(seed), "--output-dir", out, "--overwrite"]
-    print(f"$ {' '.join(command[1:])}", flush=True)
-    with open(folder / f"{Path(out).name}.log", "w") as log:
-        environment = os.environ | dict(OMP_NUM_THREADS="1")
-        subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=log, env=environment)
-
-
-def noisy(i):
-    return f"runs/noisy_{i}"
+def label(name):
+    """A name of reward_models.jsonl as tables and figure show it."""
+    return name.replace("less", "minus")
 
 
 # ---------------------------------------------------------------- jobs
 def start(seed):
-    """SFT, pairs and labels with noise."""
+    """Train the SFT model and write the noisy pairs."""
+    import common
+
     folder = RUNS / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    script("sft", "", folder, "runs/sft", seed)
-    if not (folder / "noisy.jsonl").exists():
-        sys.path.insert(0, str(ROOT))
-        import common
-
-        rng = random.Random(seed)
-        lines = ""
-        for row in common.task_rows("preference", False, seed)[:35_200]:
-            pair = [row["chosen"], row["rejected"]]
-            if rng.random() < NOISE:
-                pair.reverse()
-            lines += json.dumps(dict(prompt=row["prompt"], chosen=pair[0], rejected=pair[1])) + "\n"
-        (folder / "noisy.jsonl").write_text(lines)
+    run_script("sft", "", folder, "runs/sft", seed)
+    rng = random.Random(seed)
+    rows = []
+    for row in common.task_rows("pairs", False, seed)[:35_200]:
+        chosen, rejected = row["chosen"], row["rejected"]
+        if rng.random() < NOISE:
+            chosen, rejected = rejected, chosen
+        rows.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    write_lines(folder / "noisy.jsonl", rows)
 
 
-def rollouts(seed):
+def sample_rollouts(seed):
     flags = "--reward sort --temperature 1 --prompts-per-iteration 20000 --num-generations 4 "
     flags += "--iterations 1 --steps 1"
-    script("rejection_sampling", flags, RUNS / str(seed), "runs/rollouts", seed)
+    run_script("rejection_sampling", flags, RUNS / str(seed), "runs/rollouts", seed)
 
 
 def reward_models(seed):
-    """Jobs, one a reward model."""
+    """Arguments of run_script, one tuple per reward model."""
     folder = RUNS / str(seed)
-    yield lambda: script("reward_model", "", folder, "runs/reward_model", seed)
+    yield "reward_model", "", folder, "runs/reward_model", seed
     for loss in LOSSES:
-        flags = f"{TRAINED} --dataset runs/rollouts/rollouts.jsonl --loss {loss} --epochs 2 "
-        flags += "--batch-size 32"
-        yield lambda loss=loss, flags=flags: script(
-            "reward_model", flags, folder, f"runs/{loss}", seed
-        )
-    for i in range(MEMBERS):
-        flags = f"{TRAINED} --dataset noisy.jsonl --eval-dataset sort --batch-size 32 "
-        flags += "--center-coef 0.03"
-        yield lambda i=i, flags=flags: script(
-            "reward_model", flags, folder, noisy(i), 100 * seed + i
-        )
+        flags = f"{TRAINED} --dataset runs/rollouts/rollouts.jsonl --loss {loss} --epochs 2"
+        yield "reward_model", flags, folder, f"runs/{loss}", seed
+    for i, out in enumerate(NOISY):
+        flags = f"{TRAINED} --dataset noisy.jsonl --eval-dataset sort --center-coef 0.03"
+        yield "reward_model", flags, folder, out, 100 * seed + i
 
 
 def ppo(seed, name, rewards, flags):
-    """A run of PPO -> a point, with score and truth on its own samples at every step."""
+    """Run PPO; returns a point with score and gold of every step."""
     folder = RUNS / str(seed)
     out = f"runs/ppo_{name.replace(' ', '_')}"
     flags = f"--reward {','.join(rewards)} --value-model {rewards[0]} --eval-every 0 {flags}"
-    script("ppo", flags, folder, out, seed)
-    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    run_script("ppo", flags, folder, out, seed)
+    rows = read_lines(folder / out / "metrics.jsonl")
     keys = ("step", "score", "gold", "disagreement")
     return {
         "name": name,
@@ -125,165 +112,161 @@ def ppo(seed, name, rewards, flags):
 
 
 def points(seed):
-    """Names and jobs that give a point."""
+    """Names of the points, and jobs that return them."""
     yield "best of N", lambda: best_of_n(seed)
     yield "PPO, outcome", lambda: ppo(seed, "PPO, outcome", ["runs/outcome"], "")
     for kl_coef in (0.0, 0.03):
         for combined, (members, how) in COMBINED.items():
             name = f"{combined}, KL {kl_coef}"
-            rewards = [noisy(i) for i in range(members)]
-            flags = f"--kl-coef {kl_coef} --reward-combine {how}"
-            yield (
-                name,
-                lambda name=name, rewards=rewards, flags=flags: ppo(seed, name, rewards, flags),
-            )
+            job = (seed, name, NOISY[:members], f"--kl-coef {kl_coef} --reward-combine {how}")
+            yield name, lambda job=job: ppo(*job)
     yield "PPO, pairs", lambda: ppo(seed, "PPO, pairs", ["runs/reward_model"], "")
 
 
 def best_of_n(seed):
-    """The same command in a process of its own -> a point."""
+    """Run best_of_n_curves in its own process; returns its point."""
     command = [sys.executable, __file__, "--best-of-n", str(seed)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def best_of_n_curves(seed):
-    """Truth of the best of N by each reward model, of majority votes, and held-out accuracy."""
-    sys.path.insert(0, str(ROOT))
+def best_of_n_curves(seed, N=64):
+    """Print best of N by each reward model, majority votes, and accuracies on held-out pairs."""
     import torch
 
     import common
-    import ppo
+    import dpo
     import rejection_sampling
 
     os.chdir(RUNS / str(seed))
-    names = ["reward_model", *LOSSES, *(f"noisy_{i}" for i in range(MEMBERS))]
+    paths = ["runs/reward_model", *(f"runs/{loss}" for loss in LOSSES), *NOISY]
+    names = [path.removeprefix("runs/") for path in paths]
     args = rejection_sampling.Args(
         model="runs/sft",
-        reward=",".join(f"runs/{name}" for name in names),
+        reward=",".join(paths),
         max_completion_length=10,
         micro_batch_tokens=16_384,
+        dtype="float32",
         seed=seed,
     )
     tokenizer = common.load_tokenizer(args.model)
-    eos_ids = common.find_eos_ids(tokenizer, args.model)
     examples = common.load_examples(
-        "sort", rejection_sampling.prompt_example, tokenizer, args, held_out=True
+        "sort",
+        "prompts",
+        common.prompt_example,
+        tokenizer,
+        args,
+        held_out=True,
     )
     cpu = torch.device("cpu")
-    ensemble = common.load_rewards(
-        args, examples, tokenizer, eos_ids, device=cpu, autocast=contextlib.nullcontext
-    )
-    N = 64
-    completions = common.sample(
-        common.load_policy(args.model, cpu),
-        [example["prompt_ids"] for example in examples],
+    reward = common.load_reward(args, examples, tokenizer, cpu)
+    rollouts = common.sample(
+        common.load_policy(args.model, tokenizer, args, cpu),
+        examples,
         num_generations=N,
         max_new_tokens=10,
-        eos_ids=eos_ids,
         rng=common.generator(seed, "best of N"),
     )
-    repeated = [example for example in examples for _ in range(N)]
-    gold = common.load_gold(args, "sort", tokenizer, eos_ids)(repeated, completions).view(-1, N)
-    scores = dict(zip(names, [member(repeated, completions) for member in ensemble]))
-    members = torch.stack([scores[f"noisy_{i}"] for i in range(MEMBERS)])
+    gold = common.load_gold(args, "sort", tokenizer)["gold"](rollouts).view(-1, N)
+    reward(rollouts)
+    member_scores = torch.stack([rollout["member_scores"] for rollout in rollouts], dim=1)
+    scores = dict(zip(names, member_scores))
     for name, (number, how) in COMBINED.items():
         args.reward_combine = how
-        scores[name] = ppo.combine_scores(members[:number], args)
+        args.reward = ",".join(NOISY[:number])
+        scores[name] = common.load_reward(args, examples, tokenizer, cpu)(rollouts)
     curves = {}
     for name, values in scores.items():
         values = values.view(-1, N)
         curves[name] = rejection_sampling.best_of_n_metrics(values, gold, "gold")
         curves[name] |= rejection_sampling.best_of_n_metrics(values, values, "score")
-    curves["majority vote"] = {}
-    for n in [2**i for i in range(7)]:
-        won = []
-        for i, row in enumerate(gold.tolist()):
-            texts = [tuple(ids) for ids in completions[i * N : (i + 1) * N]]
-            for first in range(0, N, n):
-                votes = texts[first : first + n]
-                won.append(row[first + votes.index(max(votes, key=votes.count))])
-        curves["majority vote"][f"best_of_{n}/gold"] = statistics.mean(won)
-    # held-out pairs of a right and a slightly wrong answer
-    pairs = common.task_rows("preference", True, seed)
-    examples = []
-    completions = []
-    for row in pairs:
-        for text in (row["chosen"], row["rejected"]):
-            prompt_ids, (ids,) = common.encode_completions(
-                tokenizer, row["prompt"], [text], tokenizer.eos_token_id
-            )
-            examples.append({"prompt": row["prompt"], "prompt_ids": prompt_ids, "row": row})
-            completions.append(ids)
+    curves["majority vote"] = majority_votes(rollouts, gold)
+
+    pairs = common.load_examples(
+        "sort",
+        "pairs",
+        common.preference_example,
+        tokenizer,
+        dpo.Args(),
+        held_out=True,
+    )
+    answers = [
+        pair | {"completion_ids": pair[key], "finished": True}
+        for pair in pairs
+        for key in ("chosen_ids", "rejected_ids")
+    ]
     accuracy = {}
-    for name, member in zip(names, ensemble):
-        chosen, rejected = member(examples, completions).view(-1, 2).T
+    reward(answers)
+    for i, name in enumerate(names):
+        member_scores = torch.stack([answer["member_scores"][i] for answer in answers])
+        chosen, rejected = dpo.split_pairs(member_scores)
         accuracy[name] = (chosen > rejected).float().mean().item()
     point = {"name": "best of N", "seed": seed, "curves": curves, "accuracy": accuracy}
     print(json.dumps(point))
 
 
-# ---------------------------------------------------------------- all of them, tables, a figure
+def majority_votes(rollouts, gold):
+    """Mean gold of the most frequent of n completions, n = 1, 2, 4, ...; gold (M, N)."""
+    N = gold.shape[1]
+    curve = {}
+    for n in [2**i for i in range(N.bit_length())]:
+        values = []
+        for i, row in enumerate(gold.tolist()):
+            group = [tuple(rollout["completion_ids"]) for rollout in rollouts[i * N : (i + 1) * N]]
+            for first in range(0, N, n):
+                votes = group[first : first + n]
+                values.append(row[first + votes.index(max(votes, key=votes.count))])
+        curve[f"best_of_{n}/gold"] = statistics.mean(values)
+    return curve
+
+
+# ---------------------------------------------------------------- all runs, tables, figure
 def measure(seeds, jobs):
-    known = {(point["name"], point["seed"]) for point in read_points()}
+    known = {(point["name"], point["seed"]) for point in read_lines(POINTS)}
+
+    def run(seed, name, job):
+        if (name, seed) not in known:
+            write_lines(POINTS, [job()], mode="a")
+
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(start, seeds))
-        list(pool.map(rollouts, seeds))
-        list(pool.map(lambda job: job(), [job for seed in seeds for job in reward_models(seed)]))
-
-        def run(named):
-            seed, name, job = named
-            if (name, seed) not in known:
-                with open(POINTS, "a") as file:
-                    file.write(json.dumps(job()) + "\n")
-
-        # seed by seed within each kind, so that what is there early is of all seeds
-        named = zip(*[[(seed, *named) for named in points(seed)] for seed in seeds])
-        list(pool.map(run, [each for kind in named for each in kind]))
-
-
-def read_points():
-    lines = POINTS.read_text().splitlines() if POINTS.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def mean_and_range(values):
-    values = [value for value in values if value is not None and not math.isnan(value)]
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        list(pool.map(sample_rollouts, seeds))
+        arguments = [each for seed in seeds for each in reward_models(seed)]
+        list(pool.map(lambda each: run_script(*each), arguments))
+        # all seeds of a point before the next point
+        per_seed = [[(seed, *named) for named in points(seed)] for seed in seeds]
+        arguments = [each for same_name in zip(*per_seed) for each in same_name]
+        list(pool.map(lambda each: run(*each), arguments))
 
 
 def table():
-    """Markdown: means and ranges over seeds."""
-    found = read_points()
+    """Print means and ranges over seeds."""
+    found = read_lines(POINTS)
     best = [point for point in found if point["name"] == "best of N"]
     if best:
         ns = [1, 4, 16, 64]
-        print(f"\n| best of N by | {' | '.join(map(str, ns))} |\n|{'---|' * (len(ns) + 1)}")
+        print_header(["best of N by", *map(str, ns)])
         for name in best[0]["curves"]:
-            cells = [
-                mean_and_range([point["curves"][name][f"best_of_{n}/gold"] for point in best])
-                for n in ns
-            ]
-            print(f"| {name} | {' | '.join(cells)} |")
-        print("\n| reward model | held-out accuracy over pairs |\n|---|---|")
+            keys = [f"best_of_{n}/gold" for n in ns]
+            cells = [mean_and_range([p["curves"][name][key] for p in best]) for key in keys]
+            print_row([label(name), *cells])
+        print_header(["reward model", "held-out accuracy on pairs"])
         for name in best[0]["accuracy"]:
-            print(f"| {name} | {mean_and_range([p['accuracy'][name] for p in best])} |")
-    print("\n| PPO | seeds | gold, best step | gold, last 10 steps | held out, greedy | KL |")
-    print(f"|{'---|' * 6}")
+            print_row([name, mean_and_range([point["accuracy"][name] for point in best])])
+    print_header(
+        ["PPO", "seeds", "gold, best step", "gold, last 10 steps", "held out, greedy", "KL"]
+    )
     for name in dict.fromkeys(point["name"] for point in found if "steps" in point):
         runs = [point for point in found if point["name"] == name]
-        smooth = [smoothed([step["gold"] for step in point["steps"]]) for point in runs]
+        curves = [smoothed([step["gold"] for step in point["steps"]]) for point in runs]
         cells = [
-            str(len(runs)),
-            mean_and_range([max(curve) for curve in smooth]),
-            mean_and_range([curve[-1] for curve in smooth]),
+            mean_and_range([max(curve) for curve in curves]),
+            mean_and_range([curve[-1] for curve in curves]),
             mean_and_range([point["after"]["eval/gold_greedy"] for point in runs]),
             mean_and_range([point["after"]["eval/kl"] for point in runs]),
         ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print_row([label(name), str(len(runs)), *cells])
 
 
 def smoothed(values, width=10):
@@ -291,39 +274,33 @@ def smoothed(values, width=10):
     return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
-def draw():
-    import matplotlib
+def draw(file):
+    """Draw score and gold over the steps of PPO, means and ranges over seeds."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = [point for point in read_points() if "KL" in point["name"]]
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), sharex=True)
-    for column, kl_coef in enumerate(("0.0", "0.03")):
+    found = read_lines(POINTS)
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    axes = figure.subplots(1, 4, sharex=True)
+    panels = [(kl_coef, key) for kl_coef in (0.0, 0.03) for key in ("score", "gold")]
+    for axis, (kl_coef, key) in zip(axes, panels):
         for i, combined in enumerate(COMBINED):
-            runs = [p for p in found if p["name"] == f"{combined}, KL {kl_coef}"]
-            for offset, key in enumerate(("score", "gold")):
-                curves = [smoothed([step[key] for step in p["steps"]]) for p in runs]
-                if curves:
-                    middle = [statistics.mean(values) for values in zip(*curves)]
-                    axis = axes[2 * column + offset]
-                    axis.plot(middle, color=f"C{i}", label=combined)
-                    low = [min(values) for values in zip(*curves)]
-                    high = [max(values) for values in zip(*curves)]
-                    axis.fill_between(range(len(low)), low, high, color=f"C{i}", alpha=0.15)
-                    axis.set_title(f"{'proxy' if key == 'score' else 'truth'}, KL {kl_coef}")
-                    axis.set_xlabel("step of PPO")
+            runs = [point for point in found if point["name"] == f"{combined}, KL {kl_coef}"]
+            curves = [smoothed([step[key] for step in point["steps"]]) for point in runs]
+            values = list(zip(*curves))  # one tuple per step
+            axis.plot([statistics.mean(x) for x in values], color=f"C{i}", label=label(combined))
+            low = [min(x) for x in values]
+            high = [max(x) for x in values]
+            axis.fill_between(range(len(values)), low, high, color=f"C{i}", alpha=0.15)
+        axis.set_title(f"{key}, KL coefficient {kl_coef}")
+        axis.set_xlabel("step of PPO")
+        if key == "gold":
+            axis.set_ylim(0, 1)
     axes[0].legend(fontsize=8)
-    axes[1].set_ylim(0, 1)
-    axes[3].set_ylim(0, 1)
-    figure.tight_layout()
-    figure.savefig(HERE / "overoptimisation.png", dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true")
@@ -333,7 +310,7 @@ def main():
     if args.best_of_n is not None:
         return best_of_n_curves(args.best_of_n)
     if args.draw:
-        return draw()
+        return draw(HERE / "overoptimisation.png")
     if not args.table:
         measure(args.seeds, args.jobs)
     table()

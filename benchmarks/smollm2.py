@@ -1,11 +1,11 @@
-"""Data, points and tables of benchmarks/smollm2.sh: all seven scripts on SmolLM2-135M-Instruct.
+"""Data, results and tables of benchmarks/smollm2.sh: all seven scripts on SmolLM2-135M-Instruct.
 
-    python benchmarks/smollm2.py data FOLDER     writes the data sets, as chat messages
-    python benchmarks/smollm2.py point RUN       adds a finished run to benchmarks/smollm2.jsonl
-    python benchmarks/smollm2.py table           prints what is there
+    python benchmarks/smollm2.py data FOLDER     write the datasets, as chat messages
+    python benchmarks/smollm2.py point RUN       add a finished run to benchmarks/smollm2.jsonl
+    python benchmarks/smollm2.py table           print the tables of the finished runs
 
-Sums are made up here. Preferences and instructions come from ../shared/data, which is not part of
-this repository."""
+The sums are generated. Preferences and instructions come from ../shared/data, which is not in this
+repository."""
 
 import json
 import math
@@ -13,11 +13,11 @@ import random
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from common import gsm8k_checker  # noqa: E402
+from helpers import HERE, ROOT, print_header, print_row, read_lines, write_lines
 
-DATA = HERE.parents[1] / "shared" / "data"
+from common import gsm8k_checker
+
+DATA = ROOT.parent / "shared" / "data"
 POINTS = HERE / "smollm2.jsonl"
 
 
@@ -30,12 +30,8 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def write(folder, name, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(text)
-
-
 def write_data(folder):
+    """Write all datasets; those from ../shared/data are empty if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     pairs = set()
@@ -47,69 +43,62 @@ def write_data(folder):
     for a, b in pairs:
         answer = f"{a} + {b} = {a + b}\n#### {a + b}"
         sums.append({"prompt": user(f"What is {a} plus {b}?"), "answer": answer})
-    write(folder, "sums-test", sums[:100])
-    write(folder, "sums", sums[600:])
     worked = [
         {"prompt": row["prompt"], "completion": assistant(row["answer"])} for row in sums[100:600]
     ]
-    write(folder, "sums-sft", worked)
+    write_lines(folder / "sums-test.jsonl", sums[:100])
+    write_lines(folder / "sums-sft.jsonl", worked)
+    write_lines(folder / "sums.jsonl", sums[600:])
 
-    for name, source in (("polite", "pref_polite_short"), ("people", "pref_pandalm_human")):
+    for name, source in [("polite", "pref_polite_short"), ("people", "pref_pandalm_human")]:
         rows = []
-        for row in read(DATA / f"{source}.jsonl"):
-            compared = {key: assistant(row[key]) for key in ("chosen", "rejected")}
-            rows.append({"prompt": user(row["prompt"])} | compared)
+        for row in read_lines(DATA / f"{source}.jsonl"):
+            answers = {key: assistant(row[key]) for key in ("chosen", "rejected")}
+            rows.append({"prompt": user(row["prompt"])} | answers)
         write_parts(folder, name, rows)
     rows = []
-    for row in read(DATA / "sft_short_instructions.jsonl"):
-        asked = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        rows.append({"prompt": user(asked), "completion": assistant(row["output"])})
+    for row in read_lines(DATA / "sft_short_instructions.jsonl"):
+        request = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+        rows.append({"prompt": user(request), "completion": assistant(row["output"])})
     write_parts(folder, "instructions", rows)
 
 
-def read(path):
-    if not path.exists():
-        print(f"no {path} here: its data sets stay empty")
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def write_parts(folder, name, rows):
-    """Every fifth row is held out."""
-    write(folder, name, [row for i, row in enumerate(rows) if i % 5 != 4])
-    write(folder, f"{name}-test", rows[4::5])
+    """Write two files; every fifth row is held out."""
+    write_lines(folder / f"{name}.jsonl", [row for i, row in enumerate(rows) if i % 5 != 4])
+    write_lines(folder / f"{name}-test.jsonl", rows[4::5])
 
 
 # ---------------------------------------------------------------- points
 def add_point(run):
-    """What a finished run said of its held-out data before and after, and five of its samples."""
-    rows = read(run / "metrics.jsonl")
-    evaluated = [row for row in rows if any("eval/" in name for name in row)]
-    point = {"run": run.name, "steps": rows[-1]["step"]}
-    if evaluated:
-        for when, row in (("before", evaluated[0]), ("after", evaluated[-1])):
-            point[when] = {name[5:]: v for name, v in row.items() if name.startswith("eval/")}
-    if (run / "samples.jsonl").exists():
-        samples = read(run / "samples.jsonl")
-        for when, step in (("before", samples[0]["step"]), ("after", samples[-1]["step"])):
-            point[f"samples_{when}"] = [row for row in samples if row["step"] == step][:5]
+    """Append the first and last evaluation of a finished run, and five of its samples each."""
+    rows = read_lines(run / "metrics.jsonl")
+    samples = read_lines(run / "samples.jsonl")
     args = json.loads((run / "args.json").read_text())
-    held_out = read(Path(args["eval_dataset"])) if args["eval_dataset"] else []
-    if evaluated and "answer" in held_out[0] and "gold" not in point["after"]:  # a learned reward
-        for when, step in (("before", 0), ("after", point["steps"])):
-            texts = [row["completion"] for row in samples if row["step"] == step]
-            point[when]["gold"] = sum(gsm8k_checker(None, texts, held_out)) / len(texts)
+    held_out = read_lines(args["eval_dataset"]) if args["eval_dataset"] else []
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    point = {"run": run.name, "steps": rows[-1]["step"]}
+    for when, i in [("before", 0), ("after", -1)]:
+        if evaluated:
+            metrics = evaluated[i].items()
+            point[when] = {name[5:]: x for name, x in metrics if name.startswith("eval/")}
+        if samples:
+            of_step = [row for row in samples if row["step"] == samples[i]["step"]]
+            point[f"samples_{when}"] = of_step[:5]
+            if "answer" in held_out[0] and "gold" not in point[when]:  # a learned reward
+                texts = [row["completion"] for row in of_step]
+                point[when]["gold"] = sum(gsm8k_checker(None, texts, held_out)) / len(texts)
     pairs = [row for row in held_out if "chosen" in row]
     if pairs:
         point["longer_is_chosen"] = sum(map(longer, pairs)) / len(pairs)
         point["pairs"] = len(pairs)
-    with open(POINTS, "a") as file:
-        file.write(json.dumps(point) + "\n")
+    write_lines(POINTS, [point], mode="a")
 
 
 def longer(pair):
-    """1 where the longer answer is the chosen one, one half where both are as long."""
-    chosen, rejected = (len(pair[key][0]["content"]) for key in ("chosen", "rejected"))
+    """1 if the chosen answer is the longer one, 0.5 for equal lengths, otherwise 0."""
+    chosen = len(pair["chosen"][0]["content"])
+    rejected = len(pair["rejected"][0]["content"])
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -129,27 +118,26 @@ KEYS = {
 
 
 def print_table():
-    """Markdown: before and after of each number, and samples as they are."""
-    points = [point for point in read(POINTS) if "after" in point]
-    print(f"| run | steps | {' | '.join(KEYS.values())} |\n|{'---|' * (len(KEYS) + 2)}")
+    """Print metrics before and after each run, and samples."""
+    points = [point for point in read_lines(POINTS) if "after" in point]
+    print_header(["run", "steps", *KEYS.values()])
     for point in points:
-        cells = [cell(point, key) for key in KEYS]
-        print(f"| {point['run']} | {point['steps']} | {' | '.join(cells)} |")
-    print("\n| held-out pairs | accuracy | the longer one |\n|---|---|---|")
+        print_row([point["run"], str(point["steps"]), *(cell(point, key) for key in KEYS)])
+    print_header(["held-out pairs", "accuracy", "longer answer"])
     for point in points:
         if "longer_is_chosen" in point:
             accuracy = point["after"]["accuracy"]
             error = math.sqrt(accuracy * (1 - accuracy) / point["pairs"])
-            print(f"| {point['run']} | {accuracy:.3f} ± {error:.3f} ", end="")
-            print(f"| {point['longer_is_chosen']:.3f} |")
+            longer_share = f"{point['longer_is_chosen']:.3f}"
+            print_row([point["run"], f"{accuracy:.3f} ± {error:.3f}", longer_share])
     for point in points:
         if point["run"] in ("grpo-1", "ppo-learned", "dpo-polite") and "samples_after" in point:
-            print(f"\n| {point['run']}: prompt | before | after |\n|---|---|---|")
+            print_header([f"{point['run']}: prompt", "before", "after"])
             for before, after in zip(point["samples_before"], point["samples_after"]):
                 texts = [before["prompt"], before["completion"], after["completion"]]
                 if isinstance(texts[0], list):
                     texts[0] = texts[0][-1]["content"]
-                print(f"| {' | '.join(map(in_one_line, texts))} |")
+                print_row(map(in_one_line, texts))
 
 
 def cell(point, key):

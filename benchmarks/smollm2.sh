@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All seven scripts on SmolLM2-135M-Instruct, a chat model, by the commands of README: hours on two cores, and it goes
-# on where it was stopped. Tables: python benchmarks/smollm2.py table
-#   benchmarks/smollm2.sh [folder of the model, ../models/smollm2] [folder of the runs, runs/smollm2] [which: a pattern]
+# Run all seven scripts on SmolLM2-135M-Instruct, a chat model: hours on two cores. A second call resumes.
+# Tables: python benchmarks/smollm2.py table
+#   benchmarks/smollm2.sh [MODEL, default ../models/smollm2] [RUNS, default runs/smollm2] [pattern of run names]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-../models/smollm2}
@@ -9,12 +9,12 @@ runs=${2:-runs/smollm2}
 which=${3:-.}
 data=$runs/data
 if [ ! -f "$model/config.json" ]; then
-    echo "no model in $model: nothing to run"
+    echo "no model in $model"
     exit 0
 fi
 python benchmarks/smollm2.py data "$data"
 
-run() { # name script flags: from where it was stopped, or not at all if its model is there
+run() { # name script flags; resumes an interrupted run, skips a finished one
     local name=$1 script=$2 folder=$runs/$1
     shift 2
     if [[ $name =~ $which ]] && [ ! -f "$folder/config.json" ]; then
@@ -27,10 +27,10 @@ run() { # name script flags: from where it was stopped, or not at all if its mod
     fi
 }
 
-# sums of two numbers of three digits: 500 worked answers, then an exact reward
+# sums of two three-digit numbers: SFT on 500 worked answers, then an exact reward
 sums="--dataset $data/sums.jsonl --eval-dataset $data/sums-test.jsonl --max-completion-length 32"
 run sft-sums sft.py --model "$model" --dataset "$data/sums-sft.jsonl" --batch-size 32 --warmup-steps 2
-for dtype in float32 bfloat16; do # what bfloat16 sees of these few steps (docs/scale.md)
+for dtype in float32 bfloat16; do # the SFT model in both dtypes (docs/scale.md)
     run "sft-sums-$dtype" sft.py --model "$runs/sft-sums" --dataset "$data/sums-sft.jsonl" \
         --eval-dataset "$data/sums-test.jsonl" --steps 1 --batch-size 8 --dtype "$dtype"
 done
@@ -41,7 +41,7 @@ run rejection-sampling rejection_sampling.py $start --reward gsm8k --temperature
     --prompts-per-iteration 128 --iterations 2 --min-score 1 --batch-size 16
 ppo="$start --prompts-per-step 64 --update-epochs 2 --steps 20"
 run ppo-exact ppo.py $ppo --reward gsm8k
-# the classic chain: a reward model of the rollouts that rejection sampling left, and PPO against it
+# a reward model of the rollouts of rejection sampling, and PPO with this reward
 if [ -f "$runs/rejection-sampling/config.json" ]; then
     head -n 208 "$runs/rejection-sampling/rollouts.jsonl" >"$data/rollouts.jsonl"
     tail -n +209 "$runs/rejection-sampling/rollouts.jsonl" >"$data/rollouts-test.jsonl"
@@ -53,9 +53,9 @@ run rloo rloo.py $groups
 run grpo-2 grpo.py $groups --seed 2
 run grpo-3 grpo.py $groups --seed 3
 
-# people's preferences, politeness, short instructions; every fifth row held out
+# human preferences, politeness, short instructions; every fifth row is held out
 if [ ! -s "$data/polite.jsonl" ]; then
-    echo "no ../shared/data here: the runs on it are left out"
+    echo "no ../shared/data: skipped the runs on it"
     exit 0
 fi
 polite="--dataset $data/polite.jsonl --eval-dataset $data/polite-test.jsonl --batch-size 32 --max-length 400"

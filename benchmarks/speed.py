@@ -1,22 +1,20 @@
-"""Seconds and memory of a GRPO step, beside the least that its matrix products take, and how they
-grow with its sizes.
+"""Seconds and memory of a GRPO step, a lower bound of the seconds, and their growth with size.
 
-    python benchmarks/speed.py                          a Llama of 1M parameters, two CPU cores
-    python benchmarks/speed.py --model ../models/smollm2    a real one, minutes a step
-    python benchmarks/speed.py --growth                 sizes up to 256 times: speed_growth.png
-    python benchmarks/speed.py --table                  prints what is in speed.jsonl
+    python benchmarks/speed.py                              a Llama of 1M parameters, two CPU cores
+    python benchmarks/speed.py --model ../models/smollm2    a real model, minutes per step
+    python benchmarks/speed.py --growth                     larger sizes: speed_growth.png
+    python benchmarks/speed.py --table                      the table of finished runs
 
 Steps of grpo.main with a reference and a cheap reward: 8 prompts of 32 tokens, 8 completions of 32
-tokens each, none of which ends before. The bound: 2 FLOPs for each weight and token of a forward
-pass, 4 more for a backward one (the head's at completions alone), at the rate of a product of
-square matrices measured on the same machine; attention and sums are left out. Sampling is measured
-beside `model.generate` too. Seconds are medians, with the range. Peak memory is what a run adds to
-its process, resident, or on a GPU that of tensors. A GPU is used where there is one."""
+tokens each, EOS ignored. The bound counts matrix products only: 2 FLOPs per weight and token of a
+forward pass, 4 more of a backward pass (the LM head at completion tokens only), at the measured
+rate of a product of square matrices. `model.generate` samples the same number of tokens for
+comparison. Seconds are medians and ranges. Peak memory is the resident memory that a run adds to
+its process, on a GPU the allocated tensors. Uses a GPU if there is one."""
 
 import argparse
 import contextlib
 import io
-import json
 import os
 import statistics
 import subprocess
@@ -25,25 +23,30 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+import torch
+import transformers
+from helpers import (
+    HERE,
+    make_parser,
+    median_and_range,
+    print_header,
+    print_row,
+    read_lines,
+    write_lines,
+)
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-import common  # noqa: E402
-import grpo  # noqa: E402
-import sft  # noqa: E402
+import common
+import grpo
 
 RESULTS = HERE / "speed.jsonl"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = dict(prompts=8, prompt=32, group=8, new=32, vocab=1024)
 AXES = {
-    "prompts": ("completions a step", [2, 4, 8, 16, 32]),
-    "new": ("tokens of a completion", [32, 64, 128, 256, 512]),
-    "vocab": ("tokens of the vocabulary", [512, 4096, 32_768, 262_144]),
+    "prompts": ("completions per step", [2, 4, 8, 16, 32]),
+    "new": ("tokens per completion", [32, 64, 128, 256, 512]),
+    "vocab": ("vocabulary", [512, 4096, 32_768, 262_144]),
 }
 
 
@@ -61,42 +64,42 @@ def save_model(folder, vocab):
         pad_token_id=0,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    sft.tiny_tokenizer().save_pretrained(folder)
+    common.tiny_tokenizer().save_pretrained(folder)
 
 
 def reward(prompts, completions, rows):
-    """The share of `a` in a completion."""
+    """Share of the letter a in each completion."""
     return [text.count("a") / max(1, len(text)) for text in completions]
 
 
 def matmul_rate():
-    """FLOPs a second of a product of square matrices, the best of seven."""
+    """FLOPs per second of a product of square matrices, the best of seven."""
     n = 8192 if DEVICE == "cuda" else 2048
     x = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if DEVICE == "cuda" else None)
     return 2 * n**3 / min(seconds_of(lambda: x @ x) for _ in range(7))
 
 
 def seconds_of(function):
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     function()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_time
 
 
 def flops(model, sizes):
-    """Of sampling, and of reference and update."""
+    """FLOPs of sampling, and of reference and update together."""
     head = model.get_output_embeddings().weight.numel()
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    body = matrices - (head if is_tied else 2 * head)  # to look up a token is no product
+    body = matrices - (head if is_tied else 2 * head)  # an embedding lookup is no product
     prompt_tokens = sizes["prompts"] * sizes["prompt"]
     completions = sizes["prompts"] * sizes["group"]
     completion_tokens = completions * sizes["new"]
     sampling = 2 * body * (prompt_tokens + completion_tokens) + 2 * head * completion_tokens
     tokens = completions * (sizes["prompt"] + sizes["new"])
     training = (2 + 6) * (body * tokens + head * completion_tokens)
-    return dict(sampling=sampling, training=training)
+    return {"sampling": sampling, "training": training}
 
 
 def resident(name):
@@ -106,17 +109,15 @@ def resident(name):
 
 
 def measure(sizes, model, steps):
-    """Seconds of the steps of grpo.main after the second, their bound, and what sampling takes
-    beside generate."""
+    """Seconds of the parts of a step, their lower bounds, seconds of generate, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             model = f"{folder}/model"
             save_model(model, sizes["vocab"])
-        words = "abcdefgh" * sizes["prompt"]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        prompt = tokenizer.decode(tokenizer(words).input_ids[: sizes["prompt"]])
-        row = json.dumps({"prompt": prompt}) + "\n"
-        Path(folder, "rows.jsonl").write_text(row * sizes["prompts"])
+        tokenizer = common.load_tokenizer(model)
+        ids = tokenizer("abcdefgh" * sizes["prompt"]).input_ids[: sizes["prompt"]]
+        rows = [{"prompt": tokenizer.decode(ids)}] * sizes["prompts"]
+        write_lines(f"{folder}/rows.jsonl", rows)
         args = grpo.Args(
             model=model,
             dataset=f"{folder}/rows.jsonl",
@@ -130,119 +131,104 @@ def measure(sizes, model, steps):
             max_completion_length=sizes["new"],
         )
         before = resident("VmRSS")
-        found, samples = run_grpo(args)
+        found, prompts = run_grpo(args)
         peak = resident("VmHWM") - before
         if DEVICE == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-        policy = common.load_policy(model, DEVICE)
-        least = flops(policy, sizes)
+        policy = common.load_policy(model, tokenizer, args, torch.device(DEVICE))
         rate = matmul_rate()
-        generate = [seconds_of(lambda: generated(policy, samples, sizes)) for _ in range(3)]
-        return found | dict(
-            bound={name: value / rate for name, value in least.items()},
-            generate=generate,
-            peak=peak,
-        )
+        return found | {
+            "bound": {name: value / rate for name, value in flops(policy, sizes).items()},
+            "generate": [
+                seconds_of(lambda: generate(policy, prompts, sizes, args)) for _ in range(3)
+            ],
+            "peak": peak,
+        }
 
 
 def run_grpo(args):
-    """Seconds of each part of each step but the first two and the last, which saves; prompts."""
+    """Seconds of each part of each step except the first two and the last, which saves; prompts."""
     sample = grpo.sample
     sampling = []
     prompts = []
 
-    def timed(model, prompt_ids, **options):
-        prompts[:] = prompt_ids
-        found = []
-        options["eos_ids"] = []  # all are as long as they may be
-        sampling.append(seconds_of(lambda: found.extend(sample(model, prompt_ids, **options))))
-        return found
+    def timed_sample(policy, examples, **options):
+        prompts[:] = [example["prompt_ids"] for example in examples]
+        rollouts = []
+        # no token ends a completion
+        with patch.object(policy.generation_config, "eos_token_id", [-1]):
+            seconds = seconds_of(lambda: rollouts.extend(sample(policy, examples, **options)))
+        sampling.append(seconds)
+        return rollouts
 
-    grpo.sample = timed
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            grpo.main(args)
-    finally:
-        grpo.sample = sample
-    lines = Path(args.output_dir, "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    parts = dict(
-        sampling=sampling[2:-1],
-        scoring=[row["seconds/sample"] - s for row, s in zip(rows, sampling)][2:-1],
-        training=[row["seconds/train"] for row in rows][2:-1],
-    )
-    return parts, prompts
+    with patch.object(grpo, "sample", timed_sample), contextlib.redirect_stdout(io.StringIO()):
+        grpo.main(args)
+    rows = read_lines(Path(args.output_dir, "metrics.jsonl"))
+    parts = {
+        "sampling": sampling,
+        "scoring": [row["seconds/sample"] - s for row, s in zip(rows, sampling)],
+        "training": [row["seconds/train"] for row in rows],
+    }
+    return {name: seconds[2:-1] for name, seconds in parts.items()}, prompts
 
 
 @torch.no_grad()
-def generated(policy, prompts, sizes):
-    """The same number of tokens from model.generate."""
+def generate(policy, prompts, sizes, args):
+    """Sample as many tokens with model.generate."""
     ids = torch.tensor(prompts, device=DEVICE).repeat_interleave(sizes["group"], 0)
-    policy.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=sizes["new"],
-        min_new_tokens=sizes["new"],
-        pad_token_id=0,
-    )
+    with common.autocast(policy):
+        policy.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=sizes["new"],
+            min_new_tokens=sizes["new"],
+            pad_token_id=0,
+        )
 
 
-# ---------------------------------------------------------------- lines, table, figure
+# ---------------------------------------------------------------- results, table, figure
 def write(case, **values):
-    line = dict(
-        case=case,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        date=str(date.today()),
-    )
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line | values) + "\n")
-    print(json.dumps(line | values), flush=True)
+    line = {
+        "case": case,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": str(date.today()),
+    }
+    write_lines(RESULTS, [line | values], mode="a")
+    print(line | values, flush=True)
 
 
 def grow():
-    """Each size in turn, in a process of its own, so that its memory is its own."""
+    """Measure each size in its own process, because memory is per process."""
     for axis, (_, values) in AXES.items():
         for value in values:
             command = [sys.executable, __file__, "--point", axis, str(value)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(done.stderr)
-            print(done.stdout, end="", flush=True)
-
-
-def spread(values):
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            subprocess.run(command, check=True)
 
 
 def print_table(lines):
-    names = ["GRPO step", "part", "seconds", "least", "peak, GiB"]
-    print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    print_header(["GRPO step", "part", "seconds", "lower bound", "peak, GiB"])
     for line in lines:
         if line["case"] != "step":
             continue
         label = f"{line['model']}, {line['device']}"
         for part in ("sampling", "generate", "training"):
-            least = f"{line['bound']['sampling' if part == 'generate' else part]:.3f}"
-            cells = [label, part, spread(line[part]), least, f"{line['peak']:.2f}"]
-            print(f"| {' | '.join(cells)} |")
+            bound = line["bound"]["sampling" if part == "generate" else part]
+            seconds = median_and_range(line[part])
+            print_row([label, part, seconds, f"{bound:.3f}", f"{line['peak']:.2f}"])
 
 
 def draw(lines):
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     newest = {(line["axis"], line["value"]): line for line in lines if line["case"] == "growth"}
-    figure, axes = plt.subplots(
-        2,
-        len(AXES),
-        figsize=(12, 6.5),
-        sharey="row",
-        layout="constrained",
-    )
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    axes = figure.subplots(2, len(AXES), sharey="row")
     for column, (axis, (label, values)) in enumerate(AXES.items()):
         points = [newest[axis, value] for value in values]
         x = [value * SIZES["group"] if axis == "prompts" else value for value in values]
@@ -258,21 +244,20 @@ def draw(lines):
             panel.grid(alpha=0.3)
         memory_panel.set_xlabel(label)
     axes[0, 0].set_ylabel("seconds of a GRPO step")
-    axes[1, 0].set_ylabel("memory that the run adds, GiB")
+    axes[1, 0].set_ylabel("memory added by the run, GiB")
     axes[0, 0].legend()
     figure.savefig(HERE / "speed_growth.png", dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if args.point:
         axis, value = args.point[0], int(args.point[1])
         found = measure(SIZES | {axis: value}, None, args.steps)
@@ -282,9 +267,7 @@ def main():
     elif not args.table:
         name = "Llama, 1M" if args.model is None else Path(args.model).name
         write("step", model=name, **measure(SIZES, args.model, args.steps))
-    lines = []
-    if RESULTS.exists():
-        lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    lines = read_lines(RESULTS)
     if args.growth:
         draw(lines)
     print_table(lines)
