@@ -58,7 +58,7 @@ class Args:
     loss_type: Literal["sigmoid", "sigmoid-norm", "ipo", "simpo", "orpo"] = "sigmoid"
     """loss (see preference_loss); simpo and orpo need no reference"""
     beta: float | None = None
-    """scale of the implicit reward (default: that of the paper, see BETA)"""
+    """scale of the implicit reward (default: as in the paper, see BETA)"""
     label_smoothing: float = 0.0
     """probability that a label is wrong, for sigmoid and sigmoid-norm (cDPO, Mitchell 2023)"""
     simpo_margin: float | None = None

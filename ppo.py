@@ -76,7 +76,7 @@ class Args:
     whiten_rewards: bool = False
     """scale token rewards to variance 1, keeping their mean (lmhp; not N+)"""
     value_model: str | None = None
-    """initial value model (default: reward model if tokenizers agree, else policy, zero head)"""
+    """initial value model (default: reward model if tokenizers agree, or policy + zero head)"""
     value_coef: float = 0.1
     """weight of the value loss (N+: 0.1); mostly cancels in Adam: the models are separate"""
     value_clip: float = 0.2

@@ -120,7 +120,7 @@ CASES = [
     ("8B", 64, 80, True),
 ]
 CHUNK = 40_000_000  # logits of a chunk of the head, as in token_logprobs_and_entropy
-SAMPLED_TOKENS = 65_536  # token_budget of common.sample
+SAMPLED_TOKENS = 262_144  # common.TOKEN_BUDGET on a GPU
 
 
 # ---------------------------------------------------------------- computed
