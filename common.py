@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import runpy
 import signal
 import sys
 import zlib
@@ -42,9 +41,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+IS_CUDA = torch.cuda.is_available()
 
 
 # ---------------------------------------------------------------- 1. command line
+# Flags that may change at --resume. A fingerprint of the run covers model and dataset.
+MAY_CHANGE = set(
+    "resume overwrite output_dir model dataset eval_dataset steps epochs iterations eval_every "
+    "save_every log_every micro_batch_tokens gradient_checkpointing".split()
+)
+
+
 def fail(message):
     """Exit with status 2 and a one-line error message."""
     print(f"error: {message}", file=sys.stderr)
@@ -52,38 +59,42 @@ def fail(message):
 
 
 def cli(Args, laptop):
-    """Command line -> Args. Defaults: the laptop's without --model, saved flags with --resume."""
+    """Command line -> Args. Defaults: the demo's without --model, saved flags with --resume."""
     is_laptop = "--model" not in " ".join(sys.argv)
-    description = sys.modules[Args.__module__].__doc__
-    args = tyro.cli(Args, default=Args(**laptop) if is_laptop else Args(), description=description)
+    defaults = Args(**laptop) if is_laptop else Args()
+    args = tyro.cli(Args, default=defaults, description=sys.modules[Args.__module__].__doc__)
     if args.resume:
         saved = json.loads(Path(args.output_dir, "args.json").read_text())
         args = tyro.cli(Args, default=Args(**saved))
     elif is_laptop and {args.dataset, args.eval_dataset} - {TASK, None}:
-        fail("--dataset and --eval-dataset need --model: the laptop model only knows `sort`")
+        fail("--dataset and --eval-dataset need --model: the demo model only knows `sort`")
     return args
 
 
 def setup(args):
     """Check --output-dir, join the process group, resolve automatic flags. Returns the device."""
     folder = Path(args.output_dir)
-    names = os.listdir(folder) if folder.exists() else []
+    names = [path.name for path in folder.glob("*")]
     if names and not ("args.json" in names and (args.resume or args.overwrite)):
         fail(f"--output-dir {folder} is not empty: use another, or --resume or --overwrite a run")
-    is_cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if is_cuda else "cpu")
-    if is_cuda:
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if IS_CUDA else "cpu")
+    if IS_CUDA:
         torch.cuda.set_device(device)
     if world_size() > 1 and not distributed.is_initialized():
         # gloo reduces CPU tensors, which NCCL cannot
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if IS_CUDA else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if is_cuda else 4096)
+    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if IS_CUDA else 4096)
     if args.dtype == "auto":  # emulated bfloat16, as on older GPUs, is slower than float32
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float32"
     print(f"device: {device}; weights: float32; compute: {args.dtype}")
+    if args.resume and names:
+        saved = json.loads((folder / "args.json").read_text())
+        changed = {name for name in saved if saved[name] != getattr(args, name)} - MAY_CHANGE
+        if changed:
+            fail(f"--resume: --{min(changed).replace('_', '-')} cannot change")
     return device
 
 
@@ -154,9 +165,8 @@ def model_forward(function):
 
 def autocast(model):
     """An autocast context. It caches bfloat16 weights: exit it before an optimizer step."""
-    if getattr(model, "compute_dtype", None) == "bfloat16":
-        return torch.autocast(model.device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    is_bfloat16 = getattr(model, "compute_dtype", None) == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=is_bfloat16)
 
 
 @contextlib.contextmanager
@@ -190,7 +200,7 @@ def from_pretrained(cls, path, **options):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a directory or Hub id (None: the laptop run). PAD defaults to EOS."""
+    """The tokenizer of a directory or Hub id (None: the demo). PAD defaults to EOS."""
     tokenizer = from_pretrained(transformers.AutoTokenizer, path) if path else tiny_tokenizer()
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no EOS token")
@@ -212,10 +222,13 @@ def end_of_turn_id(tokenizer):
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good-bye"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(text.rpartition("good-bye")[2], add_special_tokens=False).input_ids
-    ends = [token_id for token_id in ids if token_id in special_tokens(tokenizer).values()]
-    return ends[0] if ends else tokenizer.eos_token_id
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError):  # it only renders other conversations
+        text = ""
+    ids = tokenizer(text.partition("good-bye")[2], add_special_tokens=False).input_ids
+    special_ids = special_tokens(tokenizer).values()
+    return next((x for x in ids if x in special_ids), tokenizer.eos_token_id)
 
 
 def context_of(config):
@@ -264,7 +277,7 @@ def prepare(model, args, device, trainable):
 
 
 def load_policy(path, tokenizer, args, device, trainable=False):
-    """A causal language model with float32 weights (path None: the laptop's new model).
+    """A causal language model with float32 weights (path None: a new one for the demo).
 
     Its generation config has all EOS ids, without the checkpoint's top-k and top-p."""
     model = (
@@ -274,8 +287,8 @@ def load_policy(path, tokenizer, args, device, trainable=False):
     )
     check_head(model, path)
     configured = model.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
-    eos_ids |= set(configured if isinstance(configured, list) else [configured])
+    configured = configured if isinstance(configured, list) else [configured]
+    eos_ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer), *configured}
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -308,8 +321,8 @@ def head_logits(model, hidden):
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and later
-        cap = config.final_logit_softcapping
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:  # Gemma 2 and later
         logits = torch.tanh(logits / cap) * cap
     return logits
 
@@ -402,6 +415,7 @@ def tiny_model(tokenizer, seed):
 # ---------------------------------------------------------------- 5. data
 PROMPT_COLUMNS = ["prompt", "instruction", "question"]
 COMPLETION_COLUMNS = ["completion", "output", "answer"]
+ROLES = ["system", "developer", "user", "assistant", "tool"]
 
 
 class DroppedRow(Exception):
@@ -413,16 +427,16 @@ def load_examples(dataset, kind, make_example, tokenizer, args, held_out=False):
 
     kind ("sft", "pairs" or "prompts") selects the rows of the built-in task. make_example(row,
     tokenizer, args) returns an example, a dict, to which `row` and `where` are added. It raises
-    DroppedRow to skip a row and ValueError to stop the run. A null column counts as missing."""
+    DroppedRow to skip a row and ValueError to stop the run. It sees no null columns."""
     rows = task_rows(kind, held_out, args.seed) if dataset == TASK else read_rows(dataset)
     examples = []
     dropped = {}  # reason -> where
     for number, row in enumerate(rows, 1):
         where = f"{dataset} row {number}"
         try:
-            row = json.loads(row) if isinstance(row, str) else row
-            columns = {name: value for name, value in row.items() if value is not None}
-            example = {"row": row, "where": where}
+            line = row if isinstance(row, str) else json.dumps(row, default=str)
+            columns = json.loads(line, object_hook=without_nulls)
+            example = {"row": json.loads(line), "where": where}
             examples.append(example | make_example(columns, tokenizer, args))
         except DroppedRow as reason:
             dropped.setdefault(str(reason), []).append(where)
@@ -436,12 +450,22 @@ def load_examples(dataset, kind, make_example, tokenizer, args, held_out=False):
     return examples
 
 
-def load_held_out(kind, make_example, tokenizer, args):
+def without_nulls(columns):
+    """Columns, or keys of a message, without null and []: Arrow and chat logs fill them in."""
+    return {name: value for name, value in columns.items() if value not in (None, [])}
+
+
+def load_held_out(examples, kind, make_example, tokenizer, args):
     """Examples of --eval-dataset or the held-out rows of the built-in task, otherwise []."""
-    dataset = args.eval_dataset or (TASK if args.dataset == TASK else None)
-    if dataset is None:
+    if args.eval_dataset is None and args.dataset != TASK:
         return []
-    return load_examples(dataset, kind, make_example, tokenizer, args, held_out=True)
+    dataset = args.eval_dataset or TASK
+    held_out = load_examples(dataset, kind, make_example, tokenizer, args, held_out=True)
+    prompts = {str(example["prompt"]) for example in examples}
+    num_trained = sum(str(example["prompt"]) in prompts for example in held_out)
+    if num_trained:
+        print(f"{dataset}: {num_trained} prompts are also in the training data")
+    return held_out
 
 
 def read_rows(dataset):
@@ -467,10 +491,13 @@ def read_rows(dataset):
 
 def text_or_messages(row, names):
     """The first of these columns that a row has: text, or a list of {"role", "content"}."""
-    found = [name for name in names if name in row]
+    found = [row[name] for name in names if name in row]
     if not found:
         raise ValueError(f"no column of {names}; found {list(row)}")
-    return row[found[0]]
+    for message in found[0] if isinstance(found[0], list) else []:
+        if message["role"] not in ROLES:
+            raise ValueError(f"unknown role: {message}")
+    return found[0]
 
 
 def prompt_of(row, args):
@@ -490,49 +517,6 @@ def prompt_example(row, tokenizer, args):
     if len(prompt_ids) > args.max_prompt_length:
         raise DroppedRow(f"longer than --max-prompt-length {args.max_prompt_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids}
-
-
-def preference_example(row, tokenizer, args):
-    """Prompt, chosen, rejected; or chosen and rejected with a shared prefix. Optional margin."""
-    chosen = text_or_messages(row, ["chosen"])
-    rejected = text_or_messages(row, ["rejected"])
-    # UltraFeedback: `prompt` is text that both conversations repeat as their first message
-    repeats_prompt = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
-    has_prompt = row.keys() & PROMPT_COLUMNS and not repeats_prompt
-    if args.prompt_template != "{prompt}" or has_prompt:
-        prompt = prompt_of(row, args)
-    else:
-        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
-    ids = encode_completions(tokenizer, prompt, [chosen, rejected])
-    prompt_ids, (chosen_ids, rejected_ids) = ids
-    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
-        raise DroppedRow(f"longer than --max-length {args.max_length}")
-    if chosen_ids == rejected_ids:
-        raise DroppedRow("chosen and rejected have the same tokens")
-    return {
-        "prompt": prompt,
-        "prompt_ids": prompt_ids,
-        "chosen_ids": chosen_ids,
-        "rejected_ids": rejected_ids,
-        "margin": float(row.get("margin", 0.0)),
-    }
-
-
-def split_shared_prefix(chosen, rejected):
-    """Split a pair without a prompt column into prompt, chosen, rejected.
-
-    The prompt of messages is all equal leading messages, but not the last one. The prompt of texts
-    ends at the last shared "Assistant:" (Anthropic's format) or the last shared whitespace."""
-    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
-    cut = is_same.index(False)
-    if isinstance(chosen, list):
-        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
-    else:
-        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
-        cut = match.end() if match else 0
-    if cut == 0:
-        raise ValueError("no prompt: `chosen` and `rejected` have no shared beginning")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def encode_completions(tokenizer, prompt, completions):
@@ -557,8 +541,10 @@ def encode_completions(tokenizer, prompt, completions):
 def encode(tokenizer, prompt, completions):
     """Token ids of prompt + completion, for each completion (None: of the prompt to complete)."""
     texts = [render(tokenizer, prompt, completion) for completion in completions]
-    is_text = isinstance(prompt, str)  # a chat template writes BOS itself
-    return tokenizer(texts, add_special_tokens=is_text, verbose=False).input_ids
+    # a chat template writes BOS itself, and a text may begin with it
+    has_bos = texts[0] != texts[0].removeprefix(tokenizer.bos_token or "")
+    add_special_tokens = isinstance(prompt, str) and not has_bos
+    return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False).input_ids
 
 
 def render(tokenizer, prompt, completion):
@@ -566,7 +552,11 @@ def render(tokenizer, prompt, completion):
     if isinstance(prompt, str):
         return prompt + (completion or "")
     if completion is None:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        given = [message["content"].strip() for message in prompt if message["role"] != "assistant"]
+        if any(content not in text for content in given):
+            raise ValueError("the chat template drops the text of a message")
+        return text
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
@@ -576,8 +566,8 @@ def check_messages(tokenizer, prompt, completions):
     """Reject messages that a model must not be trained on or prompted with."""
     answers = [message for c in completions if isinstance(c, list) for message in c]
     for message in prompt + answers:
-        if message.get("tool_calls") or not isinstance(message.get("content"), str):
-            raise DroppedRow("a message without text or with a tool call")
+        if "tool_calls" in message or not isinstance(message.get("content"), str):
+            raise DroppedRow("a message without plain text for the chat template")
     if any(message["role"] != "assistant" for message in answers):
         raise DroppedRow("a completion with a message that is not from the assistant")
     roles = [message["role"] for message in prompt]
@@ -607,7 +597,7 @@ def shuffled_examples(examples, seed, start, stop):
 
 
 # ---------------------------------------------------------------- 6. batches
-SMALL_BATCH = 4096 if torch.cuda.is_available() else 512  # tokens; less is no faster
+SMALL_BATCH = 4096 if IS_CUDA else 512  # tokens; less is no faster
 
 
 def pad_rows(rows, device, side="right"):
@@ -636,11 +626,11 @@ def micro_batch_rows(batch, max_tokens):
     lengths = batch["attention_mask"].sum(1).tolist()
     group = batch["group"].tolist() if "group" in batch else range(len(lengths))
     groups = [list(rows) for _, rows in itertools.groupby(range(len(lengths)), group.__getitem__)]
-    groups.sort(key=lambda rows: -max(lengths[row] for row in rows))
+    groups = [(max(lengths[row] for row in rows), rows) for rows in groups]
+    groups.sort(key=lambda pair: -pair[0])
     lists = []
     width = 0
-    for rows in groups[rank() :: world_size()]:
-        length = max(lengths[row] for row in rows)
+    for length, rows in groups[rank() :: world_size()]:
         tokens = width * (len(lists[-1]) + len(rows)) if lists else math.inf
         if tokens > max_tokens or (tokens > SMALL_BATCH and length < 0.9 * width):
             lists.append([])
@@ -670,7 +660,7 @@ def in_micro_batches(function, model, batch, max_tokens, *options):
 
 
 # ---------------------------------------------------------------- 7. sampling
-TOKEN_BUDGET = 262_144 if torch.cuda.is_available() else 65_536
+TOKEN_BUDGET = 262_144 if IS_CUDA else 65_536
 
 
 @torch.no_grad()
@@ -686,10 +676,9 @@ def sample(
 ):
     """Sample from softmax(logits / temperature): no top-k, no top-p. Temperature 0 is greedy.
 
-    Returns P * num_generations rollouts, grouped by example: the example with
-    completion_ids, which end with the first EOS, and finished (False if max_new_tokens came first).
-    Each row and step has its own random number, so the result does not depend on token_budget, the
-    number of tokens sampled together, or on the number of ranks."""
+    Returns P * num_generations rollouts, grouped by example: the example with completion_ids up to
+    the first EOS and finished (False if max_new_tokens came first). Each row and step has its own
+    random number, so results do not depend on token_budget (sampled together) or on ranks."""
     prompts = [example["prompt_ids"] for example in examples]
     eos_ids = policy.generation_config.eos_token_id
     shape = (len(prompts), num_generations, max_new_tokens)
@@ -722,7 +711,7 @@ def sample_rows(model, prompts, noise, temperature, eos_ids):
     """Sample completions of P prompts; tokens after EOS are arbitrary.
 
     Each prompt, left-padded, is prefilled once, and its completions start from copies of its cache.
-    Finished rows are dropped once they are a quarter of the batch: each drop copies the cache.
+    Finished rows are dropped once they are a quarter of the batch.
     Shapes: noise (B, max_new_tokens) -> (B, max_new_tokens)."""
     device = noise.device
     B, max_new_tokens = noise.shape
@@ -793,20 +782,24 @@ def completion_text(tokenizer, rollout):
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
-def gsm8k_number(text):
+def gsm8k_number(text, is_reference=False):
     """The answer of a worked solution, None if there is none; nothing is evaluated.
 
-    The first number after the last `####` or in the last \\boxed{}, otherwise the last number."""
+    The first number after the last `####` or in the last \\boxed{}, otherwise the last number. A
+    reference must have nothing but a number there, or be a number."""
     text = re.sub(r"\{,\}|\\,|\\!|\$", "", text).replace("−", "-")  # LaTeX thousands separators, $
     marked = re.findall(r"####([^\n]*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    found = re.findall(NUMBER, "".join(marked[-1]))[:1] if marked else []
+    answer = "".join(marked[-1]) if marked else text
+    if is_reference and not re.fullmatch(rf"\s*{NUMBER}[\s.%]*", answer):
+        return None
+    found = re.findall(NUMBER, answer)[:1] if marked else []
     found = found or re.findall(NUMBER, text)[-1:]
     return float(found[0].replace(",", "")) if found else None
 
 
 def gsm8k_checker(prompts, completions, rows):
     """1.0 if a completion has the number of column `answer`, otherwise 0.0 (Cobbe et al. 2021)."""
-    answers = [gsm8k_number(str(row["answer"])) for row in rows]
+    answers = [gsm8k_number(str(row["answer"]), is_reference=True) for row in rows]
     return [float(a is not None and gsm8k_number(c) == a) for c, a in zip(completions, answers)]
 
 
@@ -822,17 +815,21 @@ def checker_reward(function, tokenizer):
         prompts = [rollout["prompt"] for rollout in rollouts]
         texts = [completion_text(tokenizer, rollout) for rollout in rollouts]
         rows = [rollout["row"] | {"finished": rollout["finished"]} for rollout in rollouts]
-        scores = broadcast_from_rank0(lambda: list(function(prompts, texts, rows)))
+        with contextlib.chdir("."), torch.no_grad():  # restored if the function changes them
+            scores = broadcast_from_rank0(lambda: list(function(prompts, texts, rows)))
         if len(scores) != len(rollouts):
-            fail(f"--reward returned {len(scores)} scores for {len(rollouts)} completions")
+            fail(f"--reward must return {len(rollouts)} scores, one per completion")
         return torch.tensor([math.nan if x is None else float(x) for x in scores])
 
     return reward
 
 
-def same_ids(tokenizer, other):
-    """True if every token of a tokenizer has the same id in the other one, which may have more."""
-    return tokenizer.get_vocab().items() <= other.get_vocab().items()
+def vocabulary(path):
+    """The (token, id) pairs of a tokenizer and the rows of an embedding, as one set.
+
+    A model can read the ids of a policy if its vocabulary contains the policy's."""
+    config = from_pretrained(transformers.AutoConfig, path).get_text_config()
+    return {*load_tokenizer(path).get_vocab().items(), *range(config.vocab_size)}
 
 
 @model_forward
@@ -853,10 +850,14 @@ def last_token_scores(model, batch):
 def model_reward(path, args, examples, policy_tokenizer, device):
     """A reward model as reward(rollouts) -> scores (B,) float32 on the CPU.
 
-    If its tokenizer differs from the policy's, it gets text (messages: its own template)."""
+    If its tokens or its chat template differ from the policy's, it gets text (messages: its own
+    template)."""
     tokenizer = load_tokenizer(path)
     model = load_scorer(path, args, device)
-    has_policy_tokens = same_ids(policy_tokenizer, tokenizer)
+    has_policy_tokens = (
+        vocabulary(args.model) <= vocabulary(path)
+        and tokenizer.chat_template == policy_tokenizer.chat_template
+    )
     if getattr(model.config, "step_separator", None):
         fail(f"{path} is a process reward model: see docs/recipes.md")
 
@@ -893,7 +894,7 @@ def load_reward(args, examples, tokenizer, device):
     kept as `member_scores` of each rollout. The members must share origin and scale, or "min"
     always picks the same one."""
     if args.reward is None:
-        fail(f"--reward is missing: a reward model, {', '.join(CHECKERS)} or file.py:function")
+        fail("--reward is missing: a reward model, sort, gsm8k or file.py:function")
     members = []
     for name in args.reward.split(","):
         if args.reward == "none":  # for distillation, where the KL is the only signal
@@ -920,8 +921,13 @@ def load_checker(name, examples):
     """A built-in checker, or a function of a Python file, which may import its neighbors."""
     if name not in CHECKERS:
         path, function_name = name.rsplit(":", 1)
-        sys.path.append(os.path.dirname(path))
-        function = runpy.run_path(path)[function_name]
+        sys.path.append(os.path.abspath(os.path.dirname(path)))
+        spec = importlib.util.spec_from_file_location(f"reward_{zlib.crc32(path.encode())}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # a process pool finds its functions there
+        with contextlib.chdir("."), torch.no_grad():
+            spec.loader.exec_module(module)
+        function = getattr(module, function_name)
         try:
             inspect.signature(function).bind([], [], [])
         except TypeError as error:
@@ -963,7 +969,7 @@ def fingerprint(examples, models):
     """Digest of data and initial weights, independent of the number of ranks."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr([example["row"], example["prompt_ids"]]).encode())
+        digest.update(repr(example["row"]).encode())
     weights = [x.to_local() if isinstance(x, DTensor) else x for x in models.parameters()]
     bits = sum(int(x.detach().view(torch.int32).sum(dtype=torch.int64)) for x in weights)
     return f"{digest.hexdigest()} {all_reduce(bits)}"
@@ -1013,7 +1019,7 @@ class Run:
             for name, size in self.log_sizes.items():  # drop what was logged later
                 os.truncate(self.dir / name, size)
             new = self.dir / "args.json.new"
-            new.write_text(json.dumps(vars(self.args) | {"resume": False}, indent=1))
+            new.write_text(json.dumps(vars(self.args), indent=1))
             os.replace(new, self.dir / "args.json")
         self.bar.update(state["step"])
         return state["step"]
@@ -1051,30 +1057,26 @@ class Run:
             raise SystemExit(128 + signal_number)
 
     def interrupt(self, number, frame):
-        """Finish the step, save and exit; without torchrun, a second signal exits at once."""
-        if self.signal and world_size() == 1:  # torchrun sends Ctrl-C a second time
-            raise SystemExit(128 + number)
+        """Finish the step, save and exit. Signals may come twice: torchrun sends Ctrl-C again."""
         self.signal = number
 
     def append(self, name, row):
-        """Append a row to a JSONL log; NaN becomes null."""
-        row = {key: None if value != value else value for key, value in row.items()}
+        """Append a row to a JSONL log; NaN and infinity become null."""
+        row = json.loads(json.dumps(row, default=str), parse_constant=lambda constant: None)
         if rank() == 0:
             with open(self.dir / name, "a") as file:
-                file.write(json.dumps(row, default=str) + "\n")
+                file.write(json.dumps(row) + "\n")
                 self.log_sizes[name] = file.tell()
 
     def log(self, step, metrics, show=()):
         """Append metrics to metrics.jsonl; print evaluations and the metrics named in show."""
         metrics = {name: float(value) for name, value in metrics.items()}
         self.append("metrics.jsonl", {"step": step} | metrics)
+        evaluation = [name for name in metrics if name.startswith("eval/")][:8]
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix({name: metrics[name] for name in show if name in metrics})
-        if self.bar.disable and show and is_due(self.args.log_every, step, self.steps):
-            print(f"step {step}/{self.steps}: {self.bar.postfix}", flush=True)
-        evaluation = [f"{k} {v:.3g}" for k, v in metrics.items() if k.startswith("eval/")][:8]
-        if evaluation:
-            tqdm.write(f"step {step}/{self.steps}: {', '.join(evaluation)}")
+        self.bar.set_postfix({k: metrics[k] for k in evaluation or show if k in metrics})
+        if evaluation or self.bar.disable and is_due(self.args.log_every, step, self.steps):
+            tqdm.write(f"step {step}/{self.steps}: {self.bar.postfix}")
 
     def log_samples(self, step, rollouts, values):
         """Append rollouts and values (name -> list) to samples.jsonl; print the first three."""
@@ -1084,8 +1086,7 @@ class Run:
             row = {"step": step, "prompt": prompt, "completion": text}
             self.append("samples.jsonl", row | {name: x[i] for name, x in values.items()})
             if i < 3:
-                last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                tqdm.write(f"  {last!r:.60} -> {text!r:.60}")
+                tqdm.write(f"  {str(prompt)[-60:]!r} -> {text!r:.60}")
 
     def finish(self, model):
         """Save model and tokenizer in transformers format."""

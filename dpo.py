@@ -3,12 +3,12 @@
     loss = -log sigmoid(beta log pi/pi_ref(chosen) - beta log pi/pi_ref(rejected)), mean over pairs
 
 Rafailov et al. 2023, equation 7. The optimum of the RLHF objective, pi_ref exp(reward / beta) / Z,
-is solved for the reward, which goes into the Bradley-Terry likelihood: no reward model, no
-sampling. Log-probs are sums over the completion, EOS included. --loss-type selects its relatives,
-one to three lines each in preference_loss. Not included: making the pairs, a learned or scheduled
-beta, LoRA.
+is solved for the reward and inserted into the Bradley-Terry likelihood. The resulting loss needs no
+reward model and no sampling. Log-probs are sums over the completion, EOS included. --loss-type
+selects variants of one to three lines each (see preference_loss). Not included: making the pairs, a
+learned or scheduled beta, LoRA.
 
-    python dpo.py                     after sft.py: 45 seconds on two cores
+    python dpo.py                     demo, after sft.py: 45 seconds on two cores
     python dpo.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
 
 Data: rows with prompt, chosen and rejected, or with chosen and rejected that share a beginning;
@@ -16,6 +16,7 @@ Data: rows with prompt, chosen and rejected, or with chosen and rejected that sh
 from log 2."""
 
 import math
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import (
+    PROMPT_COLUMNS,
+    DroppedRow,
     Run,
     all_reduce,
     check_fit,
     cli,
     clip_gradients,
     context_of,
+    encode_completions,
     fail,
     generator,
     head_logits,
@@ -46,10 +50,11 @@ from common import (
     micro_batches,
     model_forward,
     pad_rows,
-    preference_example,
+    prompt_of,
     sample,
     setup,
     shuffled_examples,
+    text_or_messages,
 )
 
 
@@ -73,7 +78,7 @@ class Args:
     """tokens of prompt and completion; longer rows are dropped and counted"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -120,6 +125,49 @@ REFERENCE_FREE = ("simpo", "orpo")
 # from the papers, for ipo from TRL
 BETA = {"sigmoid": 0.1, "sigmoid-norm": 5.0, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 SIMPO_MARGIN = 1.0
+
+
+def preference_example(row, tokenizer, args):
+    """Prompt, chosen, rejected; or chosen and rejected with a shared prefix. Optional margin."""
+    chosen = text_or_messages(row, ["chosen"])
+    rejected = text_or_messages(row, ["rejected"])
+    # UltraFeedback: `prompt` is text that both conversations repeat as their first message
+    repeats_prompt = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    has_prompt = row.keys() & PROMPT_COLUMNS and not repeats_prompt
+    if args.prompt_template != "{prompt}" or has_prompt:
+        prompt = prompt_of(row, args)
+    else:
+        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
+    ids = encode_completions(tokenizer, prompt, [chosen, rejected])
+    prompt_ids, (chosen_ids, rejected_ids) = ids
+    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
+    if chosen_ids == rejected_ids:
+        raise DroppedRow("chosen and rejected have the same tokens")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "margin": float(row.get("margin", 0.0)),
+    }
+
+
+def split_shared_prefix(chosen, rejected):
+    """Split a pair without a prompt column into prompt, chosen, rejected.
+
+    The prompt of messages is all equal leading messages, but not the last one. The prompt of texts
+    ends at the last shared "Assistant:" (Anthropic's format) or the last shared whitespace."""
+    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    cut = is_same.index(False)
+    if isinstance(chosen, list):
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+    else:
+        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
+        cut = match.end() if match else 0
+    if cut == 0:
+        raise ValueError("no prompt: `chosen` and `rejected` have no shared beginning")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def completion_batch(rollouts, device):
@@ -192,9 +240,10 @@ def preference_loss(  # noqa: PLR0917
     simpo: -log sigmoid(h) (Meng et al. 2024, equation 6)
     orpo: -log pi(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)) (Hong et al. 2024,
         equations 6 and 7; the authors' code includes the prompt)
-    ipo and orpo ignore the margin. Not included, but one line each: hinge (SLiC, Zhao et al. 2023),
-    relu(1 - h); robust DPO (Chowdhury et al. 2024), sigmoid with + s for -s, divided by 1 - 2s;
-    REBEL (Gao et al. 2024), (h - (score of chosen - score of rejected))^2."""
+    ipo and orpo ignore the margin. Not included, but one line each:
+    hinge: relu(1 - h) (RSO, Liu et al. 2023; SLiC-HF, Zhao et al. 2023, has no reference)
+    robust DPO: sigmoid with + s for -s, divided by 1 - 2s (Chowdhury et al. 2024)
+    REBEL: (h - difference of scores)^2 with beta = 1 / eta (Gao et al. 2024)"""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     h = chosen_rewards - rejected_rewards - margin
@@ -212,7 +261,7 @@ def preference_loss(  # noqa: PLR0917
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) from log p, clamped at -1e-6 in 1 - p, where the odds would be infinite."""
+    """log(p / (1 - p)) from log p, which is clamped at -1e-6 in 1 - p to keep the odds finite."""
     return logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 
@@ -387,7 +436,7 @@ def main(args):
     # data first: a bad file fails before models are loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "pairs", preference_example, tokenizer, args)
-    held_out = load_held_out("pairs", preference_example, tokenizer, args)
+    held_out = load_held_out(examples, "pairs", preference_example, tokenizer, args)
     pairs = examples + held_out
     sequences = [x["prompt_ids"] + x["chosen_ids"] for x in pairs]
     sequences += [x["prompt_ids"] + x["rejected_ids"] for x in pairs]
@@ -450,6 +499,7 @@ def main(args):
         # log, evaluate, save
         padded_tokens = sums.pop("padded_tokens")
         metrics = {name: all_reduce(total) for name, total in sums.items()}
+        metrics["accuracy"] = metrics["accuracy"].clamp(max=1)  # a float32 sum may exceed 1
         metrics |= {"grad_norm": grad_norm, "learning_rate": optimizer.param_groups[0]["lr"]}
         metrics |= throughput(batch, padded_tokens, start_time)
         if held_out and is_due(args.eval_every, step + 1, steps):

@@ -3,8 +3,8 @@
     maximize  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
 Shao et al. 2024, DeepSeekMath, equations 3 and 4; DeepSeek-R1. Several completions are sampled per
-prompt. The advantage of a completion, its score minus the mean of its group over the standard
-deviation of the group, holds for all its tokens. PPO's clipped surrogate loss is averaged over the
+prompt. All tokens of a completion share one advantage: its score minus the mean of its group,
+divided by the standard deviation of the group. PPO's clipped surrogate loss is averaged over the
 tokens of each completion, then over completions. The KL is a second loss, the k3 estimate (see
 kl_penalty for its fixed point). Flags give later variants:
 
@@ -19,10 +19,10 @@ kl_penalty for its fixed point). Flags give later variants:
       KL per token                 --kl-estimator k2 (Agarwal et al. 2024, GKD)
       KL of whole completions      --kl-estimator k1 (Gu et al. 2024, MiniLLM)
 
-With one update per rollout, the default, every ratio is 1 and --epsilon has no effect. Not
+With one update per step, the default, every ratio is 1 and --epsilon has no effect. Not
 included: a value model, generation engines, LoRA.
 
-    python grpo.py                    after sft.py: two minutes on two cores
+    python grpo.py                    demo, after sft.py: two minutes on two cores
     python grpo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
@@ -62,11 +62,11 @@ from common import (
     model_forward,
     pad_rows,
     prompt_example,
-    same_ids,
     sample,
     setup,
     shuffled_examples,
     take,
+    vocabulary,
 )
 
 
@@ -85,18 +85,18 @@ class Args:
     ratio: Literal["token", "sequence"] = "token"
     """importance ratio of each token, or one per completion (GSPO)"""
     mask_truncated: bool = False
-    """do not train completions without EOS; their scores still count (DAPO, section 3.4)"""
+    """no loss on completions without EOS; their scores still count (DAPO, section 3.4)"""
     dynamic_sampling: bool = False
     """replace groups of equal rewards, in at most 8 rounds (DAPO, section 3.2)"""
     overlong_buffer: int = 0
-    """tokens before the length limit in which the reward falls by 1 (DAPO, section 3.4)"""
+    """tokens before the length limit over which the reward falls by 1 (DAPO, section 3.4)"""
     # shared by the scripts that sample
     reward: str | None = None
     """reward model, sort, gsm8k or file.py:function; comma-separated: an ensemble"""
     reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
     """ensemble aggregation (Coste et al. 2023)"""
     reward_std_coef: float = 1.0
-    """standard deviations that mean-minus-std subtracts"""
+    """standard deviations that mean-minus-std subtracts (with two members, 1 gives min)"""
     prompts_per_step: int = 32
     """prompts per step (N+: 512; DeepSeek-R1: 32, with 16 completions each)"""
     num_generations: int = 16
@@ -119,7 +119,7 @@ class Args:
     """upper clip range if it differs (DAPO, Yu et al. 2025: 0.28)"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -260,18 +260,18 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
 
     With x = log pi - log pi_ref: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x.
 
-    Where training converges with --scale-rewards none. G is --num-generations, beta --kl-coef,
-    b = beta G / (G - 1), because the mean of a group includes the sample:
+    With --scale-rewards none, training converges to the policies below. G is --num-generations,
+    beta is --kl-coef, and b = beta G / (G - 1), because the mean of a group includes the sample:
         k1 in the reward    pi_ref exp(r / beta) / Z, the optimum of the objective
         k2 as a loss        the same with b for beta, for completions of one token
         k3 as a loss        b pi_ref / (lambda - r) for completions of one token, where lambda
                             normalizes: the gradient of k3 is that of KL(pi_ref || pi)
-        ratio * k3          where k2 converges, also after several updates of a rollout
+        ratio * k3          where k2 converges, also after several updates per step
     k2 and k3 give these gradients only while the ratio is 1. k1 as a loss has mean gradient 0.
 
     For distillation (--reward none, --loss-aggregation constant), k1 in the reward gives the
-    gradient of the KL of whole completions, times (G - 1) / G. k2 as a loss gives that of the KL of
-    each next token, without the effect of a token on later ones."""
+    gradient of the KL of whole completions, times (G - 1) / G. k2 as a loss gives the
+    gradient of the KL of each next token, without the effect of a token on later ones."""
     x = logprobs - ref_logprobs
     if estimator == "k1":
         return x
@@ -375,15 +375,13 @@ def sample_and_score(policy, reward, prompts, rng, args):
     return [rollout for rollout, keep in zip(rollouts, is_kept) if keep]
 
 
-def dynamic_sampling(policy, reward, examples, step, args):
-    """sample_and_score, replacing groups of equal rewards by fresh prompts (DAPO, section 3.2).
+def replace_equal_groups(rollouts, policy, reward, examples, args, *, step):
+    """Replace groups of equal rewards by completions of fresh prompts (DAPO, section 3.2).
 
+    Each round draws from the data in an order of its own. Groups without a score are not replaced.
     Returns the rollouts and the number of groups replaced. After 8 rounds, equal groups stay."""
     G = args.num_generations
     first = step * args.prompts_per_step
-    prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
-    rng = generator(args.seed, "sample", step)
-    rollouts = sample_and_score(policy, reward, prompts, rng, args)
     num_replaced = 0
     for attempt in range(8):
         groups = [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
@@ -403,9 +401,8 @@ def dynamic_sampling(policy, reward, examples, step, args):
 def load_reference(args, tokenizer, device):
     """--reference, by default the initial policy."""
     path = args.reference or args.model
-    other = load_tokenizer(path)
-    if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
-        fail(f"--reference {path}: its tokenizer differs from the policy's")
+    if not vocabulary(args.model) <= vocabulary(path):
+        fail(f"--reference {path} does not have the tokens and embeddings of {args.model}")
     return load_policy(path, tokenizer, args, device)
 
 
@@ -526,7 +523,7 @@ def main(args):
     # data first: a bad file fails before models are loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "prompts", prompt_example, tokenizer, args)
-    held_out = load_held_out("prompts", prompt_example, tokenizer, args)
+    held_out = load_held_out(examples, "prompts", prompt_example, tokenizer, args)
     prompts = [example["prompt_ids"] for example in examples + held_out]
     for path in [args.model, args.reference or args.model]:
         check_fit(path, prompts, args.max_completion_length)
@@ -560,15 +557,16 @@ def main(args):
     if start == 0 and held_out:
         run.log(0, evaluate(policy, reference, scorers, held_out, run=run, step=0))
     for step in range(start, args.steps):
-        # rollout: sample completions of the next prompts and score them
+        # rollouts: sample completions of the next prompts and score them
         start_time = time.time()
         first = step * args.prompts_per_step
         prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
         rng = generator(args.seed, "sample", step)
+        rollouts = sample_and_score(policy, reward, prompts, rng, args)
         if args.dynamic_sampling:
-            rollouts, num_replaced = dynamic_sampling(policy, reward, examples, step, args)
-        else:
-            rollouts = sample_and_score(policy, reward, prompts, rng, args)
+            rollouts, num_replaced = replace_equal_groups(
+                rollouts, policy, reward, examples, args, step=step
+            )
         if len(rollouts) < args.num_minibatches:
             fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
         batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)

@@ -4,13 +4,13 @@
 
 The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token
 is an action with reward -kl_coef * (log pi - log pi_ref); the last token also gets the score. A
-value model predicts the return, and GAE turns rewards and values into advantages. The
-clipped surrogate loss (Schulman et al. 2017, equation 7) is minimized for several epochs per
-rollout. --ptx-dataset and --ptx-coef add the pretraining term of PPO-ptx (Ouyang et al. 2022,
-equation 2). Not included: adaptive KL coefficient, reward scaling, a trunk shared by policy and
-value model, generation engines, LoRA.
+value model predicts the return, and GAE turns rewards and values into advantages. Each step
+samples a batch of completions, then minimizes the clipped surrogate loss (Schulman et al. 2017,
+equation 7) on it for several epochs. --ptx-dataset and --ptx-coef add the pretraining term of
+PPO-ptx (Ouyang et al. 2022, equation 2). Not included: adaptive KL coefficient, reward scaling, a
+trunk shared by policy and value model, generation engines, LoRA.
 
-    python ppo.py                     after sft.py and reward_model.py: two minutes on two cores
+    python ppo.py                     demo, after sft.py and reward_model.py: two minutes
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
@@ -56,12 +56,12 @@ from common import (
     pad_rows,
     prompt_example,
     prompt_of,
-    same_ids,
     sample,
     setup,
     shuffled_examples,
     take,
     text_or_messages,
+    vocabulary,
 )
 
 
@@ -78,20 +78,20 @@ class Args:
     value_model: str | None = None
     """initial value model (default: reward model if tokenizers agree, or policy + zero head)"""
     value_coef: float = 0.1
-    """weight of the value loss (N+: 0.1); mostly cancels in Adam: the models are separate"""
+    """weight of the value loss (N+: 0.1); mostly cancels in Adam, as the models are separate"""
     value_clip: float = 0.2
     """clip range of the value loss (N+: 0.2)"""
     ptx_dataset: str | None = None
     """prompts and completions of the pretraining loss (PPO-ptx)"""
     ptx_coef: float = 0.0
-    """weight of the pretraining loss, in nats per token (Ouyang et al. 2022: 27.8)"""
+    """weight of the pretraining loss (Ouyang et al. 2022: 27.8 at 8 rows per completion; here 1)"""
     # shared by the scripts that sample
     reward: str | None = None
     """reward model, sort, gsm8k or file.py:function; comma-separated: an ensemble"""
     reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
     """ensemble aggregation (Coste et al. 2023)"""
     reward_std_coef: float = 1.0
-    """standard deviations that mean-minus-std subtracts"""
+    """standard deviations that mean-minus-std subtracts (with two members, 1 gives min)"""
     prompts_per_step: int = 512
     """prompts per step (N+: 512; DeepSeek-R1: 32, with 16 completions each)"""
     num_generations: int = 1
@@ -114,7 +114,7 @@ class Args:
     """upper clip range if it differs (DAPO, Yu et al. 2025: 0.28)"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -335,7 +335,8 @@ def nll_loss(logprobs, weights):
 def ptx_backward(policy, examples, update, args):
     """Add the gradient of the PPO-ptx loss (Ouyang et al. 2022, equation 2); return the loss.
 
-    Each update takes as many rows as completions; their loss has its own token mean."""
+    Each update takes as many rows as completions (Ouyang et al.: 8 times as many), and their loss
+    is a mean over their own tokens."""
     batch_size = args.prompts_per_step * args.num_generations // args.num_minibatches
     first = update * batch_size
     rows = shuffled_examples(examples, f"{args.seed} ptx", first, first + batch_size)
@@ -377,17 +378,18 @@ def sample_and_score(policy, reward, prompts, rng, args):
     return [rollout for rollout, keep in zip(rollouts, is_kept) if keep]
 
 
-def load_value_model(args, tokenizer, device):
+def load_value_model(args, prompts, device):
     """--value-model; by default the reward model (N+), or the policy with a zero head (B).
 
     Only a reward model (the first of an ensemble) with the policy's tokens is used."""
     path = args.value_model or args.model
     first = args.reward.split(",")[0]
     is_model = ".py:" not in first and first not in [*CHECKERS, "none"]
-    if not args.value_model and is_model and same_ids(tokenizer, load_tokenizer(first)):
+    if not args.value_model and is_model and vocabulary(args.model) <= vocabulary(first):
         path = first
-    if not same_ids(tokenizer, load_tokenizer(path)):
-        fail(f"--value-model {path}: its tokenizer differs from the policy's")
+    if not vocabulary(args.model) <= vocabulary(path):
+        fail(f"--value-model {path} does not have the tokens and embeddings of {args.model}")
+    check_fit(path, prompts, args.max_completion_length)
 
     def init(model, has_new_head):
         if has_new_head:
@@ -424,12 +426,14 @@ def track_ratio(sums, logprobs, old_logprobs):
 def explained_variance(returns, values, mask):
     """1 - Var(returns - values) / Var(returns) over the mask; NaN for constant returns.
 
-    1: the values predict the returns; 0: no better than their mean.
+    1: the values predict the returns; 0: no better than their mean. Returns are constant if their
+    standard deviation is at most 1e-6 of their root mean square, at any scale of the reward.
     Shapes: all (B, T) -> scalar."""
     errors = returns - values
     unexplained = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - unexplained / variance if variance > 1e-8 else torch.tensor(math.nan)
+    is_constant = variance <= 1e-12 * masked_mean(returns**2, mask)
+    return torch.tensor(math.nan) if is_constant else 1 - unexplained / variance
 
 
 def rollout_metrics(rollouts, gold, args):
@@ -536,7 +540,7 @@ def main(args):
     # data first: a bad file fails before models are loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "prompts", prompt_example, tokenizer, args)
-    held_out = load_held_out("prompts", prompt_example, tokenizer, args)
+    held_out = load_held_out(examples, "prompts", prompt_example, tokenizer, args)
     ptx_examples = []
     if args.ptx_coef:
         ptx_examples = load_examples(args.ptx_dataset, "sft", ptx_example, tokenizer, args)
@@ -552,9 +556,7 @@ def main(args):
     reference = None
     if args.kl_coef or held_out:
         reference = load_policy(args.model, tokenizer, args, device)
-    if args.value_model is not None:
-        check_fit(args.value_model, prompts, args.max_completion_length)
-    value_model = load_value_model(args, tokenizer, device)
+    value_model = load_value_model(args, prompts, device)
     models = nn.ModuleDict({"policy": policy, "value_model": value_model})
     optimizer = torch.optim.AdamW(
         models.parameters(),
@@ -574,7 +576,7 @@ def main(args):
     if start == 0 and held_out:
         run.log(0, evaluate(policy, reference, scorers, held_out, run=run, step=0))
     for step in range(start, args.steps):
-        # rollout: sample completions of the next prompts and score them
+        # rollouts: sample completions of the next prompts and score them
         start_time = time.time()
         first = step * args.prompts_per_step
         prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
@@ -665,7 +667,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # the laptop's reward model was only trained on text that ends in EOS; without a penalty PPO
+    # the demo's reward model was only trained on text that ends in EOS; without a penalty PPO
     # learns not to stop
     laptop = dict(
         model="runs/sft",

@@ -6,16 +6,16 @@
 Nakano et al. 2021 (best of N), Touvron et al. 2023 (Llama 2, section 3.2.3), Dong et al. 2023
 (RAFT: several --iterations, each starting from the policy of the previous one). N completions of
 each of M prompts are scored. The best of each prompt, or the k best of all, are selected. Compare
-with --select random: fine-tuning on own samples at a temperature below 1 sharpens the policy
-anyway. The rollouts also give best-of-N without training, with a bound on its KL, and the solve
+with --select random: fine-tuning on any of the policy's samples at a temperature below 1 sharpens
+it. The rollouts also give best-of-N without training, with a bound on its KL, and the solve
 rate of each prompt. Not included: samples of earlier iterations (Llama 2 mixes them in), LoRA.
 
-    python rejection_sampling.py      after sft.py and reward_model.py: 90 seconds on two cores
+    python rejection_sampling.py      demo, after sft.py and reward_model.py: 90 seconds
     python rejection_sampling.py --model runs/my_sft --reward runs/my_reward_model \\
         --dataset prompts.jsonl
 
 Data: rows with a prompt, and any columns a reward function reads. Expect an iteration to raise
-`eval/score` by a part of the gain of best-of-N. rollouts.jsonl holds all samples and scores."""
+`eval/score` by a fraction of the gain of best-of-N. rollouts.jsonl holds all samples and scores."""
 
 import json
 import math
@@ -62,7 +62,7 @@ class Args:
     select: Literal["top", "random"] = "top"
     """completions to train on: the best, or random ones for comparison"""
     select_k: int | None = None
-    """number of completions selected of all (default: one per prompt)"""
+    """completions to select among all prompts (default: one per prompt)"""
     min_score: float | None = None
     """completions with a lower score are never selected"""
     prompts_per_iteration: int | None = None
@@ -75,7 +75,7 @@ class Args:
     reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
     """ensemble aggregation (Coste et al. 2023)"""
     reward_std_coef: float = 1.0
-    """standard deviations that mean-minus-std subtracts"""
+    """standard deviations that mean-minus-std subtracts (with two members, 1 gives min)"""
     num_generations: int = 16
     """completions per prompt, N"""
     max_prompt_length: int = 512
@@ -90,7 +90,7 @@ class Args:
     """passes over the data"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -218,7 +218,8 @@ def best_of_n(scores, values):
     for N in [2**i for i in range(n.bit_length())]:
         # divide integers: the binomials may exceed the range of floats
         shares = [math.comb(i, N - 1) / math.comb(n, N) for i in range(n)]
-        curve[N] = sum(share * value for share, value in zip(shares, ranked_values))
+        mean = sum(share * value for share, value in zip(shares, ranked_values))
+        curve[N] = mean / sum(shares)  # rounded shares may sum to more than 1
     return curve
 
 
@@ -410,7 +411,7 @@ def main(args):
     # data first: a bad file fails before models are loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "prompts", prompt_example, tokenizer, args)
-    held_out = load_held_out("prompts", prompt_example, tokenizer, args)
+    held_out = load_held_out(examples, "prompts", prompt_example, tokenizer, args)
     prompts = [example["prompt_ids"] for example in examples + held_out]
     check_fit(args.model, prompts, args.max_completion_length)
 
@@ -435,9 +436,7 @@ def main(args):
     steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
     if args.steps is not None:
         steps = min(steps, args.steps)
-    # the fingerprint covers the order too, because rollouts.jsonl depends on it
-    order = shuffled_examples(examples, args.seed, 0, M)
-    run = Run(args, models, optimizer, tokenizer, steps=steps, examples=examples + order)
+    run = Run(args, models, optimizer, tokenizer, steps=steps, examples=examples)
 
     metrics = {}
     first_step = 0
@@ -445,7 +444,7 @@ def main(args):
     if start == 0 and held_out:
         run.log(0, evaluate_policy(policy, reference, scorers, held_out, run=run, step=0))
     for iteration in range(args.iterations):
-        # rollout: sample N completions of each of the next M prompts and score them
+        # rollouts: sample N completions of each of the next M prompts and score them
         start_time = time.time()
         prompts = shuffled_examples(examples, args.seed, iteration * M, (iteration + 1) * M)
         records = iteration_records(policy, reward, gold, prompts, iteration=iteration, run=run)

@@ -15,7 +15,7 @@ changes no advantage once PPO's values have learned it. An ensemble is several r
 seeds, used as `--reward a,b,c`; pairs and rankings leave a constant undetermined, so train its
 members with --center-coef 0.01 (Eisenstein et al. 2023).
 
-    python reward_model.py            after sft.py: 45 seconds on two cores
+    python reward_model.py            demo, after sft.py: 45 seconds on two cores
     python reward_model.py --model runs/my_sft --dataset pairs.jsonl --eval-dataset more.jsonl
     python reward_model.py --model runs/my_sft --loss outcome --dataset rollouts.jsonl
 
@@ -24,9 +24,10 @@ Data: rows with prompt, chosen and rejected, or with chosen and rejected that sh
 rejection_sampling.py (--loss outcome needs scores of 0 and 1). Or for --loss process prompt,
 completions and labels: the steps of one completion, and whether each is right. One epoch: with a
 second, the model overfits. Expect 60 to 75% held-out accuracy on human preferences, more in the
-laptop run."""
+demo."""
 
 import math
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import (
+    PROMPT_COLUMNS,
     DroppedRow,
     Run,
     all_reduce,
@@ -58,7 +60,6 @@ from common import (
     micro_batches,
     model_forward,
     pad_rows,
-    preference_example,
     prompt_of,
     setup,
     shuffled_examples,
@@ -71,13 +72,13 @@ LABEL_LOSSES = ["outcome", "process"]  # the others compare the completions of a
 @dataclass
 class Args:
     loss: Literal["bradley-terry", "plackett-luce", "outcome", "process"] = "bradley-terry"
-    """for pairs, rankings, labels of completions, labels of their steps"""
+    """loss on pairs, rankings, labels of completions, or labels of their steps"""
     center_coef: float = 0.0
-    """weight of (chosen + rejected score)^2 (Eisenstein et al. 2023: 0.01)"""
+    """weight of (chosen + rejected score)^2 of pairs (Eisenstein et al. 2023: 0.01)"""
     outcome_tokens: Literal["last", "all"] = "last"
-    """where outcome reads the score: EOS or every token (Cobbe et al. 2021)"""
+    """tokens at which outcome reads the score: EOS, or all (Cobbe et al. 2021)"""
     step_separator: str = "\n"
-    """text between the steps of a completion; process saves it in the config"""
+    """text between the steps of a completion; saved in the config with --loss process"""
     batch_size: int = 64
     """prompts, each with all its completions, per optimizer step"""
     epochs: int = 1
@@ -86,7 +87,7 @@ class Args:
     """tokens of prompt and completion; longer rows are dropped and counted"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -125,6 +126,49 @@ class Args:
     """steps between checkpoints; 0: only after the last step"""
     log_every: int = 10
     """steps between printed lines if the output is not a terminal"""
+
+
+def preference_example(row, tokenizer, args):
+    """Prompt, chosen, rejected; or chosen and rejected with a shared prefix. Optional margin."""
+    chosen = text_or_messages(row, ["chosen"])
+    rejected = text_or_messages(row, ["rejected"])
+    # UltraFeedback: `prompt` is text that both conversations repeat as their first message
+    repeats_prompt = isinstance(chosen, list) and isinstance(row.get("prompt"), str)
+    has_prompt = row.keys() & PROMPT_COLUMNS and not repeats_prompt
+    if args.prompt_template != "{prompt}" or has_prompt:
+        prompt = prompt_of(row, args)
+    else:
+        prompt, chosen, rejected = split_shared_prefix(chosen, rejected)
+    ids = encode_completions(tokenizer, prompt, [chosen, rejected])
+    prompt_ids, (chosen_ids, rejected_ids) = ids
+    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > args.max_length:
+        raise DroppedRow(f"longer than --max-length {args.max_length}")
+    if chosen_ids == rejected_ids:
+        raise DroppedRow("chosen and rejected have the same tokens")
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "margin": float(row.get("margin", 0.0)),
+    }
+
+
+def split_shared_prefix(chosen, rejected):
+    """Split a pair without a prompt column into prompt, chosen, rejected.
+
+    The prompt of messages is all equal leading messages, but not the last one. The prompt of texts
+    ends at the last shared "Assistant:" (Anthropic's format) or the last shared whitespace."""
+    is_same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    cut = is_same.index(False)
+    if isinstance(chosen, list):
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+    else:
+        match = re.match(r"(.*\n\nAssistant:)|(.*)(?=\s)", chosen[:cut], re.DOTALL)
+        cut = match.end() if match else 0
+    if cut == 0:
+        raise ValueError("no prompt: `chosen` and `rejected` have no shared beginning")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def comparison_example(row, tokenizer, args):
@@ -396,6 +440,12 @@ def label_metrics(scores, batch):
     }
 
 
+def clamp_shares(metrics):
+    """The metrics with shares of at most 1, which a float32 sum of weights may exceed."""
+    shares = metrics.keys() & {"accuracy", "label_accuracy"}
+    return dict(metrics) | {name: metrics[name].clamp(max=1) for name in shares}
+
+
 def find_eos_ids(tokenizer, path):
     """Ids that may end a completion, from tokenizer, chat template and generation config."""
     try:
@@ -410,8 +460,10 @@ def choose_pad(model, tokenizer, eos_ids):
     """Make sure PAD is not an EOS: transformers reads the score at the last id that is not PAD."""
     if tokenizer.pad_token_id in eos_ids:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        nn.init.zeros_(model.get_input_embeddings().weight[num_embeddings:])
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -480,7 +532,7 @@ def evaluate_scores(model, examples, run, step):
             sums.update(label_metrics(batch_scores, batch))
         parts.append(batch_scores[batch["mask"] > 0])
     scores = torch.cat(parts)
-    metrics = {f"eval/{name}": total for name, total in sums.items()}
+    metrics = {f"eval/{name}": total for name, total in clamp_shares(sums).items()}
     metrics["eval/score_mean"] = scores.mean()
     metrics["eval/score_std"] = scores.std(correction=0)
 
@@ -492,7 +544,7 @@ def evaluate_scores(model, examples, run, step):
     completion_scores = [x.tolist() for x in scores.split([len(x) for x in labels])]
     run.log_samples(step, completions[:1000], {"labels": labels, "scores": completion_scores})
     if num_compared:
-        accuracy = min(1.0, sums["accuracy"].item())  # a float32 sum may exceed 1
+        accuracy = metrics["eval/accuracy"].item()
         num_pairs = sum(math.comb(len(example["labels"]), 2) for example in examples)
         num_unequal = sum(count_pairs(example) for example in examples)
         last_scores = [x[-1] for x in completion_scores]
@@ -506,13 +558,15 @@ def main(args):
     device = setup(args)
     if args.outcome_tokens == "all" and args.loss != "outcome":
         fail(f"--outcome-tokens all is for --loss outcome, not {args.loss}")
+    if args.center_coef and args.loss in LABEL_LOSSES:
+        fail(f"--center-coef {args.center_coef} must be 0 with --loss {args.loss}")
 
     # data first: a bad file fails before the model is loaded
     tokenizer = load_tokenizer(args.model)
     # in single quotes, a shell passes \\n as two characters
     args.step_separator = args.step_separator.replace("\\n", "\n")
     examples = load_examples(args.dataset, "pairs", comparison_example, tokenizer, args)
-    held_out = load_held_out("pairs", comparison_example, tokenizer, args)
+    held_out = load_held_out(examples, "pairs", comparison_example, tokenizer, args)
     pairs = [(x["prompt_ids"], ids) for x in examples + held_out for ids in x["completion_ids"]]
     check_fit(args.model, [prompt_ids + ids for prompt_ids, ids in pairs])
 
@@ -567,7 +621,7 @@ def main(args):
 
         # log, evaluate, save
         padded_tokens = sums.pop("padded_tokens")
-        metrics = {name: all_reduce(total) for name, total in sums.items()}
+        metrics = clamp_shares({name: all_reduce(total) for name, total in sums.items()})
         metrics |= {"grad_norm": grad_norm, "learning_rate": optimizer.param_groups[0]["lr"]}
         metrics |= throughput(batch, padded_tokens, start_time)
         if held_out and is_due(args.eval_every, step + 1, steps):

@@ -5,13 +5,13 @@
 Ahmadian et al. 2024, Back to basics; the baseline is from Kool et al. 2019. The whole completion is
 one action. Its reward is the score minus kl_coef * (log pi - log pi_ref), summed over its tokens.
 The baseline is the mean reward of the other completions of its prompt, which keeps the gradient
-unbiased. The loss is -advantage * log pi(completion), with one update per rollout. More updates
+unbiased. The loss is -advantage * log pi(completion), with one update per step. More updates
 (--update-epochs, --num-minibatches) add a clipped importance ratio of the whole completion.
 On-policy distillation (Gu et al. 2024, MiniLLM) is --reference TEACHER --reward none --kl-coef 1:
 the update is then the gradient of KL(policy || teacher) of whole completions. Not included: a value
 model, normalization of rewards and advantages, generation engines, LoRA.
 
-    python rloo.py                    after sft.py: two minutes on two cores
+    python rloo.py                    demo, after sft.py: two minutes on two cores
     python rloo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
@@ -51,11 +51,11 @@ from common import (
     model_forward,
     pad_rows,
     prompt_example,
-    same_ids,
     sample,
     setup,
     shuffled_examples,
     take,
+    vocabulary,
 )
 
 
@@ -73,7 +73,7 @@ class Args:
     reward_combine: Literal["mean", "min", "mean-minus-std"] = "mean"
     """ensemble aggregation (Coste et al. 2023)"""
     reward_std_coef: float = 1.0
-    """standard deviations that mean-minus-std subtracts"""
+    """standard deviations that mean-minus-std subtracts (with two members, 1 gives min)"""
     prompts_per_step: int = 128
     """prompts per step (N+: 512; DeepSeek-R1: 32, with 16 completions each)"""
     num_generations: int = 4
@@ -96,7 +96,7 @@ class Args:
     """upper clip range if it differs (DAPO, Yu et al. 2025: 0.28)"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -222,8 +222,8 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
 
     Sum of weights * -A * ratio * log pi(completion), where the ratio pi / pi_old of the whole
     completion is a constant, 1 at the first update. The gradient of a completion is removed where
-    PPO's clip would remove it: for long completions, after small steps already. Returns the loss
-    and where the gradient was removed. Shapes: all (B, T), advantages equal along a row -> scalar,
+    PPO's clip would remove it; for long completions, small steps suffice. Returns the loss and
+    where the gradient was removed. Shapes: all (B, T), advantages equal along a row -> scalar,
     (B, T) bool."""
     if epsilon_high is None:
         epsilon_high = epsilon
@@ -266,9 +266,8 @@ def sample_and_score(policy, reward, prompts, rng, args):
 def load_reference(args, tokenizer, device):
     """--reference, by default the initial policy."""
     path = args.reference or args.model
-    other = load_tokenizer(path)
-    if not (same_ids(tokenizer, other) and same_ids(other, tokenizer)):
-        fail(f"--reference {path}: its tokenizer differs from the policy's")
+    if not vocabulary(args.model) <= vocabulary(path):
+        fail(f"--reference {path} does not have the tokens and embeddings of {args.model}")
     return load_policy(path, tokenizer, args, device)
 
 
@@ -385,7 +384,7 @@ def main(args):
     # data first: a bad file fails before models are loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "prompts", prompt_example, tokenizer, args)
-    held_out = load_held_out("prompts", prompt_example, tokenizer, args)
+    held_out = load_held_out(examples, "prompts", prompt_example, tokenizer, args)
     prompts = [example["prompt_ids"] for example in examples + held_out]
     for path in [args.model, args.reference or args.model]:
         check_fit(path, prompts, args.max_completion_length)
@@ -416,7 +415,7 @@ def main(args):
     if start == 0 and held_out:
         run.log(0, evaluate(policy, reference, scorers, held_out, run=run, step=0))
     for step in range(start, args.steps):
-        # rollout: sample completions of the next prompts and score them
+        # rollouts: sample completions of the next prompts and score them
         start_time = time.time()
         first = step * args.prompts_per_step
         prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)

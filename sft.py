@@ -6,13 +6,13 @@ The first stage of RLHF (Ouyang et al. 2022, section 3.5). Prompt tokens are not
 al. 2024 train them too). EOS is trained, so the model learns to stop. Not included: packing several
 rows into one sequence (sorting by length saves most of the padding), LoRA, 8-bit optimizers.
 
-    python sft.py                     a tiny model from scratch: 15 seconds on two cores
+    python sft.py                     demo, a tiny model from scratch: 15 seconds on two cores
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
 
 Data: rows with prompt and completion (or instruction and output, question and answer), or with
 messages. Expect the held-out loss to fall, then rise as the model overfits: stop at the minimum.
-The laptop run ends near 35% exact match (`gold`), since it has only 165 demonstrations; the later
-stages improve on that."""
+The demo, a run without --model, ends near 35% exact match (`gold`), since it has only 165 rows. The
+later stages improve on that."""
 
 import math
 import time
@@ -66,7 +66,7 @@ class Args:
     """tokens of prompt and completion; longer rows are dropped and counted"""
     # shared by all scripts
     model: str | None = None
-    """directory or Hub id to start from (default: the laptop run)"""
+    """directory or Hub id to start from (default: the tiny demo model)"""
     dataset: str = "sort"
     """sort (built in), a .jsonl or .json file, or a Hub id (name:split)"""
     eval_dataset: str | None = None
@@ -255,7 +255,7 @@ def main(args):
     # data first: a bad file fails before the model is loaded
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.dataset, "sft", sft_example, tokenizer, args)
-    held_out = load_held_out("sft", sft_example, tokenizer, args)
+    held_out = load_held_out(examples, "sft", sft_example, tokenizer, args)
     gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer)
 
     # model

@@ -300,14 +300,14 @@ COLUMNS = {
     "ptx": {
         "mood_before": "mood before",
         "mood": "mood after",
-        "tokens": "tokens",
+        "tokens": "tokens per sample",
         "kl": "KL, nats",
         "loss_before": "held-out loss before",
         "loss": "after",
     },
     "length": {
         "chosen_longer": "chosen is longer, training pairs",
-        "accuracy": "held-out accuracy",
+        "accuracy": "held-out accuracy on pairs",
         "tokens": "tokens per sample",
         "ended": "EOS rate",
         "mood_per_hundred_words": "mood per hundred words",

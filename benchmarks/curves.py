@@ -137,7 +137,7 @@ def print_methods(methods):
             "at the end, greedy",
             "seconds",
             "KL, nats",
-            "tokens trained, thousand",
+            "tokens trained on, thousand",
         ]
     )
     start = [run[0] for run in next(iter(methods.values()))]

@@ -6,7 +6,7 @@
 
 Rollouts: rejection_sampling.py samples 4 completions of each of 20,000 prompts from the SFT model,
 scored by the exact checker. reward_model.py is trained on them with --loss outcome, bradley-terry
-(all pairs) and plackett-luce. Each of the three, and the reward model of the laptop run, selects
+(all pairs) and plackett-luce. Each of the three, and the reward model of the demo, selects
 the best of N of 64 completions of the 500 held-out prompts; majority voting is the baseline. PPO
 uses the outcome model as its reward.
 
@@ -45,17 +45,12 @@ NOISE = 0.25
 LOSSES = ["outcome", "bradley-terry", "plackett-luce"]
 TRAINED = "--model runs/sft --learning-rate 4e-4 --warmup-steps 100 --batch-size 32"
 NOISY = [f"runs/noisy_{i}" for i in range(MEMBERS)]
-COMBINED = {  # name in reward_models.jsonl -> members, --reward-combine
+COMBINED = {  # name -> members, --reward-combine
     "one reward model": (1, "mean"),
     "mean of four": (MEMBERS, "mean"),
     "lowest of four": (MEMBERS, "min"),
-    "mean less deviation": (MEMBERS, "mean-minus-std"),
+    "mean minus std": (MEMBERS, "mean-minus-std"),
 }
-
-
-def label(name):
-    """A name of reward_models.jsonl as tables and figure show it."""
-    return name.replace("less", "minus")
 
 
 # ---------------------------------------------------------------- jobs
@@ -186,7 +181,7 @@ def best_of_n_curves(seed, N=64):
     pairs = common.load_examples(
         "sort",
         "pairs",
-        common.preference_example,
+        dpo.preference_example,
         tokenizer,
         dpo.Args(),
         held_out=True,
@@ -247,10 +242,11 @@ def table():
     if best:
         ns = [1, 4, 16, 64]
         print_header(["best of N by", *map(str, ns)])
-        for name in best[0]["curves"]:
+        members = [path.removeprefix("runs/") for path in NOISY]
+        for name in [x for x in best[0]["curves"] if x not in members]:
             keys = [f"best_of_{n}/gold" for n in ns]
             cells = [mean_and_range([p["curves"][name][key] for p in best]) for key in keys]
-            print_row([label(name), *cells])
+            print_row([name, *cells])
         print_header(["reward model", "held-out accuracy on pairs"])
         for name in best[0]["accuracy"]:
             print_row([name, mean_and_range([point["accuracy"][name] for point in best])])
@@ -266,7 +262,7 @@ def table():
             mean_and_range([point["after"]["eval/gold_greedy"] for point in runs]),
             mean_and_range([point["after"]["eval/kl"] for point in runs]),
         ]
-        print_row([label(name), str(len(runs)), *cells])
+        print_row([name, str(len(runs)), *cells])
 
 
 def smoothed(values, width=10):
@@ -287,7 +283,7 @@ def draw(file):
             runs = [point for point in found if point["name"] == f"{combined}, KL {kl_coef}"]
             curves = [smoothed([step[key] for step in point["steps"]]) for point in runs]
             values = list(zip(*curves))  # one tuple per step
-            axis.plot([statistics.mean(x) for x in values], color=f"C{i}", label=label(combined))
+            axis.plot([statistics.mean(x) for x in values], color=f"C{i}", label=combined)
             low = [min(x) for x in values]
             high = [max(x) for x in values]
             axis.fill_between(range(len(values)), low, high, color=f"C{i}", alpha=0.15)
@@ -310,7 +306,7 @@ def main():
     if args.best_of_n is not None:
         return best_of_n_curves(args.best_of_n)
     if args.draw:
-        return draw(HERE / "overoptimisation.png")
+        return draw(HERE / "overoptimization.png")
     if not args.table:
         measure(args.seeds, args.jobs)
     table()

@@ -104,16 +104,16 @@ def longer(pair):
 
 # ---------------------------------------------------------------- tables
 KEYS = {
-    "gold": "right",
-    "gold_greedy": "greedy",
+    "gold": "correct, sampled",
+    "gold_greedy": "correct, greedy",
     "pass@8": "pass@8",
     "score": "score",
     "loss": "loss",
     "accuracy": "accuracy",
     "margin": "margin",
     "kl": "KL, nats",
-    "completion_length": "tokens",
-    "eos_rate": "ended",
+    "completion_length": "tokens per sample",
+    "eos_rate": "EOS rate",
 }
 
 

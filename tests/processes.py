@@ -428,6 +428,15 @@ def every_script(folder, chain):
             torch.save(found, Path(folder, f"{name}.pt"))
 
 
+def ptx(folder, chain):
+    """Three steps of PPO-ptx with 7 rows of chain/ptx.jsonl per update, in micro-batches."""
+    changes = dict(ptx_dataset=f"{chain}/ptx.jsonl", ptx_coef=0.6, micro_batch_tokens=40)
+    with record("ppo") as found:
+        run_flags("ppo", chain, Path(folder, "ppo"), **changes)
+    if common.rank() == 0:
+        torch.save(found, Path(folder, "ppo.pt"))
+
+
 def halves(folder, chain, names=HALVED):
     """Two steps, then the third with --resume. A copy is kept after the two steps.
 

@@ -14,6 +14,7 @@ import transformers
 from conftest import eos_ids_of
 
 import common
+import dpo
 import reward_model
 import sft
 
@@ -29,7 +30,7 @@ ASKED = "<|im_start|>assistant\n"
 SPECIAL = ["[PAD]", "[EOS]", "[UNK]", "<s>", "<|im_start|>", "<|im_end|>"]
 MAKE_EXAMPLE = {  # name in the tests -> kind of rows, make_example
     "sft": ("sft", sft.sft_example),
-    "preference": ("pairs", common.preference_example),
+    "preference": ("pairs", dpo.preference_example),
     "comparison": ("pairs", reward_model.comparison_example),
     "step": ("pairs", reward_model.step_example),
     "prompt": ("prompts", common.prompt_example),
@@ -376,8 +377,8 @@ def test_conversations_of_different_lengths():
     """Both keep an answer, even if the shorter one is the beginning of the longer one."""
     long = talk("hi", "yes", "so?", "no")
     short = talk("hi", "yes")
-    assert common.split_shared_prefix(long, short) == (long[:1], long[1:], short[1:])
-    assert common.split_shared_prefix(short, long) == (long[:1], short[1:], long[1:])
+    assert dpo.split_shared_prefix(long, short) == (long[:1], long[1:], short[1:])
+    assert dpo.split_shared_prefix(short, long) == (long[:1], short[1:], long[1:])
 
 
 @pytest.mark.parametrize(
@@ -435,6 +436,87 @@ def test_bos_once_or_never(load, kind, make, count):
     for key in ("ids", "chosen_ids", "rejected_ids", "prompt_ids"):
         expected = count if key in ("ids", "prompt_ids") else 0
         assert example.get(key, [bos] * expected).count(bos) == expected
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+def test_text_that_begins_with_bos_gets_no_second_one(load, kind):
+    """The ids of a text with BOS are those of the text without it."""
+    rows = [
+        dict(prompt=f"{bos}a>", completion="b", chosen="b", rejected="c") for bos in ("", "<s>")
+    ]
+    for pair in (
+        rows,
+        [dict(chosen=x["prompt"] + " b", rejected=x["prompt"] + " c") for x in rows],
+    ):
+        if kind != "preference" and "prompt" not in pair[0]:
+            continue
+        bare, with_bos = load(pair, kind, letters(bos=True))
+        ids = [value for key, value in bare.items() if key.endswith("ids")]
+        assert ids == [value for key, value in with_bos.items() if key.endswith("ids")]
+        assert bare["prompt_ids"].count(3) == 1
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = CHATML.replace(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}",
+)
+STRICT = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    + CHATML
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+@pytest.mark.parametrize(
+    "template, prompt", [(PARTS, talk("hi")), (NO_SYSTEM, [SYSTEM, *talk("hi")])]
+)
+def test_a_template_that_drops_text_is_refused(load, refused, kind, template, prompt):  # noqa: PLR0917
+    row = dict(prompt=prompt, completion="so", chosen="yes", rejected="no")
+    words = ["rows.jsonl row 1: ", "the chat template drops the text"]
+    refused(words, load, [row], kind, letters(chat=True, template=template))
+
+
+def test_a_template_may_strip_text_and_rewrite_earlier_answers(load):
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{{ (m.content[:1] if m.role == 'assistant' and not loop.last else m.content) | trim }}",
+    )
+    rows = [{"messages": talk(" hi\n", "hello", "why", "so")}]
+    (example,) = load(rows, "sft", letters(chat=True, template=template))
+    assert letters().decode(example["prompt_ids"]) == turns("hi", "h", "why", tail=ASKED)
+
+
+def test_a_template_that_refuses_a_greeting(load):
+    """Texts do not need it. Messages that it accepts end with its end of turn if that is EOS."""
+    for template in (
+        STRICT,
+        PARTS.replace("{% if part.type == 'text' %}{{ part.text }}{% endif %}", ""),
+    ):
+        tokenizer = letters(chat=True, template=template)
+        assert common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+        (example,) = load([{"prompt": "a>", "completion": "b"}], "sft", tokenizer)
+        assert example["ids"] == tokenizer("a>b[EOS]").input_ids
+    tokenizer = letters(chat=True, template=STRICT)
+    tokenizer.eos_token = "<|im_end|>"
+    (example,) = load([{"messages": [SYSTEM, *talk("hi", "yo")]}], "sft", tokenizer)
+    assert tokenizer.decode(example["ids"]).endswith(f"{ASKED}yo<|im_end|>")
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_null_keys_of_messages_are_absent(load, empty):
+    """A template may ask whether a key is there."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.name if 'name' in m else m.content }}")
+    rows = [{"messages": talk("hi", "yo")}]
+    rows += [{"messages": [m | {"name": empty} for m in talk("hi", "yo")]}]
+    bare, example = load(rows, "sft", letters(chat=True, template=template))
+    assert bare["ids"] == example["ids"]
+    assert example["row"] == rows[1]
 
 
 def test_chat_template_with_bos(load):
@@ -538,7 +620,7 @@ def test_kind_selects_the_rows_of_the_task(name, monkeypatch):
     examples = common.load_examples("sort", kind, make_example, tokenizer, args)
     assert [e["row"] for e in examples] == common.task_rows(kind, False, args.seed)
     assert len(examples) == sizes[kind]
-    held_out = common.load_held_out(kind, make_example, tokenizer, args)
+    held_out = common.load_held_out(examples, kind, make_example, tokenizer, args)
     assert [e["row"] for e in held_out] == common.task_rows(kind, True, args.seed)
     assert len(held_out) == 2
 
@@ -549,13 +631,26 @@ def test_unknown_kind_is_refused(kind):
         common.load_examples("sort", kind, common.prompt_example, letters(), flags())
 
 
+def test_held_out_prompts_that_are_trained_are_counted(load, tmp_path, capsys):
+    rows = [{"prompt": talk(text), "completion": "b"} for text in "abca"]
+    examples = load(rows, "sft", letters(chat=True))
+    held_out = [{"prompt": talk(text), "completion": "c"} for text in "xaby"]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    for number, other in [(2, examples), (0, examples[2:3])]:
+        capsys.readouterr()
+        args = flags(dataset="rows.jsonl", eval_dataset=str(tmp_path / "held_out.jsonl"))
+        common.load_held_out(other, "sft", sft.sft_example, letters(chat=True), args)
+        line = f"held_out.jsonl: {number} prompts are also in the training data"
+        assert (line in capsys.readouterr().out) == (number > 0)
+
+
 def test_held_out_rows_need_a_dataset(load, tmp_path):
     load([dict(prompt="a>", completion="b")])
     path = str(tmp_path / "rows.jsonl")
     args = flags(dataset=path, eval_dataset=None)
-    assert common.load_held_out("sft", sft.sft_example, letters(), args) == []
+    assert common.load_held_out([], "sft", sft.sft_example, letters(), args) == []
     args = flags(dataset="x.jsonl", eval_dataset=path)
-    (example,) = common.load_held_out("sft", sft.sft_example, letters(), args)
+    (example,) = common.load_held_out([], "sft", sft.sft_example, letters(), args)
     assert example["prompt"] == "a>"
 
 

@@ -224,9 +224,7 @@ def run_args(chain, output_dir, **changes):  # noqa: F811
 
 def load_pairs(chain, args, held_out=False):  # noqa: F811
     tokenizer = common.load_tokenizer(str(chain / "sft"))
-    return common.load_examples(
-        "sort", "pairs", common.preference_example, tokenizer, args, held_out
-    )
+    return common.load_examples("sort", "pairs", dpo.preference_example, tokenizer, args, held_out)
 
 
 def test_add_reference(chain, tmp_path):  # noqa: F811

@@ -530,6 +530,22 @@ def test_explained_variance_of_special_values():
     assert ppo.explained_variance(returns, returns, torch.zeros_like(MASK)).isnan()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_explained_variance_does_not_depend_on_the_scale_of_the_reward(scale):
+    """Equal for scaled returns and values. NaN for constant returns, whatever their mean rounds to,
+    even if the values vary."""
+    returns = normal(1, ROWS, WIDTH, shift=2.0)
+    values = returns + normal(2, ROWS, WIDTH, scale=0.5)
+    expected = ppo.explained_variance(returns, values, MASK)
+    assert 0.5 < expected < 0.9
+    assert_near(ppo.explained_variance(scale * returns, scale * values, MASK), expected)
+    for constant in (0.0, 0.7, -1 / 3, 1e3):
+        constants = torch.full_like(returns, constant * scale)
+        assert ppo.explained_variance(constants, scale * values, MASK).isnan()
+    wide = torch.full((64, 100), scale / 3)
+    assert ppo.explained_variance(wide, torch.zeros_like(wide), torch.ones_like(wide)).isnan()
+
+
 def test_nll_loss():
     """Minus the weighted sum of log-probs; with the usual weights, the mean over trained tokens."""
     logprobs = (normal(1, ROWS, WIDTH) * MASK).requires_grad_()

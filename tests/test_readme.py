@@ -95,12 +95,15 @@ PAGE_OF = {  # benchmark -> page with its table
     "closed_form": "correctness",
     "versus_trl": "scale",
     "speed": "scale",
+    "reward_models": "results",
+    "book": "results",
+    "memory": "scale",
 }
 
 
 @pytest.mark.parametrize("name", PAGE_OF)
 def test_tables_match_the_measurements(name, capsys, monkeypatch):
-    """Every row that a benchmark prints from its .jsonl file is in a page."""
+    """Every row that a benchmark prints from its .jsonl file, or calculates, is in a page."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # otherwise speed.py sets it for all tests
     benchmark = importlib.import_module(name)
@@ -108,6 +111,13 @@ def test_tables_match_the_measurements(name, capsys, monkeypatch):
         benchmark.print_methods(benchmark.load())
     elif name == "smollm2":
         benchmark.print_table()
+    elif name == "reward_models":
+        benchmark.table()
+    elif name == "book":
+        benchmark.table(benchmark.STUDIES)
+    elif name == "memory":
+        monkeypatch.setattr(sys, "argv", ["memory.py"])
+        benchmark.main()
     else:
         table = benchmark.print_table if name == "speed" else benchmark.table
         lines = (ROOT / f"benchmarks/{name}.jsonl").read_text().splitlines()

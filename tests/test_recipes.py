@@ -119,7 +119,7 @@ def test_judge_is_antisymmetric_and_a_reward(tmp_path, monkeypatch):
 @pytest.mark.parametrize("prompt", ["a\nb?", talk("a\nb?")], ids=["text", "messages"])
 def test_process_reward_is_the_worst_step(prompt, tmp_path, monkeypatch):
     """The score equals transformers' own forward at the worst step. Newlines of the prompt end
-    no step, and the last step of an unfinished completion is not scored."""
+    no step, and a step that is cut is not scored."""
     tokenizer = save_chat_model(tmp_path / "sft")
     row = {"prompt": prompt, "completions": ["x", "yz"], "labels": [True, False]}
     (tmp_path / "steps.jsonl").write_text(json.dumps(row) + "\n")
@@ -141,6 +141,7 @@ def test_process_reward_is_the_worst_step(prompt, tmp_path, monkeypatch):
     completions = {
         ("x\nyz\n\nw", True): expected("x\n", "x\nyz\n", f"x\nyz\n\nw{end}"),
         ("x\nyz\nw", False): expected("x\n", "x\nyz\n"),
+        ("x\nw\n", False): expected("x\n", "x\nw\n"),  # cut after a finished step
         ("w\nv", True): expected("w\n", f"w\nv{end}"),
         ("w\nv", False): expected("w\n"),
         ("v", True): expected(f"v{end}"),
@@ -156,15 +157,16 @@ def test_process_reward_is_the_worst_step(prompt, tmp_path, monkeypatch):
 
 def test_chat_template_variable_is_saved(tmp_path, monkeypatch):
     """The lines of docs/data.md turn off reasoning in every later load of the tokenizer."""
-    template = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}x"
+    template = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    template += "{{ messages[0].content }}"
     monkeypatch.chdir(tmp_path)
     letters(chat=True, template=template).save_pretrained("models/qwen3")
     prompt = talk("a")
-    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "<think>x"
+    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "<think>a"
     page = (ROOT / "docs/data.md").read_text()
     (lines,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "{% set" in x]
     exec(lines, {})
-    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "x"
+    assert common.render(common.load_tokenizer("models/qwen3"), prompt, None) == "a"
 
 
 def test_prompts_by_solve_rate(rollouts, tmp_path, monkeypatch):
@@ -201,46 +203,116 @@ def apply(diff, text):
     return text
 
 
-def test_rebel_starts_at_the_squared_reward_difference_and_falls(chain, tmp_path, monkeypatch):  # noqa: F811
-    """In the first update every log-ratio is 0, so the loss is half the mean squared difference of
-    rewards. Three more updates reduce it."""
-    (tmp_path / "rebel.py").write_text(
-        apply(block("rloo.py", "diff"), Path(ROOT / "rloo.py").read_text())
-    )
-    spec = importlib.util.spec_from_file_location("rebel", tmp_path / "rebel.py")
-    rebel = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "rebel", rebel)
-    spec.loader.exec_module(rebel)
+@pytest.fixture
+def rebel(tmp_path, monkeypatch):
+    """rloo.py with the diff of the page applied, as a module."""
+    path = tmp_path / "rebel.py"
+    path.write_text(apply(block("rloo.py", "diff"), Path(ROOT / "rloo.py").read_text()))
+    spec = importlib.util.spec_from_file_location("rebel", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "rebel", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3])
+def test_rebel_loss_matches_the_formula(rebel, prompt_length):
+    """Half the mean over pairs of (difference of log-ratios - difference of rewards)^2, in float64.
+
+    After a prompt of one token, the longest row of a batch is completion from end to end."""
+    lengths = [5, 3, 1, 4, 2, 2]
+    rng = torch.Generator().manual_seed(0)
+    rewards = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
+    logprobs = torch.randn(len(lengths), 7, generator=rng, dtype=torch.float64)
+    old_logprobs = torch.randn(len(lengths), 7, generator=rng, dtype=torch.float64)
+    width = prompt_length - 1 + max(lengths)
+    mask = torch.zeros(len(lengths), width, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        mask[row, prompt_length - 1 : prompt_length - 1 + length] = 1
+    logprobs = (logprobs[:, :width] * mask).requires_grad_()
+    old_logprobs = old_logprobs[:, :width] * mask
+
+    advantages = rebel.leave_one_out_advantages(rewards, 2)[:, None] * mask
+    weights = mask / len(mask)
+    loss, _ = rebel.reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon=0.2)
+    loss.backward()
+    expected = 0.0
+    gradient = torch.zeros_like(mask)
+    for i in range(0, len(lengths), 2):
+        ratios = [(logprobs[row] - old_logprobs[row]).sum().item() for row in (i, i + 1)]
+        error = ratios[0] - ratios[1] - (rewards[i] - rewards[i + 1]).item()
+        expected += error**2 / len(lengths)
+        gradient[i] = 2 * error / len(lengths) * mask[i]
+        gradient[i + 1] = -2 * error / len(lengths) * mask[i + 1]
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(logprobs.grad * mask, gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2, 3])
+@pytest.mark.parametrize("prompts", ["sort", "one token"])
+def test_rebel_starts_at_the_squared_reward_difference_and_falls(  # noqa: PLR0917
+    rebel,
+    chain,  # noqa: F811
+    prompts,
+    num_minibatches,
+    tmp_path,
+    monkeypatch,
+):
+    """With log-ratios of 0, the loss of each minibatch is half the mean squared difference of its
+    rewards. Four epochs reduce it. Micro-batches of 40 tokens hold one or two pairs."""
+    dataset = "sort"
+    if prompts == "one token":
+        dataset = str(tmp_path / "prompts.jsonl")
+        Path(dataset).write_text("".join(f'{{"prompt": "{x}"}}\n' for x in "abcdefgh"))
     (tmp_path / "rule.py").write_text(
-        "def rule(prompts, completions, rows):\n    return [len(c) / 4 for c in completions]\n"
+        "def rule(prompts, completions, rows):\n"
+        "    return [len(c) / 4 + c.count('a') for c in completions]\n"
     )
     differences = []
+    batches = []
     leave_one_out = rebel.leave_one_out_advantages
+    minibatch_rows = rebel.minibatch_rows
 
     def spy(rewards, group_size):
         advantages = leave_one_out(rewards, group_size)
         differences.extend(advantages[0::2].tolist())
         return advantages
 
+    def spy_rows(*args):
+        batches.extend(minibatch_rows(*args))
+        return batches[-num_minibatches:]
+
     monkeypatch.setattr(rebel, "leave_one_out_advantages", spy)
+    monkeypatch.setattr(rebel, "minibatch_rows", spy_rows)
     losses = []
-    for epochs in (1, 4):
+    for epochs, learning_rate in [(1, 0.0), (4, 1e-4)]:
         differences.clear()
+        batches.clear()
         rebel.main(
             rebel.Args(
                 model=str(chain / "sft"),
+                dataset=dataset,
+                eval_dataset="sort",
                 reward=f"{tmp_path}/rule.py:rule",
                 num_generations=2,
                 prompts_per_step=8,
                 update_epochs=epochs,
+                num_minibatches=num_minibatches,
                 kl_coef=0.0,
                 steps=1,
-                learning_rate=1e-4,
+                learning_rate=learning_rate,
                 warmup_steps=0,
                 max_completion_length=8,
+                micro_batch_tokens=40,
                 output_dir=str(tmp_path / str(epochs)),
             )
         )
         losses.append(metrics(tmp_path / str(epochs))[-1]["loss"])
-    first = sum(d * d for d in differences) / len(differences) / 2
-    assert losses[0] == pytest.approx(first, rel=1e-4) and losses[1] < 0.95 * losses[0]
+        rows = [row for batch in batches[:num_minibatches] for row in batch.tolist()]
+        assert sorted(rows) == list(range(16)) and rows != sorted(rows)
+    halves = [
+        sum(differences[row // 2] ** 2 for row in batch.tolist()) / len(batch) / 2
+        for batch in batches[:num_minibatches]
+    ]
+    assert losses[0] == pytest.approx(sum(halves) / num_minibatches, rel=1e-4)
+    assert 0 < losses[1] < 0.95 * losses[0]

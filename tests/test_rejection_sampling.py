@@ -481,7 +481,7 @@ def test_rollouts_of_other_prompts_are_refused(start, broken, capsys, changes):
     assert rollouts
     with pytest.raises(SystemExit):
         rs.main(run_args(start, folder, **flags | changes, resume=True))
-    assert "data or initial weights differ" in capsys.readouterr().err
+    assert "cannot change" in capsys.readouterr().err
     assert (folder / "rollouts.jsonl").read_text() == rollouts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import string
+import tempfile
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,6 +14,7 @@ from conftest import ARGS, CPU, eos_ids_of, random_head
 from test_data import refused as refused  # a fixture
 
 import common
+import dpo
 import reward_model as reward_model_script
 
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -79,6 +81,14 @@ def save(tmp_path):
     return function
 
 
+def policy_dir(tokenizer, vocab_size=None):
+    """A directory with the tokenizer and the config of a policy."""
+    folder = tempfile.mkdtemp()
+    tokenizer.save_pretrained(folder)
+    transformers.LlamaConfig(vocab_size=vocab_size or len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
 def reward_args(reward, micro_batch_tokens=64, combine="mean", coef=1.0):
     flags = vars(ARGS) | dict(
         reward=reward,
@@ -92,7 +102,9 @@ def reward_args(reward, micro_batch_tokens=64, combine="mean", coef=1.0):
 
 def load_reward(reward, examples, tokenizer=None, micro_batch_tokens=64):
     """--reward as a function; its attribute `model` is the reward model."""
+    tokenizer = tokenizer or common.tiny_tokenizer()
     args = reward_args(reward, micro_batch_tokens)
+    args.model = policy_dir(tokenizer)
     models = [None]
     load_scorer = common.load_scorer
 
@@ -101,7 +113,7 @@ def load_reward(reward, examples, tokenizer=None, micro_batch_tokens=64):
         return models[-1]
 
     with mock.patch.object(common, "load_scorer", keep):
-        function = common.load_reward(args, examples, tokenizer or common.tiny_tokenizer(), CPU)
+        function = common.load_reward(args, examples, tokenizer, CPU)
     function.model = models[-1]
     return function
 
@@ -263,7 +275,7 @@ def test_checker_that_returns_a_wrong_number_of_scores(refused, scores):
     tokenizer = common.tiny_tokenizer()
     reward = common.checker_reward(lambda prompts, completions, rows: scores, tokenizer)
     rollouts = rollouts_of([example(tokenizer, "ab>")] * 2, [[5, 1], [6, 1]])
-    refused(["--reward", f"{len(scores)} scores", "2 completions"], reward, rollouts)
+    refused(["--reward", "must return 2 scores"], reward, rollouts)
 
 
 def test_completion_keeps_its_leading_space():
@@ -303,7 +315,8 @@ def test_same_tokens_and_one_more(save):
     richer = common.tiny_tokenizer()
     richer.add_special_tokens({"pad_token": "<pad>"})
     reward = load_reward(save(richer), rollouts, tokenizer)
-    assert common.same_ids(tokenizer, richer) and not common.same_ids(richer, tokenizer)
+    assert common.vocabulary(policy_dir(tokenizer)) <= common.vocabulary(policy_dir(richer))
+    assert not common.vocabulary(policy_dir(richer)) <= common.vocabulary(policy_dir(tokenizer))
     assert close(reward(rollouts), scored_alone(reward.model, sequences_of(rollouts)))
 
 
@@ -331,7 +344,7 @@ def test_another_tokenizer_gets_the_text(save, bos):
     texts = ["dcba[EOS]", "stuv", "[EOS]", "a[PAD]b", "yad[EOS]"]
     tokenizer, rollouts = tiny_rollouts(texts)
     other = other_tokenizer(bos=bos)
-    assert not common.same_ids(tokenizer, other)
+    assert not common.vocabulary(policy_dir(tokenizer)) <= common.vocabulary(policy_dir(other))
     reward = load_reward(save(other), rollouts, tokenizer)
     answers = ["dcba", "stuv", "", "ab", "yad"]
     expected = [other(p + a).input_ids for p, a in zip(PROMPTS, answers, strict=True)]
@@ -360,6 +373,18 @@ def test_another_tokenizer_gets_messages_through_its_own_template(save):
     assert close(scores, scored_alone(reward.model, expected))
 
 
+def test_the_same_tokens_and_another_template(save):
+    """Messages go through the template of the reward model, not through the policy's."""
+    policy, other = chat_policy(), chat_policy()
+    other.chat_template = PLAIN_TEMPLATE.replace("}}>", "}}>>")
+    examples = [example(policy, [{"role": "user", "content": "ab"}])]
+    reward = load_reward(save(other), examples, policy)
+    expected = scored_alone(reward.model, [other("ab>>ba>>[EOS]").input_ids])
+    wrong = scored_alone(reward.model, [other("ab>ba[EOS]").input_ids])
+    assert abs(expected - wrong) > 1e-3
+    assert close(reward(rollouts_of(examples, [policy("ba[EOS]").input_ids])), expected)
+
+
 @pytest.mark.parametrize(
     "template, prompt",
     [
@@ -376,7 +401,7 @@ def test_another_tokenizer_scores_the_tokens_that_reward_model_py_trains_on(save
     other.chat_template = template
     row = dict(prompt=prompt, chosen="ba", rejected="bb")
     flags = SimpleNamespace(prompt_template="{prompt}", max_length=99)
-    trained = common.preference_example(row, other, flags)
+    trained = dpo.preference_example(row, other, flags)
     examples = [example(policy, prompt)]
     reward = load_reward(save(other), examples, policy)
     scores = reward(rollouts_of(examples, [policy("ba[EOS]").input_ids]))
@@ -490,6 +515,7 @@ def test_pad_is_not_eos_and_has_an_embedding(save, tokens, spare, expected, rows
     assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
     assert model.get_input_embeddings().num_embeddings == rows > tokenizer.pad_token_id
     assert torch.equal(model.get_input_embeddings().weight[: len(before)], before)
+    assert not model.get_input_embeddings().weight[len(before) :].any(), "a new row is not random"
 
 
 def test_choose_pad_avoids_every_eos(save):

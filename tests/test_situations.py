@@ -1,6 +1,8 @@
 """Damaged or unsuitable models, directories in use, changed data, rewards of any kind of number."""
 
 import json
+import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from conftest import ARGS, CPU, random_head
 from language import write_rows
 from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file
-from test_data import letters
+from test_data import letters, talk
 from test_data import refused as refused  # a fixture
 from test_scripts import metrics, reward_file
 
@@ -238,8 +240,52 @@ def test_a_second_model_that_is_smaller_is_refused(  # noqa: PLR0917
         "context": f"{path}: 8 tokens exceed its context of 7",
         "vocabulary": f"{path}: the tokenizer has ids beyond the vocabulary",
     }
+    if script is ppo and what == "vocabulary":
+        words[what] = f"--value-model {path} does not have the tokens and embeddings"
     refused([words[what]], script.main, args)
     assert not (tmp_path / "run").exists()
+
+
+def padded(source, folder):
+    """A copy of a policy with 10 rows more in its embedding, whose ids it may sample."""
+
+    def change(weights, config):
+        config["vocab_size"] += 10
+        for name in ["model.embed_tokens.weight", "lm_head.weight"]:
+            weights[name] = torch.cat([weights[name], weights[name][:10]])
+
+    return changed(source, folder, change)
+
+
+@pytest.mark.parametrize(
+    "script, flag", [(grpo, "reference"), (rloo, "reference"), (ppo, "value_model")]
+)
+def test_a_second_model_must_have_the_embeddings_of_the_policy(  # noqa: PLR0917
+    script, flag, tiny_dirs, scorer_dir, tmp_path, refused
+):
+    """The tokenizers are the same, but the policy may sample ids beyond its tokenizer."""
+    path = scorer_dir if flag == "value_model" else str(tiny_dirs["llama"])
+    policy = padded(tiny_dirs["llama"], tmp_path / "padded")
+    words = [f"--{flag.replace('_', '-')} {path}", f"tokens and embeddings of {policy}"]
+    refused(words, script.main, args_of(script, policy, tmp_path, **{flag: path}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_with_a_smaller_embedding_gets_the_text(tiny_dirs, scorer_dir, tmp_path):
+    """Ids beyond the tokenizer have no text. PPO's values then start from the policy."""
+    policy = padded(tiny_dirs["llama"], tmp_path / "padded")
+    args = args_of(ppo, policy, tmp_path, reward=scorer_dir)
+    ppo.main(args)
+    tokenizer = common.load_tokenizer(policy)
+    example = {"row": {}, "prompt": "ab>", "prompt_ids": tokenizer("ab>").input_ids}
+    eos = tokenizer.eos_token_id
+    rollouts = [
+        example | {"completion_ids": ids, "finished": True}
+        for ids in ([4, 5, eos], [4, 70, 5, eos], [5, 4, eos])
+    ]
+    scores = common.load_reward(args, rollouts, tokenizer, CPU)(rollouts)
+    assert scores[0] == pytest.approx(scores[1].item(), abs=1e-5)
+    assert abs(scores[0] - scores[2]) > 1e-3
 
 
 @pytest.mark.parametrize("other_tokens", [False, True])
@@ -275,6 +321,13 @@ def test_a_temperature_of_zero_is_refused(script, tiny_dirs, tmp_path, refused):
 def test_outcome_tokens_need_the_outcome_loss(tiny_dirs, tmp_path, refused):
     args = args_of(reward_model, tiny_dirs["llama"], tmp_path, outcome_tokens="all")
     refused(["--outcome-tokens all is for --loss outcome, not"], reward_model.main, args)
+
+
+@pytest.mark.parametrize("loss", ["outcome", "process"])
+def test_centering_needs_a_loss_of_comparisons(loss, tiny_dirs, tmp_path, refused):
+    """Scores of labels have no constant to center, so --center-coef would be ignored."""
+    args = args_of(reward_model, tiny_dirs["llama"], tmp_path, loss=loss, center_coef=0.01)
+    refused([f"--center-coef 0.01 must be 0 with --loss {loss}"], reward_model.main, args)
 
 
 KINDS = {sft: "sft", reward_model: "pairs", dpo: "pairs"}  # the others read prompts
@@ -382,6 +435,52 @@ def test_resume_with_other_data_or_weights_is_refused(what, tiny_dirs, run_dir, 
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("batch_size", 4),
+        ("seed", 2),
+        ("learning_rate", 0.1),
+        ("weight_decay", 0.1),
+        ("warmup_steps", 0),
+        ("lr_schedule", "cosine"),
+        ("max_grad_norm", 0.5),
+        ("prompt_template", "{prompt} "),
+        ("max_length", 99),
+        ("train_on", "all"),
+        ("dtype", "bfloat16"),
+    ],
+)
+def test_resume_refuses_a_changed_flag(flag, value, tiny_dirs, run_dir, refused):
+    """It would skip or repeat rows, or be saved in args.json and have no effect."""
+    before = contents(run_dir)
+    args = resume_args(tiny_dirs["llama"], run_dir, **{flag: value})
+    refused([f"--resume: --{flag.replace('_', '-')} cannot change"], sft.main, args)
+    assert contents(run_dir) == before
+
+
+def test_flags_that_may_change_at_resume(tiny_dirs, run_dir, tmp_path):
+    """They change neither the data order nor, apart from --steps, a number."""
+    flags = dict(eval_every=1, save_every=1, log_every=1, micro_batch_tokens=8, epochs=10)
+    flags |= dict(eval_dataset=write_rows(tmp_path / "more.jsonl", ROWS[:2]), overwrite=True)
+    sft.main(resume_args(tiny_dirs["llama"], run_dir, gradient_checkpointing=True, **flags))
+    assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
+
+
+def test_resume_with_a_template_that_renders_the_date(tiny_dirs, tmp_path):
+    """Every day has other token ids, but the same rows."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dirs["llama"], model)
+    tokenizer = common.load_tokenizer(str(model))
+    rows = [{"messages": talk(row["prompt"], row["answer"])} for row in ROWS]
+    data = write_rows(tmp_path / "chat.jsonl", rows)
+    for steps, day in enumerate("ab", 1):
+        tokenizer.chat_template = day + "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer.save_pretrained(model)
+        sft.main(args_of(sft, model, tmp_path, dataset=data, steps=steps, resume=steps > 1))
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
 def test_resume_with_moved_data_and_model(tiny_dirs, run_dir, tmp_path):
     """Only their contents count, not their paths or the file format."""
     shutil.copytree(tiny_dirs["llama"], tmp_path / "moved")
@@ -451,6 +550,41 @@ def test_a_reward_file_with_the_name_of_a_module(name, tmp_path, monkeypatch):
     function = common.load_checker(f"{tmp_path}/{name}.py:reward", [])
     assert scores_of(function).tolist() == [2, 2]
     assert str(tmp_path) not in str(sys.modules[name].__spec__.origin)
+
+
+def test_functions_of_a_reward_file_can_be_sent_to_a_process_pool(tmp_path, monkeypatch):
+    """They are found by the name of their module, which shadows no other module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    lines = ["def grade(text):", "    return float(len(text))"]
+    lines += [
+        "def reward(prompts, completions, rows):",
+        "    return [grade(c) for c in completions]",
+    ]
+    (tmp_path / "grading.py").write_text("\n".join(lines))
+    before = set(sys.modules)
+    function = common.load_checker(f"{tmp_path}/grading.py:reward", [])
+    (name,) = set(sys.modules) - before
+    assert name.startswith("reward_")
+    grade = pickle.loads(pickle.dumps(function.__globals__["grade"]))
+    assert grade is sys.modules[name].grade
+    del sys.modules[name]
+
+
+def test_a_reward_file_changes_no_state_of_the_run(tmp_path, monkeypatch):
+    """Neither when it is loaded nor when it is called."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    change = [
+        "os.chdir(os.path.dirname(os.path.abspath(__file__)))",
+        "torch.set_grad_enabled(False)",
+    ]
+    lines = ["import os", "import torch", *change, "def reward(prompts, completions, rows):"]
+    lines += [*[f"    {line}" for line in change], "    return [1.0] * len(prompts)"]
+    (tmp_path / "rules.py").write_text("\n".join(lines))
+    folder = os.getcwd()
+    function = common.load_checker(f"{tmp_path}/rules.py:reward", [])
+    assert os.getcwd() == folder and torch.is_grad_enabled()
+    assert scores_of(function).tolist() == [1, 1]
+    assert os.getcwd() == folder and torch.is_grad_enabled()
 
 
 # ---------------------------------------------------------------- processes

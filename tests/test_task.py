@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from test_data import refused as refused  # a fixture
 
 import common
 import dpo
@@ -101,12 +102,12 @@ def test_every_row_becomes_an_example(kind, capsys, monkeypatch):
     tokenizer = common.tiny_tokenizer()
     make_example, Args = {
         "sft": (sft.sft_example, sft.Args),
-        "pairs": (common.preference_example, dpo.Args),
+        "pairs": (dpo.preference_example, dpo.Args),
         "prompts": (common.prompt_example, ppo.Args),
     }[kind]
     args = Args(model="x")
     examples = common.load_examples(common.TASK, kind, make_example, tokenizer, args)
-    held_out = common.load_held_out(kind, make_example, tokenizer, args)
+    held_out = common.load_held_out(examples, kind, make_example, tokenizer, args)
     assert len(examples) == 300 and len(held_out) == 100
     assert "dropped" not in capsys.readouterr().out
     assert not {letters(e["row"]) for e in examples} & {letters(e["row"]) for e in held_out}
@@ -201,6 +202,46 @@ def test_gsm8k_number(text, number):
     rows = [{"answer": f"They did it.\n#### {answer}"} for answer in (number or 18, 5551)]
     scores = common.gsm8k_checker([""] * 2, [text] * 2, rows)
     assert scores == [float(number is not None), 0.0]
+
+
+@pytest.mark.parametrize(
+    "answer, number",
+    [
+        ("7", 7.0),
+        (7, 7.0),
+        (" -1,234.5 \n", -1234.5),
+        ("$1,000", 1000.0),
+        ("50%", 50.0),
+        ("12.", 12.0),
+        ("so 3 + 4 = 7\n#### 7", 7.0),
+        (r"thus \boxed{1{,}234}", 1234.0),
+        ("3/4", None),
+        (r"\frac{1}{2}", None),
+        (r"thus \boxed{\frac{1}{2}}", None),
+        ("#### 12:30", None),
+        ("2 and 5", None),
+        (r"\sqrt{2}x", None),
+        ("2x", None),
+        ("5 million", None),
+        ("1e5", None),
+        ("x^2", None),
+        ("about 7", None),
+        ("2024-01-05", None),
+        ("Paris.", None),
+        (True, None),
+    ],
+)
+def test_gsm8k_reference_is_a_plain_number(answer, number, refused):
+    """With another answer, a wrong completion with the same number would score 1."""
+    rows = [{"answer": answer}]
+    examples = [{"row": rows[0], "where": "rows.jsonl row 3"}]
+    if number is None:
+        assert common.gsm8k_checker([""], [str(answer)], rows) == [0.0]
+        refused(["rows.jsonl row 3", "--reward gsm8k"], common.load_checker, "gsm8k", examples)
+        return
+    common.load_checker("gsm8k", examples)
+    texts = [f"#### {number}", f"#### {number + 1}"]
+    assert common.gsm8k_checker([""] * 2, texts, rows * 2) == [1.0, 0.0]
 
 
 def test_gsm8k_number_of_random_text():
