@@ -2,13 +2,19 @@
 
     python benchmarks/closed_form.py --seeds 1 2 3    six minutes per seed on one core
     python benchmarks/closed_form.py --seeds          table and figure of finished runs
+    python benchmarks/closed_form.py --frontier --seeds 1 2 3    nine minutes per seed
+    python benchmarks/closed_form.py --frontier --seeds          table and figure of finished runs
 
 Long versions of the runs in tests/theorems.py, on the language that tests/language.py enumerates.
-Writes closed_form.jsonl and closed_form.png in benchmarks/.
+Writes closed_form.jsonl and closed_form.png in benchmarks/. --frontier runs the short versions, at
+five strengths of each method, and compares their expected reward and KL from the reference with
+the best reward at that KL. It skips finished runs and writes reward_kl.jsonl and reward_kl.png.
 
 The scripts run unmodified. To measure the distance during training, functions of the script that
 load the model and set the learning rate, once before each update, are wrapped."""
 
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +34,11 @@ from helpers import (
 )
 
 sys.path.insert(0, str(ROOT / "tests"))
-from language import kl, law  # noqa: E402
+from language import best_of_n_law, gibbs, kl, law  # noqa: E402
 from theorems import theorem  # noqa: E402
+
+import grpo  # noqa: E402
+import rloo  # noqa: E402
 
 POINTS = HERE / "closed_form.jsonl"
 NAMES = {  # theorem -> label and limit in table and figure
@@ -135,6 +144,82 @@ def range_of(values, digits=2):
     """Lowest and highest value, or one value if they are equal."""
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
+
+
+END_POINTS = HERE / "reward_kl.jsonl"
+BETAS = (0.1, 0.2, 0.35, 0.7, 1.5)
+STRENGTHS = {  # method -> values of beta, or of N
+    "PPO": BETAS,
+    "RLOO": BETAS,
+    "GRPO, k1": BETAS,
+    "GRPO, k3": BETAS,
+    "DPO": BETAS,
+    "best-of-N fine-tuning": (2, 4, 8, 16, 32),
+}
+
+
+def method_theorem(method, strength, folder):
+    """A theorem with the flags of a method; all methods share the world of seed 1."""
+    if method == "DPO":
+        proof = theorem("dpo", folder)
+        proof.flags["beta"] = strength
+    elif method == "best-of-N fine-tuning":
+        proof = theorem("rejection_sampling", folder)
+        proof.flags["num_generations"] = strength
+    else:
+        proof = theorem("ppo", folder)
+        proof.flags["kl_coef"] = strength
+    if method in {"RLOO", "GRPO, k1", "GRPO, k3"}:
+        proof.script = rloo if method == "RLOO" else grpo
+        del proof.flags["gae_lambda"]
+    if proof.script is grpo:
+        proof.flags |= dict(scale_rewards="none", kl_estimator=method[-2:])
+    return proof
+
+
+def reward_and_kl(world, logps):
+    """Expected reward and KL from the reference of a policy, means over prompts."""
+    ref = law(world.ref, world.tokenizer, world.completions)
+    return (logps.exp() * world.rewards).sum(1).mean().item(), kl(logps, ref)
+
+
+def end_point(method, strength, seed, folder):
+    """Train, then calculate expected reward and KL of the final policy."""
+    start_time = time.time()
+    proof = method_theorem(method, strength, folder)
+    world = proof.world
+    proof.run(seed=seed, output_dir=f"{folder}/{method} {strength} {seed}")
+    seconds = time.time() - start_time
+    logps = law(f"{folder}/{method} {strength} {seed}", world.tokenizer, world.completions)
+    reward, kl_from_reference = reward_and_kl(world, logps)
+    revision = ["git", "rev-parse", "--short", "HEAD"]
+    return {
+        "method": method,
+        "strength": strength,
+        "seed": seed,
+        "reward": reward,
+        "kl": kl_from_reference,
+        "mass elsewhere": 1 - logps[:, world.ended].exp().sum(1).mean().item(),
+        "seconds": seconds,
+        "commit": subprocess.check_output(revision, cwd=ROOT, text=True).strip(),
+        "command": f"python benchmarks/closed_form.py --frontier --seeds {seed}",
+    }
+
+
+def exact_points(world):
+    """Points of the optimal curve and of best-of-N, which no run is needed for."""
+    ref = law(world.ref, world.tokenizer, world.completions)
+    rows = []
+    for i in range(101):
+        beta = 10 ** (1 - i / 40)  # 10 to 0.03
+        reward, kl_from_reference = reward_and_kl(world, gibbs(ref, world.rewards, beta))
+        point = {"method": "optimum", "strength": beta}
+        rows.append(point | {"reward": reward, "kl": kl_from_reference})
+    for n in range(1, 65):
+        reward, kl_from_reference = reward_and_kl(world, best_of_n_law(ref, world.rewards, n))
+        point = {"method": "best of N", "strength": n}
+        rows.append(point | {"reward": reward, "kl": kl_from_reference})
+    return rows
 
 
 def main():

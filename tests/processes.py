@@ -507,7 +507,9 @@ def third_step(folder, chain):
     """The third step of the runs in folder, which have made two."""
     for name in HALVED:
         if Path(folder, name).is_dir():
-            run_flags(name, chain, Path(folder, name), resume=True)
+            saved = json.loads(Path(folder, name, "args.json").read_text())
+            flags = {"reward": saved["reward"]} if "reward" in saved else {}
+            run_flags(name, chain, Path(folder, name), resume=True, **flags)
 
 
 def killed(folder, chain):

@@ -127,6 +127,7 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_budget(scorers, tmp_path)
         scores = reward_model.sequence_scores(scorers["llama"], batch)
     for budget in BUDGETS:
         changes = {"micro_batch_tokens": budget, "max_completion_length": 1}
+        changes["model"] = str(tmp_path)  # its tokens are the policy's
         args = SimpleNamespace(**vars(ARGS) | changes)
         reward = common.model_reward(str(tmp_path), args, rollouts, tokenizer, CPU)
         torch.testing.assert_close(reward(rollouts), scores, **close)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -472,16 +473,25 @@ def broken(start, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(seed=2), dict(prompts_per_iteration=69), dict(dataset="sort", seed=2)]
+    "changes, words",
+    [
+        (dict(seed=2), "--seed cannot change"),
+        (dict(prompts_per_iteration=69), "--prompts-per-iteration cannot change"),
+        ({}, "data or initial weights differ"),  # other rows
+    ],
 )
-def test_rollouts_of_other_prompts_are_refused(start, broken, capsys, changes):
+def test_rollouts_of_other_prompts_are_refused(start, broken, tmp_path, capsys, changes, words):  # noqa: PLR0917
     """A new order of the same rows would pair prompts with the completions of other prompts."""
     folder, flags = broken
+    if not changes:
+        rows = Path(flags["dataset"]).read_text().splitlines(keepends=True)
+        (tmp_path / "reversed.jsonl").write_text("".join(rows[::-1]))
+        changes = dict(dataset=str(tmp_path / "reversed.jsonl"))
     rollouts = (folder / "rollouts.jsonl").read_text()
     assert rollouts
     with pytest.raises(SystemExit):
         rs.main(run_args(start, folder, **flags | changes, resume=True))
-    assert "cannot change" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     assert (folder / "rollouts.jsonl").read_text() == rollouts
 
 
