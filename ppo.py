@@ -37,6 +37,7 @@ from common import (
     check_fit,
     cli,
     clip_gradients,
+    completion_text,
     encode_completions,
     fail,
     generator,
@@ -495,6 +496,40 @@ def loss_metrics(sums, batch, args):
     return metrics
 
 
+def log_rollouts(run, step, rollouts, rewards, advantages):
+    """Write the first group of a step, at least 8 completions, to rollouts.jsonl for reading.
+
+    Shapes: rewards (B,), advantages (B,)."""
+    if not is_due(run.args.log_every, step, run.steps):
+        return
+    for i, rollout in enumerate(rollouts[: max(8, run.args.num_generations)]):
+        row = {
+            "step": step,
+            "prompt": rollout["prompt"],
+            "completion": completion_text(run.tokenizer, rollout),
+            "score": rollout["score"],
+            "reward": rewards[i].item(),
+            "advantage": advantages[i].item(),
+            "length": len(rollout["completion_ids"]),
+            "finished": rollout["finished"],
+        }
+        run.append("rollouts.jsonl", row)
+
+
+def pass_at_k(golds):
+    """Probability that at least one of k samples is right, for k = 1, 2, 4, ... and G.
+
+    Unbiased (Chen et al. 2021, equation 1). Shapes: golds (P, G), 0 or 1 -> metrics."""
+    G = golds.shape[1]
+    num_wrong = G - golds.sum(1, keepdim=True)  # (P, 1)
+    metrics = {}
+    for k in sorted({G, *(2**i for i in range(G.bit_length()))}):
+        i = torch.arange(k)
+        all_wrong = ((num_wrong - i).clamp(min=0) / (G - i)).prod(1)  # C(num_wrong, k) / C(G, k)
+        metrics[f"eval/pass@{k}"] = (1 - all_wrong).nanmean()
+    return metrics
+
+
 @torch.no_grad()
 def evaluate(policy, reference, scorers, examples, run, step):  # noqa: PLR0917
     """Score greedy and sampled completions of held-out prompts; return metrics.
@@ -518,14 +553,14 @@ def evaluate(policy, reference, scorers, examples, run, step):  # noqa: PLR0917
         )
         values = {name: score(rollouts) for name, score in scorers.items()}
         metrics |= {f"eval/{name}{suffix}": x.nanmean() for name, x in values.items()}
-    if "gold" in scorers and G > 1:
-        metrics[f"eval/pass@{G}"] = values["gold"].view(-1, G).amax(1).nanmean()
     batch = completion_batch(rollouts, policy.device)
     logprobs = batch_logprobs(policy, batch, args)
     values["kl"] = (logprobs - batch_logprobs(reference, batch, args)).sum(1)
     metrics["eval/kl"] = values["kl"].mean()
     metrics["eval/eos_rate"] = sum(rollout["finished"] for rollout in rollouts) / len(rollouts)
     metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
+    if "gold" in scorers and G > 1:
+        metrics |= pass_at_k(values["gold"].view(-1, G))
     run.log_samples(step, rollouts[::G], {name: x[::G].tolist() for name, x in values.items()})
     return metrics
 
@@ -598,7 +633,7 @@ def main(args):
         # 6. the KL is charged per token, the score added at the last (Ziegler et al. 2019)
         scores = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, args.kl_coef)
-        mean_reward = rewards.sum(1).mean()
+        completion_rewards = rewards.sum(1)  # (B,)
         if args.whiten_rewards:  # 7. without shifting their mean (lmhp)
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
@@ -649,7 +684,7 @@ def main(args):
 
         # log, evaluate, save
         metrics = {
-            "reward": mean_reward,
+            "reward": completion_rewards.mean(),
             "explained_variance": explained_variance(returns, old_values, mask),
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
@@ -660,6 +695,8 @@ def main(args):
             metrics["kl"] = (old_logprobs - ref_logprobs).sum(1).mean()
         if held_out and is_due(args.eval_every, step + 1, args.steps):
             metrics |= evaluate(policy, reference, scorers, held_out, run=run, step=step + 1)
+        mean_advantages = batch["advantages"].sum(1) / mask.sum(1)  # (B,)
+        log_rollouts(run, step + 1, rollouts, completion_rewards, mean_advantages)
         run.log(step + 1, metrics, show=["score", "gold", "kl", "entropy", "eos_rate", "grad_norm"])
         run.checkpoint_if_due(step + 1)
     run.finish(policy)

@@ -61,8 +61,10 @@ from common import (
 class Args:
     select: Literal["top", "random"] = "top"
     """completions to train on: the best, or random ones for comparison"""
+    select_per_prompt: int = 1
+    """completions selected per prompt (Llama 2: 1)"""
     select_k: int | None = None
-    """completions to select among all prompts (default: one per prompt)"""
+    """completions selected of all prompts together, instead of --select-per-prompt"""
     min_score: float | None = None
     """completions with a lower score are never selected"""
     prompts_per_iteration: int | None = None
@@ -248,9 +250,17 @@ def select(scores, ids, iteration, args):
         fail(f"only {num_usable} completions have a score (and at least --min-score)")
     noise = torch.rand(scores.shape, generator=generator(args.seed, "select", iteration))
     noise = noise.masked_fill(scores.isnan(), math.nan)
-    if args.select_k is None:
-        columns = select_top_per_prompt(scores if args.select == "top" else noise)
+    values = scores if args.select == "top" else noise
+    if args.select_k is None and args.select_per_prompt == 1:
+        columns = select_top_per_prompt(values)
         return [(row, column) for row, column in enumerate(columns.tolist()) if column >= 0]
+    if args.select_k is None:
+        pairs = []
+        for row, row_values in enumerate(values):
+            best = select_top_k(row_values, int((~row_values.isnan()).sum()))
+            columns = distinct(best, ids[row : row + 1])[: args.select_per_prompt]
+            pairs += [(row, column) for _, column in columns]
+        return pairs
     selected = distinct(select_top_k(scores, args.select_k), ids)
     if args.select == "random":  # as many as --select top keeps
         selected = distinct(select_top_k(noise, num_usable), ids)[: len(selected)]
@@ -365,6 +375,20 @@ def throughput(batch, padded_tokens, start_time):
     return metrics
 
 
+def pass_at_k(golds):
+    """Probability that at least one of k samples is right, for k = 1, 2, 4, ... and G.
+
+    Unbiased (Chen et al. 2021, equation 1). Shapes: golds (P, G), 0 or 1 -> metrics."""
+    G = golds.shape[1]
+    num_wrong = G - golds.sum(1, keepdim=True)  # (P, 1)
+    metrics = {}
+    for k in sorted({G, *(2**i for i in range(G.bit_length()))}):
+        i = torch.arange(k)
+        all_wrong = ((num_wrong - i).clamp(min=0) / (G - i)).prod(1)  # C(num_wrong, k) / C(G, k)
+        metrics[f"eval/pass@{k}"] = (1 - all_wrong).nanmean()
+    return metrics
+
+
 @torch.no_grad()
 def evaluate_policy(policy, reference, scorers, examples, run, step):  # noqa: PLR0917
     """Score greedy and sampled completions of held-out prompts; return metrics.
@@ -389,8 +413,6 @@ def evaluate_policy(policy, reference, scorers, examples, run, step):  # noqa: P
         )
         values = {name: score(rollouts) for name, score in scorers.items()}
         metrics |= {f"eval/{name}{suffix}": x.nanmean() for name, x in values.items()}
-    if "gold" in scorers and N > 1:
-        metrics[f"eval/pass@{N}"] = values["gold"].view(-1, N).amax(1).nanmean()
     batch = completion_batch(rollouts, policy.device)
     max_tokens = args.micro_batch_tokens
     logprobs = in_micro_batches(token_logprobs, policy, batch, max_tokens, args.temperature)
@@ -399,6 +421,8 @@ def evaluate_policy(policy, reference, scorers, examples, run, step):  # noqa: P
     metrics["eval/kl"] = values["kl"].mean()
     metrics["eval/eos_rate"] = sum(rollout["finished"] for rollout in rollouts) / len(rollouts)
     metrics["eval/completion_length"] = batch["mask"].sum(1).float().mean()
+    if "gold" in scorers and N > 1:
+        metrics |= pass_at_k(values["gold"].view(-1, N))
     run.log_samples(step, rollouts[::N], {name: x[::N].tolist() for name, x in values.items()})
     return metrics
 
@@ -430,10 +454,13 @@ def main(args):
     )
     M = args.prompts_per_iteration or len(examples)
     num_completions = M * args.num_generations
+    if not 1 <= args.select_per_prompt <= args.num_generations:
+        fail(f"--select-per-prompt {args.select_per_prompt} must be from 1 to --num-generations")
     if args.select_k is not None and not 1 <= args.select_k <= num_completions:
         fail(f"--select-k {args.select_k} must be from 1 to {num_completions}")
     # fewer if some prompts have no score
-    steps = args.iterations * math.ceil(args.epochs * (args.select_k or M) / args.batch_size)
+    num_selected = args.select_k or M * args.select_per_prompt
+    steps = args.iterations * math.ceil(args.epochs * num_selected / args.batch_size)
     if args.steps is not None:
         steps = min(steps, args.steps)
     run = Run(args, models, optimizer, tokenizer, steps=steps, examples=examples)

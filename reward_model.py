@@ -242,10 +242,11 @@ def scored_completions(row, args):
 def step_example(row, tokenizer, args):
     """A prompt, one completion, and a label at the end of each of its steps.
 
-    From prompt, completions (the steps) and labels (1 or true: right)."""
+    From prompt, completions (the steps) and labels: 1 or true is right, 0 wrong, and a number in
+    between the probability that the step is right, such as 0.5 for a neutral one."""
     steps, labels = equal_lists(row, "completions", "labels")
-    if not all(label in (0, 1) for label in labels):
-        raise ValueError(f"`labels` must be true or false, 1 or 0, found {labels}")
+    if not all(0 <= label <= 1 for label in labels):
+        raise ValueError(f"`labels` must be true, false or from 0 to 1, found {labels}")
     prompt = prompt_of(row, args)
     completion = args.step_separator.join(steps)
     prompt_ids, completion_ids = encode_completions(tokenizer, prompt, [completion])

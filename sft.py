@@ -18,6 +18,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -53,11 +54,20 @@ from common import (
     text_or_messages,
 )
 
+# Roles in plain text and EOS after each answer, as in Tulu (Wang et al. 2023): no token is added
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content }}"
+    "{{ (eos_token if message.role == 'assistant' else '') + '\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else '' }}"
+)
+
 
 @dataclass
 class Args:
     train_on: Literal["last", "all"] = "last"
     """assistant turns of `messages` that are trained"""
+    chat_template: str | None = None
+    """plain (built in) or a .jinja file, saved with the tokenizer of a base model"""
     batch_size: int = 64
     """sequences per optimizer step"""
     epochs: int = 1
@@ -130,6 +140,14 @@ def sft_example(row, tokenizer, args):
     if len(ids) > args.max_length:
         raise DroppedRow(f"longer than --max-length {args.max_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
+
+
+def set_chat_template(tokenizer, name):
+    """Give a tokenizer the built-in template or the one of a .jinja file, with its BOS if any."""
+    template = PLAIN_TEMPLATE if name == "plain" else Path(name).read_text(encoding="utf-8")
+    if name == "plain" and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        template = tokenizer.bos_token + template
+    tokenizer.chat_template = template
 
 
 def make_batch(examples, device):
@@ -254,6 +272,8 @@ def main(args):
 
     # data first: a bad file fails before the model is loaded
     tokenizer = load_tokenizer(args.model)
+    if args.chat_template is not None:
+        set_chat_template(tokenizer, args.chat_template)
     examples = load_examples(args.dataset, "sft", sft_example, tokenizer, args)
     held_out = load_held_out(examples, "sft", sft_example, tokenizer, args)
     gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer)

@@ -13,6 +13,7 @@ the best reward at that KL. It skips finished runs and writes reward_kl.jsonl an
 The scripts run unmodified. To measure the distance during training, functions of the script that
 load the model and set the learning rate, once before each update, are wrapped."""
 
+import bisect
 import statistics
 import subprocess
 import sys
@@ -154,7 +155,7 @@ STRENGTHS = {  # method -> values of beta, or of N
     "GRPO, k1": BETAS,
     "GRPO, k3": BETAS,
     "DPO": BETAS,
-    "best-of-N fine-tuning": (2, 4, 8, 16, 32),
+    "best-of-N fine-tuning": (32, 16, 8, 4, 2),
 }
 
 
@@ -185,11 +186,9 @@ def reward_and_kl(world, logps):
 
 def end_point(method, strength, seed, folder):
     """Train, then calculate expected reward and KL of the final policy."""
-    start_time = time.time()
     proof = method_theorem(method, strength, folder)
     world = proof.world
     proof.run(seed=seed, output_dir=f"{folder}/{method} {strength} {seed}")
-    seconds = time.time() - start_time
     logps = law(f"{folder}/{method} {strength} {seed}", world.tokenizer, world.completions)
     reward, kl_from_reference = reward_and_kl(world, logps)
     revision = ["git", "rev-parse", "--short", "HEAD"]
@@ -200,35 +199,123 @@ def end_point(method, strength, seed, folder):
         "reward": reward,
         "kl": kl_from_reference,
         "mass elsewhere": 1 - logps[:, world.ended].exp().sum(1).mean().item(),
-        "seconds": seconds,
         "commit": subprocess.check_output(revision, cwd=ROOT, text=True).strip(),
         "command": f"python benchmarks/closed_form.py --frontier --seeds {seed}",
     }
 
 
 def exact_points(world):
-    """Points of the optimal curve and of best-of-N, which no run is needed for."""
+    """Points of the optimal curve and of best of N, calculated without a run."""
     ref = law(world.ref, world.tokenizer, world.completions)
+    betas = [10 ** (1 - i / 80) for i in range(221)]  # 10 to 0.018
+    laws = [("optimum", beta, gibbs(ref, world.rewards, beta)) for beta in betas]
+    laws += [("best of N", n, best_of_n_law(ref, world.rewards, n)) for n in range(1, 65)]
     rows = []
-    for i in range(101):
-        beta = 10 ** (1 - i / 40)  # 10 to 0.03
-        reward, kl_from_reference = reward_and_kl(world, gibbs(ref, world.rewards, beta))
-        point = {"method": "optimum", "strength": beta}
-        rows.append(point | {"reward": reward, "kl": kl_from_reference})
-    for n in range(1, 65):
-        reward, kl_from_reference = reward_and_kl(world, best_of_n_law(ref, world.rewards, n))
-        point = {"method": "best of N", "strength": n}
+    for method, strength, logps in laws:
+        reward, kl_from_reference = reward_and_kl(world, logps)
+        point = {"method": method, "strength": strength}
         rows.append(point | {"reward": reward, "kl": kl_from_reference})
     return rows
+
+
+def run_frontier(seeds):
+    """Write end points of all methods and the exact points, unless the file has them."""
+    known = {(row["method"], row["strength"], row.get("seed")) for row in read_lines(END_POINTS)}
+    jobs = [(seed, method, x) for seed in seeds for method in STRENGTHS for x in STRENGTHS[method]]
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, method, strength in jobs:
+            if (method, strength, seed) not in known:
+                row = end_point(method, strength, seed, folder)
+                write_lines(END_POINTS, [row], mode="a")
+                print(f"{method} {strength} seed {seed}: {row['reward']:.3f}", flush=True)
+        if jobs and ("best of N", 1, None) not in known:
+            world = method_theorem("PPO", BETAS[0], folder).world
+            write_lines(END_POINTS, exact_points(world), mode="a")
+
+
+def curve(rows, method):
+    """KL and reward of the points of a method in order of KL, two lists."""
+    points = sorted((row["kl"], row["reward"]) for row in rows if row["method"] == method)
+    return [list(values) for values in zip(*points)]
+
+
+def add_shares(rows):
+    """Add `share` to rows: gain over the reference, relative to the best gain at the same KL."""
+    kls, rewards = curve(rows, "optimum")
+    reference = min(row["reward"] for row in rows if row["method"] == "best of N")  # N = 1
+    for row in rows:
+        if row["kl"] > kls[0]:
+            i = bisect.bisect(kls, row["kl"], hi=len(kls) - 1)
+            slope = (rewards[i] - rewards[i - 1]) / (kls[i] - kls[i - 1])
+            best = rewards[i - 1] + slope * (row["kl"] - kls[i - 1])
+            row["share"] = (row["reward"] - reference) / (best - reference)
+
+
+def draw_frontier(rows, file):
+    """Draw reward against KL, and the share of the best gain."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figure: it needs `pip install matplotlib`")
+        return
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    axes[0].plot(*curve(rows, "optimum"), color="black", lw=1, zorder=0)
+    axes[0].text(0.95, 4.34, "optimum", ha="right")
+    for i, method in enumerate([*STRENGTHS, "best of N"]):
+        points = [row for row in rows if row["method"] == method and "share" in row]
+        color = "0.5" if method == "best of N" else f"C{i}"
+        kls = [row["kl"] for row in points]
+        means = {}
+        for row in points:
+            means.setdefault(row["strength"], []).append((row["kl"], row["share"]))
+        means = [[statistics.mean(x) for x in zip(*pairs)] for pairs in means.values()]
+        for panel, name in zip(axes, ("reward", "share")):
+            panel.plot(kls, [row[name] for row in points], "o", ms=3, color=color, alpha=0.7)
+        axes[1].plot(*zip(*means), color=color, lw=1)
+        label = "best of N, exact" if method == "best of N" else method
+        axes[1].annotate(
+            label, max(means), xytext=(5, -3), textcoords="offset points", color=color, fontsize=8
+        )
+    axes[0].set(ylabel="expected reward", xlim=(-0.05, 2), ylim=(3.7, 4.45))
+    axes[1].set(ylabel="gain / best gain at the same KL", xlim=(0, 3.2), ylim=(None, 1.02))
+    axes[1].axhline(1, color="black", lw=1, zorder=0)
+    for panel in axes:
+        panel.set_xlabel("KL from the reference, nats")
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def frontier_table(rows):
+    """Print the share of the best gain, mean ± standard deviation over seeds."""
+    names = [f"beta {x} (N = {n})" for x, n in zip(BETAS, STRENGTHS["best-of-N fine-tuning"])]
+    print_header(["share of the best gain", *names])
+    for method, strengths in STRENGTHS.items():
+        cells = [method]
+        for strength in strengths:
+            key = (method, strength)
+            shares = [row["share"] for row in rows if (row["method"], row["strength"]) == key]
+            spread = f" ± {statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+            cells.append(f"{statistics.mean(shares):.2f}{spread}" if shares else "")
+        print_row(cells)
 
 
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
     parser.add_argument("--only", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--frontier", action="store_true", help="expected reward against KL")
     args = parser.parse_args()
-    rows = read_lines(POINTS)
     torch.set_num_threads(1)  # these models are too small for more
+    if args.frontier:
+        run_frontier(args.seeds)
+        rows = read_lines(END_POINTS)
+        add_shares(rows)
+        draw_frontier(rows, HERE / "reward_kl.png")
+        frontier_table(rows)
+        return
+    rows = read_lines(POINTS)
     for seed in args.seeds:
         for name in args.only:
             start_time = time.time()

@@ -29,6 +29,41 @@ SHAPE |= dict(
 )
 
 
+COPY = SimpleNamespace(path=None, like=None)  # --script and --like, see docs/extend.md
+
+
+def pytest_addoption(parser):
+    parser.addoption("--script", type=Path, help="copy of a script to test (docs/extend.md)")
+    parser.addoption("--like", help="script that --script is a copy of, such as grpo")
+
+
+def pytest_configure(config):
+    COPY.path = config.option.script
+    COPY.like = config.option.like
+    if COPY.path is None and COPY.like is None:
+        return
+    root = Path(__file__).parents[1]
+    if COPY.path is None or not COPY.path.exists() or not (root / f"{COPY.like}.py").exists():
+        raise pytest.UsageError("needs --script FILE and --like NAME, such as grpo")
+    sys.path.insert(0, str(COPY.path.resolve().parent))
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --script, keep the tests of test_steps.py and test_family.py that apply to the copy."""
+    if COPY.path is not None:
+        others = [item for item in items if not is_of_copy(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if is_of_copy(item)]
+
+
+def is_of_copy(item):
+    if item.module.__name__ not in ("test_steps", "test_family"):
+        return False
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else []
+    names = [getattr(parameter, "__name__", parameter) for parameter in parameters]
+    return COPY.path.stem in names or item.name.startswith(f"test_{COPY.like}_")
+
+
 def pytest_collection_finish(session):
     if not session.config.option.collectonly:
         background.start(session.items)

@@ -25,6 +25,48 @@ import pytest
 Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
+        "grpo.py",
+        "((num_wrong - i).clamp(min=0) / (G - i)).prod(1)",
+        "((num_wrong - i).clamp(min=0) / G).prod(1)",
+        "pass@k is the probability with replacement",
+        "test_group.py::test_pass_at_k_is_the_mean_over_all_subsets",
+    ),
+    Mutant(
+        "rloo.py",
+        '"advantage": advantages[i].item()',
+        '"advantage": rewards[i].item()',
+        "rollouts.jsonl shows rewards as advantages",
+        "test_scripts.py::test_rollouts_can_be_read",
+    ),
+    Mutant(
+        "rejection_sampling.py",
+        "columns = distinct(best, ids[row : row + 1])[: args.select_per_prompt]",
+        "columns = distinct(best[: args.select_per_prompt], ids[row : row + 1])",
+        "repeated completions take the place of others",
+        "test_rejection_sampling.py::test_select_several_per_prompt",
+    ),
+    Mutant(
+        "sft.py",
+        "(eos_token if message.role == 'assistant' else '')",
+        "''",
+        "the plain chat template has no end of turn",
+        "test_data.py::test_plain_chat_template",
+    ),
+    Mutant(
+        "sft.py",
+        "template = tokenizer.bos_token + template",
+        "pass",
+        "the plain chat template drops BOS",
+        "test_data.py::test_plain_chat_template",
+    ),
+    Mutant(
+        "reward_model.py",
+        "if not all(0 <= label <= 1 for label in labels):",
+        "if not all(label <= 1 for label in labels):",
+        "a process label of -1 is trained as a probability",
+        "test_comparisons.py",
+    ),
+    Mutant(
         "rloo.py",
         "[args.model, args.reference or args.model]",
         "[args.model]",
@@ -684,8 +726,8 @@ MUTANTS = [
     ),
     Mutant(
         "grpo.py",
-        'finished = torch.tensor([rollout["finished"] for rollout in rollouts], device=device)',
-        'finished = torch.tensor([not rollout["finished"] for rollout in rollouts], device=device)',
+        'is_trained = [rollout["finished"] or not args.mask_truncated for',
+        'is_trained = [not rollout["finished"] or not args.mask_truncated for',
         "--mask-truncated masks the finished completions",
         "test_group.py::test_truncated_completions_are_masked_but_scored",
     ),
@@ -936,8 +978,8 @@ MUTANTS = [
     ),
     Mutant(
         "ppo.py",
-        "        mean_reward = rewards.sum(1).mean()\n",
-        "        mean_reward = masked_mean(rewards, mask)\n",
+        "        completion_rewards = rewards.sum(1)  # (B,)\n",
+        "        completion_rewards = masked_mean(rewards, mask)[None].expand(len(mask))\n",
         "the logged reward is per token instead of per completion",
         "test_steps.py::test_ppo_step_is_the_formula[all]",
     ),

@@ -108,10 +108,10 @@ def test_outcome_reads_the_last_token_or_every_token(load):
 
 
 def test_steps_end_at_the_separator_and_at_eos(load):
-    row = {"prompt": "p\n>", "completions": ["ab", "c", "def"], "labels": [True, 1, False]}
+    row = {"prompt": "p\n>", "completions": ["ab", "c", "def"], "labels": [True, 0.5, False]}
     (example,) = load([row], "process")
     assert decoded([example]) == [["ab\nc\ndef[EOS]"]]
-    assert example["ends"] == [[2, 4, 8]] and example["labels"] == [[1, 1, 0]]
+    assert example["ends"] == [[2, 4, 8]] and example["labels"] == [[1, 0.5, 0]]
     (example,) = load([row], "process", step_separator=". ")
     assert decoded([example]) == [["ab. c. def[EOS]"]] and example["ends"] == [[3, 6, 10]]
 
@@ -174,7 +174,9 @@ BAD = {  # change of a good row, --loss, words
     "finished is short": ({"finished": [True]}, "bradley-terry", ["`finished` 1"]),
     "labels are of steps": ({"scores": ..., "labels": [1, 0]}, "outcome", ["scores"]),
     "scores are not of steps": ({}, "process", ["labels"]),
-    "labels are not 0 or 1": ({"labels": [1, 0.5]}, "process", ["`labels`", "0.5"]),
+    "labels are above 1": ({"labels": [1, 1.5]}, "process", ["`labels`", "1.5"]),
+    "labels are below 0": ({"labels": [-1, 0]}, "process", ["`labels`", "-1"]),
+    "labels are not numbers": ({"labels": [1, math.nan]}, "process", ["`labels`", "nan"]),
     "steps are not texts": ({"completions": [1, 2], "labels": [1, 0]}, "process", ["int"]),
     "margin": ({"margin": 1.0}, "bradley-terry", ["`margin` needs pairs"]),
     "margin of a ranking": (

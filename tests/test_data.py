@@ -519,6 +519,29 @@ def test_null_keys_of_messages_are_absent(load, empty):
     assert example["row"] == rows[1]
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_chat_template(load, tmp_path, bos):
+    """sft.py --chat-template: roles in text, EOS after each answer, BOS if the tokenizer adds it."""
+    tokenizer = letters(bos=bos)
+    sft.set_chat_template(tokenizer, "plain")
+    shown = "<s>" * bos + "<|system|>\nBe brief.\n<|user|>\nhi\n<|assistant|>\n"
+    (example,) = load([{"messages": [SYSTEM, *talk("hi", "yo")]}], "sft", tokenizer)
+    assert tokenizer.decode(example["ids"]) == f"{shown}yo[EOS]"
+    assert tokenizer.decode(example["prompt_ids"]) == shown
+    assert sum(example["mask"]) == 3 and common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    (example,) = load(
+        [{"messages": talk("hi", "yo", "so", "no")}], "sft", tokenizer, train_on="all"
+    )
+    assert tokenizer.decode(trained_ids(example)) == "yo[EOS]no[EOS]"
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    sft.set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    assert tokenizer.chat_template == CHATML
+
+
+def trained_ids(example):
+    return [token for token, is_trained in zip(example["ids"], example["mask"]) if is_trained]
+
+
 def test_chat_template_with_bos(load):
     """BOS comes from the template, and the tokenizer does not add another one."""
     tokenizer = letters(bos=True, chat=True, template="{{ bos_token }}" + CHATML)

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import COPY
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["sft", "reward_model", "rejection_sampling", "ppo", "grpo", "rloo", "dpo"]
-PAIRS = list(itertools.combinations(SCRIPTS, 2))
+NEW = [] if COPY.path is None else [COPY.path.stem]  # pytest --script, see docs/extend.md
+PAIRS = list(itertools.combinations(SCRIPTS + NEW, 2))
 # shared flags with a default of their own in each method (batch_size: with a unit of its own)
 OWN_DEFAULT = {
     "batch_size",
@@ -29,7 +31,7 @@ OWN_DEFAULT = {
 
 @functools.cache
 def source(name):
-    return (ROOT / f"{name}.py").read_text()
+    return (COPY.path if name in NEW else ROOT / f"{name}.py").read_text()
 
 
 @functools.cache
@@ -91,7 +93,7 @@ def test_shared_functions_are_found():
     assert definitions("ppo")["evaluate"].startswith("@torch.no_grad()\ndef evaluate(")
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ["common"])
+@pytest.mark.parametrize("name", SCRIPTS + ["common"] + NEW)
 def test_no_script_is_imported(name):
     imported = re.findall(r"^\s*(?:from|import)\s+(\w+)", source(name), re.MULTILINE)
     assert not set(imported) & set(SCRIPTS)
@@ -108,7 +110,7 @@ def test_common_reads_no_flag_of_a_single_script():
         assert sum(flag in field_docs(name) for name in SCRIPTS) > 1, flag
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS + NEW)
 def test_every_flag_has_a_docstring(name):
     docs = field_docs(name)
     assert list(docs) == list(defaults(name))
@@ -117,18 +119,22 @@ def test_every_flag_has_a_docstring(name):
 
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_shared_flags_agree(one, other):
-    """Order, type, help text and default."""
+    """Order, type, help text and default; of a new script, order and type."""
     ours = field_docs(one)
     theirs = field_docs(other)
     shared = [flag for flag in ours if flag in theirs]
     assert shared == [flag for flag in theirs if flag in ours]
     for flag in shared:
-        if flag not in OWN_DEFAULT:
+        if flag in OWN_DEFAULT:
+            continue
+        if other in NEW:
+            assert ours[flag][0] == theirs[flag][0], flag
+        else:
             assert ours[flag] == theirs[flag], flag
             assert defaults(one)[flag] == defaults(other)[flag], flag
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS + NEW)
 def test_one_skeleton(name):
     """Parts in this order; at least two `python ...` commands in the docstring."""
     text = source(name)
@@ -154,7 +160,7 @@ def test_one_skeleton(name):
     assert ast.get_docstring(ast.parse(text)).count("python ") >= 2
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS + NEW)
 def test_flags_of_the_method_come_first(name):
     """Flags of all scripts are last."""
     shared = [all(flag in field_docs(script) for script in SCRIPTS) for flag in field_docs(name)]

@@ -1,6 +1,7 @@
 """rloo.py and grpo.py: advantages, KL estimates and losses against slow float64 loops, closed forms
 and invariances; then both scripts through main on a tiny model."""
 
+import itertools
 import math
 import shutil
 import zlib
@@ -867,6 +868,20 @@ def test_evaluation_measures_the_kl_at_the_sampling_temperature(
     assert metrics(tmp_path / "run")[0]["eval/kl"] == pytest.approx(kl, rel=1e-4)
 
 
+@pytest.mark.parametrize("G", [2, 3, 8, 11])
+def test_pass_at_k_is_the_mean_over_all_subsets(G):
+    """Of k samples each. A prompt without a verdict is skipped."""
+    torch.manual_seed(G)
+    golds = (torch.rand(6, G) < torch.linspace(0, 1, 6)[:, None]).float()
+    found = grpo.pass_at_k(torch.cat([golds, torch.full((1, G), torch.nan)]))
+    ks = [k for k in (1, 2, 4, 8) if k < G] + [G]
+    assert list(found) == [f"eval/pass@{k}" for k in ks]
+    for k in ks:
+        subsets = list(itertools.combinations(range(G), k))
+        exact = sum(golds[:, rows].amax(1).double().mean().item() for rows in subsets)
+        assert found[f"eval/pass@{k}"].item() == pytest.approx(exact / len(subsets), abs=1e-6)
+
+
 def test_pass_at_g_counts_prompts_with_a_right_sample(chain, tmp_path, monkeypatch):  # noqa: F811
     """One of two samples of the first held-out prompt is right, and none of the second."""
     args = run_args(grpo, chain, tmp_path / "run", num_generations=2, reward="sort")
@@ -897,7 +912,7 @@ def test_pass_at_g_counts_prompts_with_a_right_sample(chain, tmp_path, monkeypat
     scorers |= common.load_gold(args, args.dataset, tokenizer)
     result = grpo.evaluate(policy, policy, scorers, examples, run=run, step=3)
     assert result["eval/gold_greedy"] == 1.0 and result["eval/gold"] == 0.25
-    assert result["eval/pass@2"] == 0.5
+    assert result["eval/pass@1"] == 0.25 and result["eval/pass@2"] == 0.5
     assert result["eval/kl"] == 0 and result["eval/eos_rate"] == 0.75
     assert result["eval/completion_length"] == (3 + 3 + 2 + 3) / 4
     ((step, rollouts, values),) = logged

@@ -25,7 +25,7 @@ SHARES = {
     *("accuracy", "brier", "clip_fraction", "dropped_groups", "eos_rate", "gold", "label_accuracy"),
     *("padding", "selected_gold", "solve_rate", "unscored", "value_clip_fraction"),
     *("zero_std_groups", "eval/accuracy", "eval/accuracy_stderr", "eval/brier", "eval/eos_rate"),
-    *("eval/gold", "eval/gold_greedy", "eval/label_accuracy", "eval/pass@G", "eval/tied_pairs"),
+    *("eval/gold", "eval/gold_greedy", "eval/label_accuracy", "eval/pass@k", "eval/tied_pairs"),
     *("eval/top1_accuracy", "best_of_N/gold"),
 }
 # depend on the time, or on how rows are packed
@@ -34,7 +34,7 @@ NOT_MEANS = {"padding", "peak_memory_gib", "seconds/sample", "seconds/train", "t
 
 def general(name):
     """A metric as in docs/metrics.md, with letters for numbers."""
-    return re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@G", name))
+    return re.sub(r"best_of_\d+", "best_of_N", re.sub(r"pass@\d+", "pass@k", name))
 
 
 def refuse_constant(name):
@@ -161,7 +161,8 @@ def test_logs_are_strict_json(runs, name):
     """Each line of each log is JSON without NaN and Infinity, also in lists and nested values."""
     logs = read_strictly(runs[name])
     assert {"args.json", "metrics.jsonl", "samples.jsonl"} <= logs.keys()
-    assert ("rollouts.jsonl" in logs) == name.startswith("rejection_sampling")
+    samples = name.startswith(("ppo", "rloo", "grpo", "rejection_sampling"))
+    assert ("rollouts.jsonl" in logs) == samples
     assert check_shares(logs["metrics.jsonl"]) & {"padding"}
     for row in logs["metrics.jsonl"]:
         assert isinstance(row["step"], int)
@@ -175,6 +176,9 @@ def test_logs_are_strict_json(runs, name):
         check_shares([row])
     for row in logs.get("rollouts.jsonl", []):
         check_shares([row])
+        if not name.startswith("rejection_sampling"):
+            assert isinstance(row["completion"], str) and row["advantage"] is not None
+            continue
         N = len(row["completions"])
         for column in ("scores", "gold", "finished", "ids"):
             assert len(row[column]) == N
@@ -282,7 +286,7 @@ def test_shares_of_completions_at_their_limits(script, is_right, chain, tmp_path
     logs = read_strictly(tmp_path / "run")
     check_shares(logs["metrics.jsonl"] + logs.get("rollouts.jsonl", []))
     extreme = {"gold", "eos_rate", "selected_gold", "best_of_N/gold", "zero_std_groups"}
-    extreme |= {"eval/gold", "eval/gold_greedy", "eval/pass@G", "eval/eos_rate"}
+    extreme |= {"eval/gold", "eval/gold_greedy", "eval/pass@k", "eval/eos_rate"}
     found = set()
     for row in logs["metrics.jsonl"]:
         for name, value in row.items():
@@ -293,7 +297,7 @@ def test_shares_of_completions_at_their_limits(script, is_right, chain, tmp_path
                 assert value == pytest.approx(expected, abs=1e-12), name
     assert found >= {"eval/gold", "eval/gold_greedy", "eval/eos_rate"}
     for row in logs.get("rollouts.jsonl", []):
-        assert row["solve_rate"] == int(is_right)
+        assert row.get("solve_rate", row.get("score")) == int(is_right)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "bradley-terry", "outcome"])

@@ -29,9 +29,9 @@ def documented():
 
 
 def written(folder):
-    """Names in the metrics.jsonl of a run, with N, G and K for numbers."""
+    """Names in the metrics.jsonl of a run, with N, k and K for numbers."""
     names = {name for row in metrics(folder) for name in row} - {"step"}
-    for number, letter in (("pass@", "G"), ("best_of_", "N"), ("score/", "K")):
+    for number, letter in (("pass@", "k"), ("best_of_", "N"), ("score/", "K")):
         names = {re.sub(rf"{number}\d+", number + letter, name) for name in names}
     return names
 

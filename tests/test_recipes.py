@@ -56,7 +56,7 @@ def rollouts(chain, tmp_path_factory):  # noqa: F811
 
 def test_pairs_of_rollouts(rollouts, chain, tmp_path, monkeypatch):  # noqa: F811
     """pairs.py takes the best and the worst completion of a prompt, and dpo.py trains on them."""
-    (tmp_path / "pairs.py").write_text(block("sys.argv"))
+    (tmp_path / "pairs.py").write_text(block("pairs = sys.argv"))
     monkeypatch.setattr(sys, "argv", ["pairs.py", str(rollouts), str(tmp_path / "pairs.jsonl")])
     runpy.run_path(str(tmp_path / "pairs.py"))
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
@@ -114,6 +114,75 @@ def test_judge_is_antisymmetric_and_a_reward(tmp_path, monkeypatch):
     path = f"{tmp_path}/judge.py:better_than_answer"
     scores = reward_of(path, tokenizer, "Add 1 and 2.", ["3"], [True], row={"answer": "4"})
     assert scores == pytest.approx([preference], abs=1e-4)
+
+
+def test_revisions_follow_a_critique(tmp_path, monkeypatch):
+    """The revision answers a conversation of prompt, answer, critique by a principle, request to
+    revise. sft.py trains on it."""
+    tokenizer = save_chat_model(tmp_path / "chat")
+    prompts = ["Add 1 and 2.", "Who are you?"]
+    rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    code = block("REVISION").replace("max_new_tokens=300", "max_new_tokens=4, min_new_tokens=4")
+    (tmp_path / "revise.py").write_text(code)
+    paths = [str(tmp_path / name) for name in ("chat", "prompts.jsonl", "revised.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["revise.py", *paths])
+    texts = []
+    apply_chat_template = transformers.PreTrainedTokenizerBase.apply_chat_template
+
+    def spy(self, messages, **kwargs):
+        texts.append([message["content"] for message in messages])
+        return apply_chat_template(self, messages, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", spy)
+        page = runpy.run_path(str(tmp_path / "revise.py"))
+    revised = [json.loads(line) for line in Path(paths[2]).read_text().splitlines()]
+    critiques = [page["CRITIQUE"].format(principle) for principle in page["PRINCIPLES"]]
+    for i, prompt in enumerate(prompts):
+        first, second, third = texts[3 * i : 3 * i + 3]
+        assert first == [prompt] == second[:1] and third[:3] == second
+        assert second[2] in critiques and third[4] == page["REVISION"]
+        conversation = talk(*third)
+        ids = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = page["model"].generate(**ids, max_new_tokens=4, min_new_tokens=4)
+        new_ids = output[0, ids["input_ids"].shape[1] :]
+        expected = tokenizer.decode(new_ids, skip_special_tokens=True)
+        assert revised[i] == {"messages": talk(prompt, expected)} and expected
+    args = dict(model=paths[0], dataset=paths[2], steps=1)
+    sft.main(sft.Args(**args, output_dir=str(tmp_path / "revised")))
+    assert metrics(tmp_path / "revised")[-1]["loss"] > 0
+
+
+def test_win_rate_of_two_runs(tmp_path, monkeypatch, capsys):
+    """Only the last samples count, ties are half a win, and pairs of unlike length are apart."""
+    golds = {  # prompt -> gold and completion of both runs
+        "a": [(1.0, "x" * 20), (0.0, "x" * 20)],
+        "b": [(1.0, "x" * 20), (0.0, "x" * 22)],
+        "c": [(0.0, "x" * 20), (0.0, "x" * 21)],
+        "d": [(0.0, "x" * 20), (1.0, "x" * 23)],
+        "e": [(0.0, ""), (1.0, "")],
+        "only in the first": [(1.0, "x")],
+    }
+    for i, folder in enumerate(["first", "second"]):
+        (tmp_path / folder).mkdir()
+        rows = [{"step": 0, "prompt": "a", "completion": "x", "gold": 1.0 - i}]
+        for prompt, runs in golds.items():
+            if i < len(runs):
+                gold, text = runs[i]
+                rows.append({"step": 9, "prompt": prompt, "completion": text, "gold": gold})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / folder / "samples.jsonl").write_text(lines)
+    (tmp_path / "win_rate.py").write_text(block("is_like_length"))
+    paths = [str(tmp_path / "first"), str(tmp_path / "second")]
+    monkeypatch.setattr(sys, "argv", ["win_rate.py", *paths])
+    runpy.run_path(str(tmp_path / "win_rate.py"))
+    assert capsys.readouterr().out.splitlines() == [
+        "all pairs: 0.500 ± 0.200 (5 prompts)",
+        "like length: 0.625 ± 0.207 (4 prompts)",
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["a\nb?", talk("a\nb?")], ids=["text", "messages"])
@@ -189,6 +258,43 @@ def test_sft_on_the_samples_of_a_teacher(rollouts, chain, tmp_path, monkeypatch)
     assert len(Path("taught.jsonl").read_text().splitlines()) == right > 0
     args = dict(model=str(chain / "sft"), dataset="taught.jsonl", steps=1, max_length=60)
     sft.main(sft.Args(**args, output_dir="runs/taught"))
+
+
+def test_kept_answers_are_right_and_distinct(rollouts, tmp_path, monkeypatch):
+    (tmp_path / "kept.py").write_text(block("kept = sys.argv"))
+    kept = tmp_path / "kept.jsonl"
+    monkeypatch.setattr(sys, "argv", ["kept.py", str(rollouts), str(kept)])
+    runpy.run_path(str(tmp_path / "kept.py"))
+    records = [json.loads(x) for x in (rollouts / "rollouts.jsonl").read_text().splitlines()]
+    expected = {
+        (record["row"]["prompt"], completion)
+        for record in records
+        for completion, score in zip(record["completions"], record["scores"])
+        if score == 1
+    }
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {(row["prompt"], row["completion"]) for row in rows} == expected
+    assert 0 < len(rows) == len(expected)
+
+
+def test_chains_name_stages_that_were_run_before(monkeypatch):
+    """Every model, reward and data file of a chain is written by an earlier command."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    recipes = importlib.import_module("recipes")
+    start = {"runs/sft", "runs/reward_model", "sort"}
+    for name in recipes.CHAINS[1:]:
+        known = set(start)
+        for words in recipes.chain_commands(name):
+            if words[0] == "kept.py":
+                assert words[1] in known
+                known.add(words[2])
+                continue
+            inputs = ("--model", "--reward", "--value-model", "--dataset", "--eval-dataset")
+            used = {recipes.flag(words, x) for x in inputs} - {None}
+            assert {path.removesuffix("/rollouts.jsonl") for path in used} <= known
+            out = recipes.flag(words, "--output-dir", "runs/ppo")
+            assert out not in known
+            known.add(out)
 
 
 def apply(diff, text):

@@ -106,7 +106,7 @@ def choose(scores, ids=None, iteration=0, **changes):
     scores = torch.tensor(scores)
     M, N = scores.shape
     ids = ids or [[[row * N + column] for column in range(N)] for row in range(M)]
-    flags = dict(select="top", select_k=None, min_score=None, seed=1) | changes
+    flags = dict(select="top", select_per_prompt=1, select_k=None, min_score=None, seed=1) | changes
     return rs.select(scores, ids, iteration, SimpleNamespace(**flags))
 
 
@@ -127,6 +127,29 @@ def test_select_per_prompt():
     pairs = {pair for pairs in runs for pair in pairs}
     assert pairs == {(0, 1), (0, 2), (0, 3), (2, 0), (2, 1), *((3, i) for i in range(4))}
     assert choose(HOLES, select="random", iteration=7, min_score=0.0) == runs[7]
+
+
+def test_select_several_per_prompt():
+    """The best of each prompt, each completion once; fewer if fewer have a score."""
+    assert choose(HOLES, select_per_prompt=2) == [(0, 2), (0, 3), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert choose(HOLES, select_per_prompt=4, min_score=1.5) == [
+        *[(0, 2), (0, 3), (0, 1)],
+        *[(3, i) for i in range(4)],
+    ]
+    ids = [[[7], [7], [8], [7]], [[7], [8], [8], [9]]]
+    scores = [[3.0, 3.0, 1.0, 3.0], [3.0, 2.0, 2.0, 0.0]]
+    assert choose(scores, ids, select_per_prompt=2) == [(0, 0), (0, 2), (1, 0), (1, 1)]
+    runs = [choose(HOLES, select="random", iteration=i, select_per_prompt=3) for i in range(30)]
+    assert all([row for row, _ in pairs] == [0] * 3 + [2] * 3 + [3] * 3 for pairs in runs)
+    assert {pair for pairs in runs for pair in pairs if pair[0] == 3} == {(3, i) for i in range(4)}
+
+
+@pytest.mark.parametrize("select", ["top", "random"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_with_one_prompt_both_selections_agree(select, k):
+    scores = [[0.5, NAN, 2.0, -1.0, 2.0, 0.7, 0.1]]
+    per_prompt = choose(scores, select=select, select_per_prompt=k)
+    assert per_prompt == choose(scores, select=select, select_k=k) and len(per_prompt) == k
 
 
 def test_select_k_of_all():
@@ -568,6 +591,7 @@ def test_evaluate_policy(start):
     assert metrics["eval/gold"].item() == pytest.approx(sum(n == 1 for n in lengths) / 12)
     solved = [1 in lengths[i : i + 4] for i in (0, 4, 8)]
     assert metrics["eval/pass@4"].item() == pytest.approx(sum(solved) / 3)
+    assert metrics["eval/pass@1"].item() == pytest.approx(metrics["eval/gold"].item())
     ended = [x["completion_ids"][-1] in eos_ids for x in sampled]
     assert 0 < sum(ended) < 12
     assert metrics["eval/eos_rate"] == pytest.approx(sum(ended) / 12)
@@ -596,6 +620,8 @@ def test_micro_batches_change_nothing(start, tmp_path):
     [
         (dict(select_k=41), ["--select-k 41", "from 1 to 40"]),
         (dict(select_k=-3), ["--select-k -3", "from 1 to 40"]),
+        (dict(select_per_prompt=0), ["--select-per-prompt 0", "from 1"]),
+        (dict(select_per_prompt=9), ["--select-per-prompt 9", "--num-generations"]),
         (dict(select="random", select_k=0), ["--select-k 0", "from 1 to 40"]),
         (dict(select="random", select_k=40, reward=HALF), ["only 30 completions have a score"]),
         (dict(reward="scores = [None] * len(prompts)"), ["only 0 completions have a score"]),

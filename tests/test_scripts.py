@@ -312,6 +312,39 @@ def test_each_step_samples_with_new_noise(chain, tmp_path, monkeypatch, script):
     assert sampled[:2] == sampled[4:] and len({str(ids) for ids in sampled}) == 4
 
 
+# ---------------------------------------------------------------- rollouts.jsonl
+@pytest.mark.parametrize("script", [ppo, rloo, grpo])
+def test_rollouts_can_be_read(chain, tmp_path, script):
+    """Every --log-every steps, a whole group: prompt, completions, scores, rewards, advantages."""
+    args = dict(
+        model=str(chain / "sft"),
+        dataset=write_rows(tmp_path / "prompts.jsonl", [dict(prompt="dbca>"), dict(prompt="fe>")]),
+        reward=reward_file(tmp_path, "return [float(len(c)) for c in completions]"),
+        output_dir=str(tmp_path / "run"),
+        steps=4,
+        prompts_per_step=2,
+        num_generations=9,
+        max_completion_length=6,
+        missing_eos_penalty=0.5,
+        kl_coef=0.0,
+        log_every=2,
+    )
+    script.main(script.Args(**args))
+    rows = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] * 9 + [4] * 9
+    for group in (rows[:9], rows[9:]):
+        assert len({row["prompt"] for row in group}) == 1
+        for row in group:
+            assert row["score"] == len(row["completion"])
+            assert row["reward"] == row["score"] - 0.5 * (not row["finished"])
+            assert len(row["completion"]) <= row["length"] <= 6
+        if script is not ppo:
+            assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-4)
+            ordered = sorted(group, key=lambda row: row["reward"])
+            advantages = [row["advantage"] for row in ordered]
+            assert advantages == sorted(advantages) and advantages[0] < 0 < advantages[-1]
+
+
 # ---------------------------------------------------------------- completions without a score
 @pytest.mark.parametrize("script", [ppo, rloo, grpo])
 def test_groups_with_an_unscored_completion_are_dropped(chain, tmp_path, monkeypatch, script):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ARGS, CPU, random_head
 from language import write_rows
 from safetensors.torch import load_file as load_weights
@@ -362,6 +363,41 @@ def test_gold_is_the_checker_of_what_is_evaluated(script, on_task, tiny_dirs, tm
     first, *_, last = metrics(tmp_path / "run")
     assert ("eval/gold" in first) == (on_task == "eval_dataset")
     assert ("gold" in last) == (on_task == "dataset" and samples)
+
+
+def test_a_base_model_becomes_a_chat_model(tmp_path):
+    """sft.py saves the template, which grpo.py and plain transformers use."""
+    tokenizer = letters(bos=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    rows = [
+        {"messages": talk(f"what is {i}", "so"), "prompt": talk(f"what is {i}")} for i in "abcd"
+    ]
+    data = write_rows(tmp_path / "chat.jsonl", rows)
+    flags = dict(dataset=data, chat_template="plain", output_dir=str(tmp_path / "sft"), steps=150)
+    flags |= dict(epochs=999, learning_rate=1e-2)
+    sft.main(args_of(sft, tmp_path / "base", tmp_path, **flags))
+    reward = reward_file(tmp_path, "return [float(text == 'so') for text in completions]")
+    flags = dict(dataset=data, eval_dataset=data, reward=reward, output_dir=str(tmp_path / "grpo"))
+    grpo.main(args_of(grpo, tmp_path / "sft", tmp_path, **flags))
+    assert metrics(tmp_path / "grpo")[0]["eval/score_greedy"] == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "grpo")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grpo")
+    prompt = tokenizer.apply_chat_template(
+        talk("what is a"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**prompt, max_new_tokens=9, do_sample=False)[0]
+    text = "<s><|user|>\nwhat is a\n<|assistant|>\nso[EOS]"
+    assert tokenizer.decode(ids) == text, "it has learned to answer and to stop"
 
 
 # ---------------------------------------------------------------- directories and --resume

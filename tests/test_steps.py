@@ -6,6 +6,8 @@ math of the scripts. The models are GPT-2s with two layers, float32 in the scrip
 the formulas. Each step is compared at the weights that the run had at that step."""
 
 import copy
+import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import COPY
 
 import common
 import dpo
@@ -24,6 +27,10 @@ import rejection_sampling
 import reward_model
 import rloo
 import sft
+
+if COPY.path is not None:  # --script takes the place of the script it is a copy of
+    ORIGINAL = globals()[COPY.like]
+    globals()[COPY.like] = importlib.import_module(COPY.path.stem)
 
 EOS = 1
 END_OF_PROMPT = 3  # ">"
@@ -180,6 +187,21 @@ def fake_gold(args, dataset, tokenizer):
 
 
 # ---------------------------------------------------------------- running a script
+def make_args(script, settings):
+    """Args of a script.
+
+    A copy of a script may lack flags. Settings of these flags are ignored. The formulas see the
+    default of the original, and 0 for kl_coef."""
+    if COPY.path is None:
+        return script.Args(**settings)
+    fields = {field.name for field in dataclasses.fields(script.Args)}
+    args = script.Args(**{name: value for name, value in settings.items() if name in fields})
+    for name, value in (vars(ORIGINAL.Args()) | {"kl_coef": 0.0}).items():
+        if name not in fields:
+            setattr(args, name, value)
+    return args
+
+
 def flat(tensors):
     """One float64 vector."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
@@ -261,7 +283,7 @@ def run(script, args, patch, models):
     Adds what the run logged: `before` (the first evaluation), `rows` (one per step) and
     `samples_before` (the samples of the first evaluation)."""
     record = watch(script, patch, models)
-    script.main(args)
+    script.main(dataclasses.replace(args))
     lines = read_log(args, "metrics")
     record.before = lines[0]
     record.rows = lines[1:]
@@ -409,7 +431,9 @@ def check_completions(
             expected[f"eval/{name}{suffix}"] = mean(function(*pair) for pair in call.pairs)
     if num_generations > 1:
         golds = [gold_of(*pair) for pair in sampled.pairs]
-        expected[f"eval/pass@{G}"] = mean(map(max, groups_of(golds)))
+        for k in sorted({1, 2, G}):  # G is at most 4
+            subsets = [x for golds in groups_of(golds) for x in itertools.combinations(golds, k)]
+            expected[f"eval/pass@{k}"] = mean(map(max, subsets))
     if reference is not None:
         kls = []
         with torch.no_grad():
@@ -450,7 +474,7 @@ def online_args(script, models, folder, **flags):
             max_grad_norm=0.5,
             weight_decay=0.1,
         )
-    return script.Args(**settings | flags)
+    return make_args(script, settings | flags)
 
 
 def groups_of(values):
@@ -574,7 +598,7 @@ def is_clipped(ratio, advantage, args):
     return bool(ratio > high if advantage > 0 else ratio < low)
 
 
-def surrogate(ratio, advantage, args):
+def surrogate(logprob, ratio, advantage, args):
     """Objective of a token (Schulman et al. 2017, equation 7)."""
     low, high = clip_edges(args)
     return min(ratio * advantage, min(max(ratio, low), high) * advantage)
@@ -743,7 +767,7 @@ def test_ppo_step_is_the_formula(models, tmp_path, monkeypatch, flags):
                 for t, logprob in enumerate(update.logprobs[rollout.ids]):
                     advantage = rollout.advantages[t]
                     ratio = (logprob - rollout.old[t]).exp()
-                    gains.append(surrogate(ratio, advantage, args))
+                    gains.append(surrogate(logprob, ratio, advantage, args))
                     clipped.append(is_clipped(ratio, advantage, args))
                     error, flag = clipped_value_loss(
                         values[t],
@@ -819,7 +843,12 @@ GRPO_FLAGS = {
         mask_truncated=True,
     ),
     "k3-weighted": dict(kl_estimator="k3-weighted"),
-    "sequence-ratio": dict(ratio="sequence", epsilon=0.02, epsilon_high=0.03),
+    "sequence-ratio": dict(
+        ratio="sequence",
+        loss_aggregation="sequence",
+        epsilon=0.02,
+        epsilon_high=0.03,
+    ),
     "overlong": dict(overlong_buffer=4, scale_rewards="none"),
     "no-kl": dict(kl_coef=0.0, mask_truncated=True, update_epochs=1, num_minibatches=1),
 }
@@ -864,7 +893,7 @@ def grpo_loss(update, args):
             token_ratio = (logprob - rollout.old[t]).exp()
             ratio = sequence_ratio if args.ratio == "sequence" else token_ratio
             kl_loss = grpo_kl_loss(logprob - rollout.ref[t], token_ratio, args)
-            losses.append(kl_loss - surrogate(ratio, rollout.advantage, args))
+            losses.append(kl_loss - surrogate(logprob, ratio, rollout.advantage, args))
             flags.append(is_clipped(ratio, rollout.advantage, args))
         token_losses.append(losses)
     if args.loss_aggregation == "token":
@@ -957,7 +986,7 @@ def offline_args(script, model, folder, rows, held_out, **flags):
         max_grad_norm=0.5,
         weight_decay=0.1,
     )
-    return script.Args(**settings | flags)
+    return make_args(script, settings | flags)
 
 
 def check_offline(record, args, taken, data):
@@ -1484,3 +1513,9 @@ def test_rejection_sampling_step_is_the_formula(models, tmp_path, monkeypatch, f
         assert not any("score" in row for row in rows[1:])
         step += num_steps
     assert step == len(record.rows)
+
+
+# ---------------------------------------------------------------- formulas for a copy of a script
+if COPY.path is not None and COPY.path.with_name(f"{COPY.path.stem}_float64.py").exists():
+    own = vars(importlib.import_module(f"{COPY.path.stem}_float64"))
+    globals().update({name: value for name, value in own.items() if not name.startswith("__")})
