@@ -68,6 +68,8 @@ def cli(Args, laptop):
         args = tyro.cli(Args, default=Args(**saved))
     elif is_laptop and {args.dataset, args.eval_dataset} - {TASK, None}:
         fail("--dataset and --eval-dataset need --model: the demo model only knows `sort`")
+    elif is_laptop:
+        print("flags: the defaults of the demo (with --model: published values, for a GPU)")
     return args
 
 
@@ -108,12 +110,10 @@ def generator(seed, *purpose):
 # No-ops in a single process. Under torchrun, models are sharded (FSDP2), each rank takes a share of
 # every batch, and losses and metrics are summed over ranks, so N ranks compute what one does.
 def rank():
-    """Rank of this process under torchrun, otherwise 0."""
     return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
 
 
 def world_size():
-    """Number of processes under torchrun, otherwise 1."""
     return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 
 
@@ -241,7 +241,7 @@ def check_fit(path, sequences, max_new_tokens=0):
     config = from_pretrained(transformers.AutoConfig, path).get_text_config()
     longest = max(map(len, sequences)) + max_new_tokens
     if longest > context_of(config):
-        fail(f"{path}: {longest} tokens exceed its context of {context_of(config)}")
+        fail(f"{path}: {longest} tokens exceed its context of {context_of(config)}: --max-*length")
     if max(map(max, sequences)) >= config.vocab_size:
         fail(f"{path}: the tokenizer has ids beyond the vocabulary; resize the embeddings")
 
@@ -570,8 +570,7 @@ def check_messages(tokenizer, prompt, completions):
             raise DroppedRow("a message without plain text for the chat template")
     if any(message["role"] != "assistant" for message in answers):
         raise DroppedRow("a completion with a message that is not from the assistant")
-    roles = [message["role"] for message in prompt]
-    if roles[-1] == "assistant" and not answers:
+    if prompt[-1]["role"] == "assistant" and not answers:
         raise ValueError("the prompt ends with an assistant message")
     if any(token in str([prompt, completions]) for token in special_tokens(tokenizer)):
         raise DroppedRow("a message that contains a special token of the tokenizer")
@@ -972,7 +971,7 @@ def fingerprint(examples, models):
         digest.update(repr(example["row"]).encode())
     weights = [x.to_local() if isinstance(x, DTensor) else x for x in models.parameters()]
     bits = sum(int(x.detach().view(torch.int32).sum(dtype=torch.int64)) for x in weights)
-    return f"{digest.hexdigest()} {all_reduce(bits)}"
+    return digest.hexdigest() + str(all_reduce(bits))
 
 
 class Run:
@@ -1064,7 +1063,8 @@ class Run:
         """Append a row to a JSONL log; NaN and infinity become null."""
         row = json.loads(json.dumps(row, default=str), parse_constant=lambda constant: None)
         if rank() == 0:
-            with open(self.dir / name, "a") as file:
+            # a log that the checkpoint does not know begins anew
+            with open(self.dir / name, "a" if name in self.log_sizes else "w") as file:
                 file.write(json.dumps(row) + "\n")
                 self.log_sizes[name] = file.tell()
 

@@ -25,6 +25,13 @@ import pytest
 Mutant = namedtuple("Mutant", "file old new why tests")
 MUTANTS = [
     Mutant(
+        "common.py",
+        'open(self.dir / name, "a" if name in self.log_sizes else "w")',
+        'open(self.dir / name, "a")',
+        "a log that is newer than the checkpoint is continued",
+        "test_resume.py::test_a_killed_run_ends_as_an_undisturbed_one[rloo]",
+    ),
+    Mutant(
         "grpo.py",
         "((num_wrong - i).clamp(min=0) / (G - i)).prod(1)",
         "((num_wrong - i).clamp(min=0) / G).prod(1)",
