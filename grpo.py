@@ -27,8 +27,9 @@ included: a value model, generation engines, LoRA.
 
 Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
 `gold` is an exact checker of the dataset, if there is one: it diverges from `score` when the policy
-overoptimizes a reward model. Comments cite "N+" (Huang et al. 2024, The N+ implementation details
-of RLHF with PPO), "B" (its 2023 blog post) and "lmhp" (openai/lm-human-preferences)."""
+overoptimizes a reward model. docs/metrics.md has a table of symptoms. Comments cite "N+" (Huang et
+al. 2024, The N+ implementation details of RLHF with PPO), "B" (its 2023 blog post) and "lmhp"
+(openai/lm-human-preferences)."""
 
 import math
 import time

@@ -4,19 +4,22 @@
 
 The third stage of RLHF (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022). Every token
 is an action with reward -kl_coef * (log pi - log pi_ref); the last token also gets the score. A
-value model predicts the return, and GAE turns rewards and values into advantages. Each step
-samples a batch of completions, then minimizes the clipped surrogate loss (Schulman et al. 2017,
-equation 7) on it for several epochs. --ptx-dataset and --ptx-coef add the pretraining term of
-PPO-ptx (Ouyang et al. 2022, equation 2). Not included: adaptive KL coefficient, reward scaling, a
-trunk shared by policy and value model, generation engines, LoRA.
+value model predicts the return, and GAE turns rewards and values into advantages. Each step samples
+a batch of completions, then minimizes the clipped surrogate loss (Schulman et al. 2017, equation 7)
+on it for several epochs. --ptx-dataset and --ptx-coef add the pretraining term of PPO-ptx (Ouyang
+et al. 2022, equation 2). Losses are means over the tokens of the batch; some lecture notes divide
+by the length of each completion (grpo.py has both). Not included: an adaptive KL coefficient (the
+Lagrange multiplier of the constraint KL <= epsilon), reward scaling, a trunk shared by policy and
+value model, generation engines, LoRA.
 
     python ppo.py                     demo, after sft.py and reward_model.py: two minutes
     python ppo.py --model runs/my_sft --reward runs/my_reward_model --dataset prompts.jsonl
 
 Data: rows with a prompt, and any columns a reward function reads. Expect `score` to rise with `kl`.
 `gold` is an exact checker of the dataset, if there is one: it diverges from `score` when the policy
-overoptimizes the reward model. Comments cite "N+" (Huang et al. 2024, The N+ implementation details
-of RLHF with PPO), "B" (its 2023 blog post) and "lmhp" (openai/lm-human-preferences)."""
+overoptimizes the reward model. docs/metrics.md has a table of symptoms. Comments cite "N+" (Huang
+et al. 2024, The N+ implementation details of RLHF with PPO), "B" (its 2023 blog post) and "lmhp"
+(openai/lm-human-preferences)."""
 
 import math
 import time

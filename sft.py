@@ -3,8 +3,10 @@
     loss = -sum over completion tokens of log pi(token | previous tokens) / number of these tokens
 
 The first stage of RLHF (Ouyang et al. 2022, section 3.5). Prompt tokens are not trained (Huang et
-al. 2024 train them too). EOS is trained, so the model learns to stop. Not included: packing several
-rows into one sequence (sorting by length saves most of the padding), LoRA, 8-bit optimizers.
+al. 2024 train them too). The mean runs over the tokens of the batch; some lecture notes divide by
+the length of each completion. EOS is trained, so the model learns to stop. Not included: packing
+several rows into one sequence (sorting by length saves most of the padding), LoRA, 8-bit
+optimizers.
 
     python sft.py                     demo, a tiny model from scratch: 15 seconds on two cores
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset data.jsonl --eval-dataset held_out.jsonl
