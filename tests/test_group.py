@@ -870,7 +870,7 @@ def test_evaluation_measures_the_kl_at_the_sampling_temperature(
 
 @pytest.mark.parametrize("G", [2, 3, 8, 11])
 def test_pass_at_k_is_the_mean_over_all_subsets(G):
-    """Of k samples each. A prompt without a verdict is skipped."""
+    """Subsets of k samples. A prompt without a verdict is skipped."""
     torch.manual_seed(G)
     golds = (torch.rand(6, G) < torch.linspace(0, 1, 6)[:, None]).float()
     found = grpo.pass_at_k(torch.cat([golds, torch.full((1, G), torch.nan)]))

@@ -17,6 +17,7 @@ import sft  # noqa: E402
 
 # flags of argparse, torchrun and benchmarks/
 OTHER_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+OTHER_FLAGS |= {"--script", "--like"}  # of pytest, see conftest.py
 OTHER_FLAGS |= {
     "--shutdown-timeout",
     "--seeds",
