@@ -2,13 +2,15 @@
 
     python benchmarks/closed_form.py --seeds 1 2 3    six minutes per seed on one core
     python benchmarks/closed_form.py --seeds          table and figure of finished runs
-    python benchmarks/closed_form.py --frontier --seeds 1 2 3    nine minutes per seed
-    python benchmarks/closed_form.py --frontier --seeds          table and figure of finished runs
+    python benchmarks/closed_form.py --study frontier --seeds 1 2 3    eight minutes per seed
+    python benchmarks/closed_form.py --study frontier --seeds          finished runs
 
 Long versions of the runs in tests/theorems.py, on the language that tests/language.py enumerates.
-Writes closed_form.jsonl and closed_form.png in benchmarks/. --frontier runs the short versions, at
-five strengths of each method, and compares their expected reward and KL from the reference with
-the best reward at that KL. It skips finished runs and writes reward_kl.jsonl and reward_kl.png.
+Writes closed_form.jsonl and closed_form.png in benchmarks/.
+
+The study "frontier" runs short versions of the methods at five strengths each. It compares their
+expected reward with the best one at the same KL from the reference. Finished runs are skipped.
+Writes reward_kl.jsonl and reward_kl.png.
 
 The scripts run unmodified. To measure the distance during training, functions of the script that
 load the model and set the learning rate, once before each update, are wrapped."""
@@ -200,7 +202,7 @@ def end_point(method, strength, seed, folder):
         "kl": kl_from_reference,
         "mass elsewhere": 1 - logps[:, world.ended].exp().sum(1).mean().item(),
         "commit": subprocess.check_output(revision, cwd=ROOT, text=True).strip(),
-        "command": f"python benchmarks/closed_form.py --frontier --seeds {seed}",
+        "command": f"python benchmarks/closed_form.py --study frontier --seeds {seed}",
     }
 
 
@@ -259,28 +261,33 @@ def draw_frontier(rows, file):
         print("no figure: it needs `pip install matplotlib`")
         return
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    axes[0].plot(*curve(rows, "optimum"), color="black", lw=1, zorder=0)
-    axes[0].text(0.95, 4.34, "optimum", ha="right")
-    for i, method in enumerate([*STRENGTHS, "best of N"]):
+    axes[0].plot(*curve(rows, "optimum"), color="black", lw=1)
+    axes[0].text(0.8, 4.31, "best possible", ha="right")
+    axes[1].axhline(1, color="black", lw=1)
+    labels = []  # height, KL, text and color
+    for i, method in enumerate(["best of N", *STRENGTHS]):
         points = [row for row in rows if row["method"] == method and "share" in row]
-        color = "0.5" if method == "best of N" else f"C{i}"
-        kls = [row["kl"] for row in points]
-        means = {}
+        if not points:
+            continue
+        is_exact = method == "best of N"
+        style = dict(color="0.5" if is_exact else f"C{i - 1}", ms=2 if is_exact else 4)
+        ends = {}  # strength -> KL and share of each seed
         for row in points:
-            means.setdefault(row["strength"], []).append((row["kl"], row["share"]))
-        means = [[statistics.mean(x) for x in zip(*pairs)] for pairs in means.values()]
-        for panel, name in zip(axes, ("reward", "share")):
-            panel.plot(kls, [row[name] for row in points], "o", ms=3, color=color, alpha=0.7)
-        axes[1].plot(*zip(*means), color=color, lw=1)
-        label = "best of N, exact" if method == "best of N" else method
-        axes[1].annotate(
-            label, max(means), xytext=(5, -3), textcoords="offset points", color=color, fontsize=8
-        )
-    axes[0].set(ylabel="expected reward", xlim=(-0.05, 2), ylim=(3.7, 4.45))
-    axes[1].set(ylabel="gain / best gain at the same KL", xlim=(0, 3.2), ylim=(None, 1.02))
-    axes[1].axhline(1, color="black", lw=1, zorder=0)
+            axes[0].plot(row["kl"], row["reward"], "o", **style)
+            axes[1].plot(row["kl"], row["share"], "o", **style)
+            ends.setdefault(row["strength"], []).append((row["kl"], row["share"]))
+        means = sorted([statistics.mean(x) for x in zip(*pairs)] for pairs in ends.values())
+        axes[1].plot(*zip(*means), color=style["color"], lw=1)
+        label = "best of N, exact" if is_exact else method
+        labels.append((means[-1][1], means[-1][0] + 0.08, label, style["color"]))
+    highest = 1.01
+    for height, x, label, color in sorted(labels, reverse=True):
+        highest = min(height - 0.01, highest - 0.033)  # labels do not overlap
+        axes[1].text(max(x, 1.85), highest, label, color=color, fontsize=8)
+    axes[0].set(ylabel="expected reward", xlim=(-0.05, 2.7))
+    axes[1].set(ylabel="gain / best gain at the same KL", xlim=(0, 3))
     for panel in axes:
         panel.set_xlabel("KL from the reference, nats")
         panel.grid(alpha=0.3)
@@ -305,10 +312,10 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
     parser.add_argument("--only", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--frontier", action="store_true", help="expected reward against KL")
+    parser.add_argument("--study", choices=("distance", "frontier"), default="distance")
     args = parser.parse_args()
     torch.set_num_threads(1)  # these models are too small for more
-    if args.frontier:
+    if args.study == "frontier":
         run_frontier(args.seeds)
         rows = read_lines(END_POINTS)
         add_shares(rows)

@@ -13,7 +13,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 
 from book import metrics_of, solved
 from helpers import HERE, ROOT, make_parser, print_header, print_row, read_lines, write_lines
@@ -56,9 +55,8 @@ def stage(words, folder, seed):
     """Run the command of a stage, then evaluate its policy on the 500 held-out prompts."""
     out = flag(words, "--output-dir", f"runs/{words[0].removesuffix('.py')}")
     own_seed = int(flag(words, "--seed", 1)) + 10 * (seed - 1)
-    start_time = time.time()
     seconds = run([*words, "--seed", str(own_seed), "--overwrite"], folder)
-    point = {"seconds": seconds, "wall_seconds": time.time() - start_time}
+    point = {"seconds": seconds}
     if words[0] == "reward_model.py":
         point["accuracy"] = metrics_of(folder, out)[-1]["eval/accuracy"]
     elif flag(words, "--steps") != "1":  # with one step, only the rollouts or the start are used

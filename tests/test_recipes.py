@@ -297,6 +297,19 @@ def test_chains_name_stages_that_were_run_before(monkeypatch):
             known.add(out)
 
 
+def test_tables_of_chains_and_frontier_match_the_measurements(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    recipes = importlib.import_module("recipes")
+    closed_form = importlib.import_module("closed_form")
+    recipes.table(recipes.read_lines(recipes.POINTS))
+    rows = recipes.read_lines(closed_form.END_POINTS)
+    closed_form.add_shares(rows)
+    closed_form.frontier_table(rows)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    pages = PAGE + (ROOT / "docs/correctness.md").read_text()
+    assert len(printed) > 20 and not set(printed) - set(pages.splitlines())
+
+
 def apply(diff, text):
     """Apply a diff: `+` lines replace the `-` line before them, or follow a line of context."""
     for hunk in diff.split("@@")[1:]:
