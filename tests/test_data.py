@@ -521,7 +521,7 @@ def test_null_keys_of_messages_are_absent(load, empty):
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_plain_chat_template(load, tmp_path, bos):
-    """sft.py --chat-template: roles in text, EOS after each answer, BOS if the tokenizer adds it."""
+    """sft.py --chat-template: roles in text, EOS after answers, BOS if the tokenizer adds it."""
     tokenizer = letters(bos=bos)
     sft.set_chat_template(tokenizer, "plain")
     shown = "<s>" * bos + "<|system|>\nBe brief.\n<|user|>\nhi\n<|assistant|>\n"
