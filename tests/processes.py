@@ -271,6 +271,7 @@ def flags(name, chain, folder):
         dtype="float32",
         save_every=2,
         eval_every=2,
+        log_every=2,
         gradient_checkpointing=name in ("sft", "ppo"),
     )
     if name in ONLINE:
