@@ -121,6 +121,8 @@ class Args:
 
 def sft_example(row, tokenizer, args):
     """Prompt and completion; or messages, of which the last or all assistant turns are trained."""
+    if row.get("label") is False:  # rows for KTO
+        raise DroppedRow("labeled false")
     if "messages" in row:
         messages = text_or_messages(row, ["messages"])
         turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]

@@ -189,6 +189,14 @@ DROPPED = {  # name -> kind, tokenizer, flags, a good row, bad rows, reason
         [dict(prompt="a>", completion="bbb"), dict(prompt="a>", completion="bbbb")],
         "longer than --max-length 5",
     ),
+    "labeled false": (
+        "sft",
+        TEXT,
+        {},
+        GOOD | {"label": True},
+        [GOOD | {"label": False}],
+        "labeled false",
+    ),
     "long pair": (
         "preference",
         TEXT,
