@@ -121,8 +121,6 @@ class Args:
 
 def sft_example(row, tokenizer, args):
     """Prompt and completion; or messages, of which the last or all assistant turns are trained."""
-    if row.get("label") is False:  # rows for KTO
-        raise DroppedRow("labeled false")
     if "messages" in row:
         messages = text_or_messages(row, ["messages"])
         turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
@@ -141,6 +139,8 @@ def sft_example(row, tokenizer, args):
             raise DroppedRow("the chat template rewrites earlier turns; use --train-on last")
         mask += [0] * (len(prompt_ids) - len(ids)) + [1] * len(completion_ids)
         ids = prompt_ids + completion_ids
+    if row.get("label") is False:  # rows for KTO
+        raise DroppedRow("labeled false")
     if len(ids) > args.max_length:
         raise DroppedRow(f"longer than --max-length {args.max_length}")
     return {"prompt": prompt, "prompt_ids": prompt_ids, "ids": ids, "mask": mask}
