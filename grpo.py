@@ -267,7 +267,7 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
         k1 in the reward    pi_ref exp(r / beta) / Z, the optimum of the objective
         k2 as a loss        the same with b for beta, for completions of one token
         k3 as a loss        b pi_ref / (lambda - r) for completions of one token, where lambda
-                            normalizes: the gradient of k3 is that of KL(pi_ref || pi)
+                            normalizes; its gradient is the gradient of KL(pi_ref || pi)
         ratio * k3          where k2 converges, also after several updates per step
     k2 and k3 give these gradients only while the ratio is 1. k1 as a loss has mean gradient 0.
 
@@ -316,8 +316,8 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
     """Clipped surrogate loss (Schulman et al. 2017, equation 7, negated).
 
     Sum of weights * max(-A * ratio, -A * clip(ratio, 1 - epsilon, 1 + epsilon_high)). The weights
-    are 0 outside the mask and carry the normalizer. Returns the loss and where the clip removed
-    the gradient. Shapes: all (B, T) -> scalar, (B, T) bool."""
+    are 0 outside the mask and carry the normalizer. Returns the loss and a mask of the clipped
+    tokens, which have no gradient. Shapes: all (B, T) -> scalar, (B, T) bool."""
     if epsilon_high is None:
         epsilon_high = epsilon
     # the clamp avoids inf * 0 in the gradient of clipped tokens

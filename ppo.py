@@ -300,8 +300,8 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon_hi
     """Clipped surrogate loss (Schulman et al. 2017, equation 7, negated).
 
     Sum of weights * max(-A * ratio, -A * clip(ratio, 1 - epsilon, 1 + epsilon_high)). The weights
-    are 0 outside the mask and carry the normalizer. Returns the loss and where the clip removed
-    the gradient. Shapes: all (B, T) -> scalar, (B, T) bool."""
+    are 0 outside the mask and carry the normalizer. Returns the loss and a mask of the clipped
+    tokens, which have no gradient. Shapes: all (B, T) -> scalar, (B, T) bool."""
     if epsilon_high is None:
         epsilon_high = epsilon
     # the clamp avoids inf * 0 in the gradient of clipped tokens
@@ -318,7 +318,8 @@ def value_loss(values, old_values, returns, weights, value_clip):
     """Clipped value loss (N+, OpenAI baselines).
 
     Sum of weights * 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). Returns the loss
-    and where the clip removed the gradient. Shapes: all (B, T) -> scalar, (B, T) bool."""
+    and a mask of the clipped tokens, which have no gradient. Shapes: all (B, T) -> scalar, (B, T)
+    bool."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     vf_loss1 = (values - returns) ** 2
     vf_loss2 = (clipped_values - returns) ** 2

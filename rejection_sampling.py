@@ -276,11 +276,6 @@ def distinct(flat, ids):
     return list(pairs.values())
 
 
-def nan_to_null(values):
-    """A list of numbers for JSON, which has no NaN."""
-    return [None if math.isnan(x) else x for x in values]
-
-
 def null_to_nan(rows):
     """Lists of numbers from JSON -> tensor (rows, values)."""
     return torch.tensor([[math.nan if x is None else x for x in values] for values in rows])
@@ -317,9 +312,9 @@ def iteration_records(policy, reward, gold, prompts, iteration, run):  # noqa: P
                     "iteration": iteration,
                     "row": group[0]["row"],
                     "completions": [completion_text(run.tokenizer, rollout) for rollout in group],
-                    "scores": nan_to_null(scores[i : i + N]),
-                    "member_scores": [nan_to_null(values) for values in members.tolist()],
-                    "gold": nan_to_null(golds[i : i + N]),
+                    "scores": scores[i : i + N],
+                    "member_scores": members.tolist(),
+                    "gold": golds[i : i + N],
                     "solve_rate": sum(golds[i : i + N]) / N,
                     "finished": [rollout["finished"] for rollout in group],
                     "ids": [rollout["completion_ids"] for rollout in group],

@@ -181,8 +181,7 @@ def comparison_example(row, tokenizer, args):
         return step_example(row, tokenizer, args)
     margin = 0.0
     if "completions" in row:
-        columns = {name: x for name, x in row.get("row", {}).items() if x is not None}
-        prompt = prompt_of(columns | row, args)
+        prompt = prompt_of(row.get("row", {}) | row, args)
         completions, scores, finished = scored_completions(row, args)
         prompt_ids, completion_ids = encode_completions(tokenizer, prompt, completions)
         for ids, is_finished in zip(completion_ids, finished):

@@ -223,10 +223,10 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
     """REINFORCE with the completion as one action (Williams 1992).
 
     Sum of weights * -A * ratio * log pi(completion), where the ratio pi / pi_old of the whole
-    completion is a constant, 1 at the first update. The gradient of a completion is removed where
-    PPO's clip would remove it; for long completions, small steps suffice. Returns the loss and
-    where the gradient was removed. Shapes: all (B, T), advantages equal along a row -> scalar,
-    (B, T) bool."""
+    completion is a constant, 1 at the first update. A completion has no gradient where PPO's clip
+    would remove it. Long completions reach the clip range within small steps. Returns the loss and
+    a mask of the clipped tokens. Shapes: all (B, T), advantages equal along a row -> scalar, (B, T)
+    bool."""
     if epsilon_high is None:
         epsilon_high = epsilon
     log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True).detach()  # (B, 1)

@@ -147,11 +147,12 @@ def sft_example(row, tokenizer, args):
 
 
 def set_chat_template(tokenizer, name):
-    """Give a tokenizer the built-in template or the one of a .jinja file, with its BOS if any."""
-    template = PLAIN_TEMPLATE if name == "plain" else Path(name).read_text(encoding="utf-8")
-    if name == "plain" and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        template = tokenizer.bos_token + template
-    tokenizer.chat_template = template
+    """Set the chat template: PLAIN_TEMPLATE, after BOS if the model has one, or a .jinja file."""
+    if name != "plain":
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        return
+    has_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = (tokenizer.bos_token if has_bos else "") + PLAIN_TEMPLATE
 
 
 def make_batch(examples, device):

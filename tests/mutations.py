@@ -61,7 +61,7 @@ MUTANTS = [
     ),
     Mutant(
         "sft.py",
-        "template = tokenizer.bos_token + template",
+        '(tokenizer.bos_token if has_bos else "") + PLAIN_TEMPLATE',
         "pass",
         "the plain chat template drops BOS",
         "test_data.py::test_plain_chat_template",
@@ -502,8 +502,8 @@ MUTANTS = [
     ),
     Mutant(
         "rejection_sampling.py",
-        '"gold": nan_to_null(golds[i : i + N])',
-        '"gold": nan_to_null(golds[:N])',
+        '"gold": golds[i : i + N]',
+        '"gold": golds[:N]',
         "every prompt's rollouts get the first prompt's gold labels",
         "test_rejection_sampling.py::test_rollouts_hold_the_scores_of_each_completion",
     ),
@@ -1766,13 +1766,6 @@ MUTANTS = [
         "range(0, len(prompts) - 63, 64)",
         "the last prompts of an iteration are not sampled",
         "test_pieces.py::test_rollouts_of_an_iteration_in_pieces",
-    ),
-    Mutant(
-        "rejection_sampling.py",
-        '"gold": nan_to_null(golds[i : i + N])',
-        '"gold": golds[i : i + N]',
-        "rollouts.jsonl has NaN in a list",
-        "test_logs.py::test_logs_are_strict_json[rejection_sampling]",
     ),
     Mutant(
         "rejection_sampling.py",
