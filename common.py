@@ -20,7 +20,6 @@ import zlib
 from datetime import datetime
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
 import tyro
@@ -37,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.logging.set_verbosity_error()
@@ -165,7 +165,7 @@ def model_forward(function):
 
 def autocast(model):
     """An autocast context. It caches bfloat16 weights: exit it before an optimizer step."""
-    is_bfloat16 = getattr(model, "compute_dtype", None) == "bfloat16"
+    is_bfloat16 = model.compute_dtype == "bfloat16"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=is_bfloat16)
 
 
@@ -186,22 +186,20 @@ def clip_gradients(model, max_norm):
     """Clip the gradient norm to max_norm (0: no limit). Returns the norm before clipping.
 
     Raises RuntimeError if the norm is not finite."""
-    parameters = model.parameters()
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(
+        model.parameters(),
+        max_norm or math.inf,
+        error_if_nonfinite=True,
+    )
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # ---------------------------------------------------------------- 3. models
-def from_pretrained(cls, path, **options):
-    """cls.from_pretrained(path), with a hint if an earlier stage has not been run."""
+def load_tokenizer(path):
+    """The tokenizer of a directory or Hub id. PAD defaults to EOS."""
     if path.startswith("runs/") and not Path(path).exists():
         fail(f"{path} does not exist (runs/NAME is written by `python NAME.py`)")
-    return cls.from_pretrained(path, **options)
-
-
-def load_tokenizer(path):
-    """The tokenizer of a directory or Hub id (None: the demo). PAD defaults to EOS."""
-    tokenizer = from_pretrained(transformers.AutoTokenizer, path) if path else tiny_tokenizer()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
@@ -227,18 +225,22 @@ def end_of_turn_id(tokenizer):
     except (TemplateError, TypeError):  # it only renders other conversations
         text = ""
     ids = tokenizer(text.partition("good-bye")[2], add_special_tokens=False).input_ids
-    special_ids = special_tokens(tokenizer).values()
-    return next((x for x in ids if x in special_ids), tokenizer.eos_token_id)
+    special = special_tokens(tokenizer).values()
+    return next((x for x in ids if x in special), tokenizer.eos_token_id)
 
 
 def context_of(config):
-    """Maximum sequence length of a model, infinity if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """Maximum sequence length of a model, infinity if its config does not say.
+
+    LongRoPE (Phi 3): the original one, since a longer row changes the log-probs of its batch."""
+    config = config.get_text_config()
+    original = getattr(config, "original_max_position_embeddings", None)
+    return original or getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def check_fit(path, sequences, max_new_tokens=0):
     """Fail if a sequence exceeds the context of a model, or a token id its vocabulary."""
-    config = from_pretrained(transformers.AutoConfig, path).get_text_config()
+    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
     longest = max(map(len, sequences)) + max_new_tokens
     if longest > context_of(config):
         fail(f"{path}: {longest} tokens exceed its context of {context_of(config)}: --max-*length")
@@ -248,8 +250,7 @@ def check_fit(path, sequences, max_new_tokens=0):
 
 def load_weights(cls, path, has_new_head=False, **options):
     """A model with float32 weights. Fails on missing or unexpected ones, except a new head."""
-    model, info = from_pretrained(
-        cls,
+    model, info = cls.from_pretrained(
         path,
         dtype=torch.float32,
         use_safetensors=True,  # nothing is unpickled
@@ -268,23 +269,24 @@ def prepare(model, args, device, trainable):
     """Freeze or unfreeze a model, set its compute dtype, move it to its device."""
     model.eval()  # no dropout: with it, the ratio before the first update would not be 1
     model.requires_grad_(trainable)
+    is_checkpointed = trainable and args.gradient_checkpointing
     # torch's checkpoint: transformers' own needs train mode, which turns dropout on
-    for module in model.modules() if trainable and args.gradient_checkpointing else []:
+    for module in model.modules() if is_checkpointed else []:
         if isinstance(module, GradientCheckpointingLayer):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     model.compute_dtype = args.dtype
+    # a recomputed layer would write to its cache twice, and FSDP needs equal passes on all ranks
+    can_share = world_size() == 1 and not is_checkpointed
+    layers = transformers.DynamicCache(config=model.config).layers
+    model.can_share_prompts = can_share and all(isinstance(x, DynamicLayer) for x in layers)
     return shard(model, device)
 
 
 def load_policy(path, tokenizer, args, device, trainable=False):
-    """A causal language model with float32 weights (path None: a new one for the demo).
+    """A causal language model with float32 weights.
 
     Its generation config has all EOS ids, without the checkpoint's top-k and top-p."""
-    model = (
-        load_weights(transformers.AutoModelForCausalLM, path)
-        if path
-        else tiny_model(tokenizer, args.seed)
-    )
+    model = load_weights(transformers.AutoModelForCausalLM, path)
     check_head(model, path)
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
@@ -301,8 +303,8 @@ def load_scorer(path, args, device, trainable=False, init=None):
     """A sequence classifier with one output and float32 weights.
 
     init(model, has_new_head) is called before sharding. Without init, a new head is an error."""
-    config = from_pretrained(transformers.AutoConfig, path)
-    has_new_head = "SequenceClassification" not in str(config.architectures)
+    architectures = transformers.AutoConfig.from_pretrained(path).architectures
+    has_new_head = "SequenceClassification" not in str(architectures)
     if init is None and has_new_head:
         fail(f"{path} is not a reward model: train one with reward_model.py")
     model = load_weights(
@@ -325,6 +327,33 @@ def head_logits(model, hidden):
     if cap:  # Gemma 2 and later
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def hidden_states(model, batch):
+    """Last hidden states at mask positions, in the order of the mask. Shapes: (B, T) -> (N, H).
+
+    Equal prompts go through the model once, up to the length of the shortest prompt. Each row
+    continues from a copy of their cache, and gradients flow through the copies. The mask is 0 at
+    all prompt tokens but the last."""
+    inputs = batch["inputs"]
+    n = 0
+    cache = None
+    if "prompt_length" in batch and model.can_share_prompts:
+        n = max(0, int(batch["prompt_length"].min()) - 1)
+    prompts, row = inputs[:, : n + 1].unique(dim=0, return_inverse=True)  # (P, n + 1), (B,)
+    if len(prompts) == len(inputs):
+        n = 0
+    if n > 0:
+        cache = transformers.DynamicCache(config=model.config)
+        model.base_model(input_ids=prompts[:, :n], cache=cache)
+        cache.reorder_cache(row)
+    outputs = model.base_model(
+        input_ids=inputs[:, n:],
+        attention_mask=batch["attention_mask"],
+        cache=cache,
+        use_cache=n > 0,
+    )
+    return outputs.last_hidden_state[batch["mask"][:, n:].bool()]
 
 
 @torch.no_grad()
@@ -379,37 +408,6 @@ def task_checker(prompts, completions, rows):
         float(row["finished"] and text.strip() == row["answer"])
         for text, row in zip(completions, rows)
     ]
-
-
-def tiny_tokenizer():
-    """One token per letter, `>`, PAD, EOS and UNK; no BOS, no chat template."""
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[UNK]", ">", *LETTERS])}
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    letters.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=letters,
-        pad_token="[PAD]",
-        eos_token="[EOS]",
-        unk_token="[UNK]",
-    )
-
-
-def tiny_model(tokenizer, seed):
-    """A new Llama of 0.8M parameters."""
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config)
 
 
 # ---------------------------------------------------------------- 5. data
@@ -542,7 +540,7 @@ def encode(tokenizer, prompt, completions):
     """Token ids of prompt + completion, for each completion (None: of the prompt to complete)."""
     texts = [render(tokenizer, prompt, completion) for completion in completions]
     # a chat template writes BOS itself, and a text may begin with it
-    has_bos = texts[0] != texts[0].removeprefix(tokenizer.bos_token or "")
+    has_bos = tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)
     add_special_tokens = isinstance(prompt, str) and not has_bos
     return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False).input_ids
 
@@ -601,8 +599,11 @@ SMALL_BATCH = 4096 if IS_CUDA else 512  # tokens; less is no faster
 
 def pad_rows(rows, device, side="right"):
     """Lists of numbers -> (B, T), padded with 0."""
-    rows = [torch.tensor(row) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+    return pad_sequence(
+        [torch.tensor(row) for row in rows],
+        batch_first=True,
+        padding_side=side,
+    ).to(device)
 
 
 def take(batch, rows):
@@ -648,12 +649,11 @@ def micro_batches(batch, max_tokens):
 def in_micro_batches(function, model, batch, max_tokens, *options):
     """function(model, micro_batch, *options) for a whole batch, without gradient, on every rank.
 
-    Of a tuple, the first item is used. Shapes: results (b, t) -> (B, T), 0 elsewhere."""
-    result = torch.zeros(batch["inputs"].shape, device=batch["inputs"].device)
+    Shapes: results (b, t) -> (B, T), 0 elsewhere."""
+    result = torch.zeros_like(batch["inputs"], dtype=torch.float32)
     with autocast(model):
         for rows in micro_batch_rows(batch, max_tokens):
             values = function(model, take(batch, rows), *options)
-            values = values[0] if isinstance(values, tuple) else values
             result[rows, : values.shape[1]] = values[: len(rows)]
     return all_reduce(result)
 
@@ -827,8 +827,8 @@ def vocabulary(path):
     """The (token, id) pairs of a tokenizer and the rows of an embedding, as one set.
 
     A model can read the ids of a policy if its vocabulary contains the policy's."""
-    config = from_pretrained(transformers.AutoConfig, path).get_text_config()
-    return {*load_tokenizer(path).get_vocab().items(), *range(config.vocab_size)}
+    num_embeddings = transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    return {*load_tokenizer(path).get_vocab().items(), *range(num_embeddings)}
 
 
 @model_forward
@@ -836,14 +836,8 @@ def last_token_scores(model, batch):
     """The float32 score head at the last token. Shapes: batch of (B, T) -> (B, 1).
 
     The last token is found by length. transformers looks for PAD, which can be sampled."""
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    last = batch["attention_mask"].sum(1) - 1  # (B,)
-    hidden = outputs.last_hidden_state[torch.arange(len(last)), last].float()  # (B, H)
-    return (hidden * model.score.weight[0]).sum(-1, keepdim=True)
+    hidden = hidden_states(model, batch)  # (B, H): mask is 1 at the last token
+    return (hidden.float() * model.score.weight[0]).sum(-1, keepdim=True)
 
 
 def model_reward(path, args, examples, policy_tokenizer, device):
@@ -876,6 +870,7 @@ def model_reward(path, args, examples, policy_tokenizer, device):
         batch = {
             "inputs": pad_rows(sequences, device),
             "attention_mask": pad_rows([[1] * len(ids) for ids in sequences], device),
+            "mask": pad_rows([[0] * (len(ids) - 1) + [1] for ids in sequences], device),
         }
         scores = in_micro_batches(last_token_scores, model, batch, args.micro_batch_tokens)
         return scores[:, 0].cpu()
@@ -966,12 +961,10 @@ def is_due(every, step, steps):
 
 def fingerprint(examples, models):
     """Digest of data and initial weights, independent of the number of ranks."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(example["row"]).encode())
+    rows = repr([example["row"] for example in examples])
     weights = [x.to_local() if isinstance(x, DTensor) else x for x in models.parameters()]
     bits = sum(int(x.detach().view(torch.int32).sum(dtype=torch.int64)) for x in weights)
-    return digest.hexdigest() + str(all_reduce(bits))
+    return hashlib.sha256(rows.encode()).hexdigest() + str(all_reduce(bits))
 
 
 class Run:
@@ -991,7 +984,6 @@ class Run:
         self.checkpoint = self.dir / "checkpoint/state.pt"
         self.fingerprint = fingerprint(examples, models)
         self.signal = 0
-        self.log_sizes = {}  # name -> bytes
         self.handlers = [
             (number, signal.signal(number, self.interrupt))
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -1013,13 +1005,13 @@ class Run:
                 optim_state_dict=state["optimizer"],
                 options=FULL_STATE_DICT,
             )
-        self.log_sizes = state["log_sizes"]
+        self.log_sizes = state["log_sizes"]  # name -> bytes
         if rank() == 0:
             for name, size in self.log_sizes.items():  # drop what was logged later
                 os.truncate(self.dir / name, size)
             new = self.dir / "args.json.new"
             new.write_text(json.dumps(vars(self.args), indent=1))
-            os.replace(new, self.dir / "args.json")
+            new.replace(self.dir / "args.json")
         self.bar.update(state["step"])
         return state["step"]
 

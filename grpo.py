@@ -51,6 +51,7 @@ from common import (
     fail,
     generator,
     head_logits,
+    hidden_states,
     in_micro_batches,
     is_due,
     load_examples,
@@ -175,6 +176,7 @@ def completion_batch(rollouts, device):
         "targets": pad_rows([ids[1:] for ids in sequences], device),
         "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
         "mask": pad_rows([mask[1:] for mask in masks], device),
+        "prompt_length": torch.tensor([len(x["prompt_ids"]) for x in rollouts], device=device),
     }
 
 
@@ -186,12 +188,7 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
     on masked positions only, in checkpointed chunks, so memory does not scale with B * T * V.
     Shapes: batch of (B, T) -> (B, T), (B, T)."""
     mask = batch["mask"].bool()
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    hidden = hidden_states(model, batch)  # (N, H)
     targets = batch["targets"][mask]  # (N,)
 
     def chunk_logprobs_and_entropy(hidden, targets):
@@ -215,21 +212,21 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
+@torch.no_grad()
+def logprobs_without_gradient(model, batch, temperature):
+    """Log-probs of a micro-batch, without gradient. Shapes: batch of (b, t) -> (b, t)."""
+    return token_logprobs_and_entropy(model, batch, temperature)[0]
+
+
 def batch_logprobs(model, batch, args):
     """Log-probs of a whole batch without gradient. Shapes: batch of (B, T) -> (B, T)."""
     return in_micro_batches(
-        token_logprobs_and_entropy,
+        logprobs_without_gradient,
         model,
         batch,
         args.micro_batch_tokens,
         args.temperature,
     )
-
-
-@torch.no_grad()
-def logprobs_without_gradient(model, batch, temperature):
-    """Log-probs of a micro-batch, without gradient. Shapes: batch of (b, t) -> (b, t)."""
-    return token_logprobs_and_entropy(model, batch, temperature)[0]
 
 
 def equal_groups(rewards, group_size):
@@ -422,8 +419,17 @@ def scheduled_learning_rate(step, steps, args):
 
 def minibatch_rows(num_rows, step, epoch, args):
     """The rows of each minibatch, reshuffled every epoch."""
+    if num_rows < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: {num_rows} scored completions")
     rng = generator(args.seed, "minibatch", step, epoch)
     return torch.randperm(num_rows, generator=rng).tensor_split(args.num_minibatches)
+
+
+def count_tokens(sums, batch):
+    """Count the tokens of a micro-batch: of completions, without padding, with padding."""
+    sums["completion_tokens"] += batch["mask"].sum()
+    sums["real_tokens"] += batch["attention_mask"].sum()
+    sums["padded_tokens"] += batch["inputs"].numel()
 
 
 def track_ratio(sums, logprobs, old_logprobs):
@@ -450,14 +456,13 @@ def rollout_metrics(rollouts, gold, args):
 def update_metrics(sums, batch, args):
     """Means over the updates of a step; sums are over the micro-batches of this rank."""
     loss_mask = batch.get("loss_mask", batch["mask"])
-    num_tokens = batch["attention_mask"].sum()
     return {
-        "entropy": all_reduce(sums["entropy"]) / (args.update_epochs * batch["mask"].sum()),
+        "entropy": all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"]).clamp(min=1),
         "clip_fraction": all_reduce(sums["clipped"])
         / (args.update_epochs * loss_mask.sum().clamp(min=1)),
         "ratio_max_dev": all_reduce(sums["ratio_max_dev"], op="max"),
         "grad_norm": sums["grad_norm"] / sums["updates"],
-        "padding": 1 - args.update_epochs * num_tokens / all_reduce(sums["padded_tokens"]),
+        "padding": 1 - all_reduce(sums["real_tokens"]) / all_reduce(sums["padded_tokens"]),
     }
 
 
@@ -603,8 +608,6 @@ def main(args):
             rollouts, num_replaced = replace_equal_groups(
                 rollouts, policy, reward, examples, args, step=step
             )
-        if len(rollouts) < args.num_minibatches:
-            fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
         batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)
         mask = batch["mask"]
         sampling_seconds = time.time() - start_time
@@ -635,6 +638,8 @@ def main(args):
                 minibatch = take(batch, rows)
                 loss_mask = minibatch["loss_mask"]
                 minibatch["weights"] = loss_weights(loss_mask, args.loss_aggregation, max_length)
+                if not is_kl_loss:  # 8. skip completions of advantage 0: they have no gradient
+                    minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])
                 for mb in micro_batches(minibatch, max_tokens):
                     if is_kl_loss:  # before the policy's activations exist
                         ref_logprobs = logprobs_without_gradient(reference, mb, args.temperature)
@@ -654,8 +659,8 @@ def main(args):
                         sums["kl"] += (old_logprobs - ref_logprobs).sum()
                     loss.backward()
                     track_ratio(sums, logprobs, old_logprobs)
-                    sums.update(loss=loss.detach(), clipped=clipped.sum())
-                    sums.update(entropy=entropy.sum(), padded_tokens=mb["inputs"].numel())
+                    sums.update(loss=loss.detach(), clipped=clipped.sum(), entropy=entropy.sum())
+                    count_tokens(sums, mb)
                 sums["grad_norm"] += clip_gradients(policy, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

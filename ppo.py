@@ -45,6 +45,7 @@ from common import (
     fail,
     generator,
     head_logits,
+    hidden_states,
     in_micro_batches,
     is_due,
     load_examples,
@@ -184,6 +185,7 @@ def completion_batch(rollouts, device):
         "targets": pad_rows([ids[1:] for ids in sequences], device),
         "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
         "mask": pad_rows([mask[1:] for mask in masks], device),
+        "prompt_length": torch.tensor([len(x["prompt_ids"]) for x in rollouts], device=device),
     }
 
 
@@ -195,12 +197,7 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
     on masked positions only, in checkpointed chunks, so memory does not scale with B * T * V.
     Shapes: batch of (B, T) -> (B, T), (B, T)."""
     mask = batch["mask"].bool()
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    hidden = hidden_states(model, batch)  # (N, H)
     targets = batch["targets"][mask]  # (N,)
 
     def chunk_logprobs_and_entropy(hidden, targets):
@@ -224,10 +221,16 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
+@torch.no_grad()
+def logprobs_without_gradient(model, batch, temperature):
+    """Log-probs of a micro-batch, without gradient. Shapes: batch of (b, t) -> (b, t)."""
+    return token_logprobs_and_entropy(model, batch, temperature)[0]
+
+
 def batch_logprobs(model, batch, args):
     """Log-probs of a whole batch without gradient. Shapes: batch of (B, T) -> (B, T)."""
     return in_micro_batches(
-        token_logprobs_and_entropy,
+        logprobs_without_gradient,
         model,
         batch,
         args.micro_batch_tokens,
@@ -240,13 +243,10 @@ def token_values(model, batch):
     """Values V(inputs[:, : t + 1]), the predicted return, float32 and 0 outside the mask.
 
     Shapes: batch of (B, T) -> (B, T)."""
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state.float()  # (B, T, H)
-    return (hidden * model.score.weight[0]).sum(-1) * batch["mask"]
+    mask = batch["mask"].bool()
+    hidden = hidden_states(model, batch)  # (N, H)
+    values = (hidden.float() * model.score.weight[0]).sum(-1)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def masked_mean(x, mask):
@@ -417,8 +417,17 @@ def scheduled_learning_rate(step, steps, args):
 
 def minibatch_rows(num_rows, step, epoch, args):
     """The rows of each minibatch, reshuffled every epoch."""
+    if num_rows < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: {num_rows} scored completions")
     rng = generator(args.seed, "minibatch", step, epoch)
     return torch.randperm(num_rows, generator=rng).tensor_split(args.num_minibatches)
+
+
+def count_tokens(sums, batch):
+    """Count the tokens of a micro-batch: of completions, without padding, with padding."""
+    sums["completion_tokens"] += batch["mask"].sum()
+    sums["real_tokens"] += batch["attention_mask"].sum()
+    sums["padded_tokens"] += batch["inputs"].numel()
 
 
 def track_ratio(sums, logprobs, old_logprobs):
@@ -458,14 +467,13 @@ def rollout_metrics(rollouts, gold, args):
 def update_metrics(sums, batch, args):
     """Means over the updates of a step; sums are over the micro-batches of this rank."""
     loss_mask = batch.get("loss_mask", batch["mask"])
-    num_tokens = batch["attention_mask"].sum()
     return {
-        "entropy": all_reduce(sums["entropy"]) / (args.update_epochs * batch["mask"].sum()),
+        "entropy": all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"]).clamp(min=1),
         "clip_fraction": all_reduce(sums["clipped"])
         / (args.update_epochs * loss_mask.sum().clamp(min=1)),
         "ratio_max_dev": all_reduce(sums["ratio_max_dev"], op="max"),
         "grad_norm": sums["grad_norm"] / sums["updates"],
-        "padding": 1 - args.update_epochs * num_tokens / all_reduce(sums["padded_tokens"]),
+        "padding": 1 - all_reduce(sums["real_tokens"]) / all_reduce(sums["padded_tokens"]),
     }
 
 
@@ -621,8 +629,6 @@ def main(args):
         prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
         rng = generator(args.seed, "sample", step)
         rollouts = sample_and_score(policy, reward, prompts, rng, args)
-        if len(rollouts) < args.num_minibatches:
-            fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
         batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)
         mask = batch["mask"]
         sampling_seconds = time.time() - start_time
@@ -664,7 +670,8 @@ def main(args):
                     )
                     loss.backward()  # frees the policy's activations before the value model runs
                     sums.update(policy_loss=loss.detach(), clipped=clipped.sum())
-                    sums.update(entropy=entropy.sum(), padded_tokens=mb["inputs"].numel())
+                    sums.update(entropy=entropy.sum())
+                    count_tokens(sums, mb)
                     track_ratio(sums, logprobs, mb["old_logprobs"])
                     values = token_values(value_model, mb)
                     loss, clipped = value_loss(

@@ -39,6 +39,7 @@ from common import (
     fail,
     generator,
     head_logits,
+    hidden_states,
     in_micro_batches,
     is_due,
     load_examples,
@@ -146,6 +147,7 @@ def completion_batch(rollouts, device):
         "targets": pad_rows([ids[1:] for ids in sequences], device),
         "attention_mask": pad_rows([[1] * (len(ids) - 1) for ids in sequences], device),
         "mask": pad_rows([mask[1:] for mask in masks], device),
+        "prompt_length": torch.tensor([len(x["prompt_ids"]) for x in rollouts], device=device),
     }
 
 
@@ -157,12 +159,7 @@ def token_logprobs(model, batch, temperature=1.0):
     checkpointed chunks, so memory does not scale with B * T * V.
     Shapes: batch of (B, T) -> (B, T)."""
     mask = batch["mask"].bool()
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    hidden = hidden_states(model, batch)  # (N, H)
     targets = batch["targets"][mask]  # (N,)
 
     def chunk_logprobs(hidden, targets):

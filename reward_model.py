@@ -49,8 +49,8 @@ from common import (
     encode_completions,
     end_of_turn_id,
     fail,
-    from_pretrained,
     generator,
+    hidden_states,
     in_micro_batches,
     is_due,
     load_examples,
@@ -288,12 +288,7 @@ def token_scores(model, batch):
     inputs are whole sequences, right-padded. The head runs in float32 under autocast too: bfloat16
     scores near 4 are at least 0.03 apart, which makes close pairs ties."""
     mask = batch["mask"].bool()
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    hidden = hidden_states(model, batch)  # (N, H)
     scores = (hidden.float() * model.score.weight[0]).sum(-1)
     return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
 
@@ -365,6 +360,7 @@ def score_batch(examples, device, full_batch=None):
     groups = []
     margins = []
     pair_weights = []
+    prompt_lengths = []
     for group, example in enumerate(examples):
         num_pairs = count_pairs(example)
         for i, completion_ids in enumerate(example["completion_ids"]):
@@ -379,6 +375,7 @@ def score_batch(examples, device, full_batch=None):
             labels.append(row_labels)
             groups.append(group)
             margins.append(example["margin"])
+            prompt_lengths.append(len(example["prompt_ids"]))
             pair_weights.append(1 / (num_pairs * num_compared) if num_pairs else 0.0)
     mask = pad_rows(masks, device)
     return {
@@ -388,6 +385,7 @@ def score_batch(examples, device, full_batch=None):
         "labels": pad_rows(labels, device),
         "weights": mask / num_labels,
         "group": torch.tensor(groups, device=device),
+        "prompt_length": torch.tensor(prompt_lengths, device=device),
         "margins": torch.tensor(margins, device=device),
         "pair_weights": torch.tensor(pair_weights, device=device),
         "prompt_weights": torch.full((len(sequences),), 1 / len(full_batch), device=device),
@@ -449,7 +447,7 @@ def clamp_shares(metrics):
 def find_eos_ids(tokenizer, path):
     """Ids that may end a completion, from tokenizer, chat template and generation config."""
     try:
-        configured = from_pretrained(transformers.GenerationConfig, path).eos_token_id
+        configured = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the checkpoint has no generation_config.json
         configured = None
     configured = configured if isinstance(configured, list) else [configured]

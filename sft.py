@@ -17,18 +17,22 @@ The demo, a run without --model, ends near 35% exact match (`gold`), since it ha
 later stages improve on that."""
 
 import math
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tokenizers
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
     COMPLETION_COLUMNS,
+    LETTERS,
     DroppedRow,
     Run,
     all_reduce,
@@ -39,6 +43,7 @@ from common import (
     encode_completions,
     generator,
     head_logits,
+    hidden_states,
     in_micro_batches,
     is_due,
     load_examples,
@@ -155,6 +160,39 @@ def set_chat_template(tokenizer, name):
     tokenizer.chat_template = (tokenizer.bos_token if has_bos else "") + PLAIN_TEMPLATE
 
 
+def tiny_tokenizer():
+    """One token per letter, `>`, PAD, EOS and UNK; no BOS, no chat template."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[UNK]", ">", *LETTERS])}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    letters.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+    )
+
+
+def save_tiny_model(folder, seed):
+    """Save the model of the demo, a new Llama of 0.8M parameters, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def make_batch(examples, device):
     """Make a batch, a dict of (B, T) tensors, from ids and mask (1: trained).
 
@@ -178,12 +216,7 @@ def token_logprobs(model, batch, temperature=1.0):
     checkpointed chunks, so memory does not scale with B * T * V.
     Shapes: batch of (B, T) -> (B, T)."""
     mask = batch["mask"].bool()
-    outputs = model.base_model(
-        input_ids=batch["inputs"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state[mask]  # (N, H)
+    hidden = hidden_states(model, batch)  # (N, H)
     targets = batch["targets"][mask]  # (N,)
 
     def chunk_logprobs(hidden, targets):
@@ -275,8 +308,14 @@ def evaluate_answers(policy, gold, examples, run, step):
 def main(args):
     device = setup(args)
 
+    path = args.model
+    if path is None:
+        folder = tempfile.TemporaryDirectory()
+        path = folder.name
+        save_tiny_model(path, args.seed)
+
     # data first: a bad file fails before the model is loaded
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(path)
     if args.chat_template is not None:
         set_chat_template(tokenizer, args.chat_template)
     examples = load_examples(args.dataset, "sft", sft_example, tokenizer, args)
@@ -284,9 +323,8 @@ def main(args):
     gold = load_gold(args, args.eval_dataset or args.dataset, tokenizer)
 
     # model
-    if args.model is not None:
-        check_fit(args.model, [example["ids"] for example in examples + held_out])
-    policy = load_policy(args.model, tokenizer, args, device, trainable=True)
+    check_fit(path, [example["ids"] for example in examples + held_out])
+    policy = load_policy(path, tokenizer, args, device, trainable=True)
     models = nn.ModuleDict({"policy": policy})
     optimizer = torch.optim.AdamW(
         models.parameters(),

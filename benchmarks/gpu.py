@@ -17,7 +17,7 @@ import transformers
 from helpers import ROOT, make_parser, read_lines, write_lines
 from memory import MODELS
 
-import common
+import sft
 
 TINY = dict(vocab_size=512, hidden_size=56, intermediate_size=64, num_hidden_layers=2)
 SHAPES = MODELS | {"tiny": MODELS["0.5B"] | TINY}
@@ -35,7 +35,7 @@ SHOWN = [
 
 def save_model(folder, shape):
     """Save a policy and a reward model with random weights."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.model_max_length = 2048
     ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     config = transformers.AutoConfig.for_model(**SHAPES[shape], **ids, num_labels=1)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import sft
 
 GIB = 2**30
 MODELS = {
@@ -362,7 +363,7 @@ def check(names, numbers_of_processes):
     names_of_cells = "model", "processes", "flags", "phase", "computed, MiB", "measured, MiB"
     print_header([*names_of_cells, "ratio"])
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = common.tiny_tokenizer()
+        tokenizer = sft.tiny_tokenizer()
         tokenizer.model_max_length = 512
         prompt = "abcdefgh" * 8
         write_lines(Path(folder, "rows.jsonl"), [{"prompt": prompt}])

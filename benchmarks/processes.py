@@ -58,7 +58,7 @@ def make_start(folder):
     import torch
     import transformers
 
-    import common
+    import sft
 
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
@@ -74,7 +74,7 @@ def make_start(folder):
         bos_token_id=None,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
-    common.tiny_tokenizer().save_pretrained(f"{folder}/model")
+    sft.tiny_tokenizer().save_pretrained(f"{folder}/model")
     letters = "abcdefgh"
     rows = [{"prompt": letters[i:] * 4 + letters[:i] * 4} for i in range(8)]
     write_lines(f"{folder}/rows.jsonl", rows)

@@ -39,6 +39,7 @@ from helpers import (
 
 import common
 import grpo
+import sft
 
 RESULTS = HERE / "speed.jsonl"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +65,7 @@ def save_model(folder, vocab):
         pad_token_id=0,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    common.tiny_tokenizer().save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
 
 
 def reward(prompts, completions, rows):

@@ -16,6 +16,7 @@ import transformers
 
 import common
 import grpo
+import sft
 
 torch.set_num_threads(1)  # these models are too small to share; on a busy machine it is far faster
 
@@ -115,7 +116,7 @@ def save_tiny(name, folder):
         if key.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
-    common.tiny_tokenizer().save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +210,12 @@ def as_rollouts(prompts, completions):
 
 def ragged_batch(seed):
     return grpo.completion_batch(as_rollouts(*ragged_ids(seed)), CPU)
+
+
+def at_last_token(batch):
+    """The batch with a mask that is 1 at the last token of each row."""
+    mask = batch["attention_mask"]
+    return batch | {"mask": mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))}
 
 
 def gradients(model):

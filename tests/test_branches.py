@@ -107,7 +107,7 @@ def avoid_eos(model):
 
 def permuted_tokenizer():
     """The tokens of the tiny tokenizer with ids in reverse order."""
-    vocab = common.tiny_tokenizer().get_vocab()
+    vocab = sft.tiny_tokenizer().get_vocab()
     special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
     return wordlevel(sorted(vocab, key=vocab.get, reverse=True), **special)
 
@@ -123,7 +123,7 @@ def models(tmp_path_factory):
     language_model = transformers.GPT2LMHeadModel
     scorer = transformers.GPT2ForSequenceClassification
     tokenizer, permuted, other = (
-        common.tiny_tokenizer(),
+        sft.tiny_tokenizer(),
         permuted_tokenizer(),
         other_tokenizer(True),
     )
@@ -750,7 +750,7 @@ def test_a_run_is_not_resumed_with_another_template(models, tmp_path, monkeypatc
 @background.job
 def ptx_of_two(folder, items):
     """PPO-ptx in two processes, its start models and its data."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     for name, cls, seed in [
         ("sft", transformers.LlamaForCausalLM, 1),
         ("reward_model", transformers.LlamaForSequenceClassification, 2),

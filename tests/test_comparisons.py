@@ -27,6 +27,7 @@ import ppo
 import rejection_sampling
 import reward_model
 import rloo
+import sft
 from reward_model import better_pairs, plackett_luce_loss, step_ends, weighted_loss
 
 
@@ -516,7 +517,7 @@ def combined(member_scores, **flags):
     args = reward_args(",".join(["sort"] * len(member_scores)), **flags)
     members = iter([lambda _, scores=scores: torch.tensor(scores) for scores in member_scores])
     with mock.patch.object(common, "checker_reward", lambda *_: next(members)):
-        reward = common.load_reward(args, [], common.tiny_tokenizer(), CPU)
+        reward = common.load_reward(args, [], sft.tiny_tokenizer(), CPU)
     rollouts = [{} for _ in member_scores[0]]
     scores = reward(rollouts).tolist()
     kept = torch.stack([rollout["member_scores"] for rollout in rollouts], dim=1)

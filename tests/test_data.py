@@ -197,8 +197,6 @@ TABLE = [dict(prompt="a>", completion="b"), dict(prompt="c>", completion="d")]
         ("someone/data", ["someone/data"], dict(split="train")),
         ("gsm8k:test", ["gsm8k"], dict(split="test")),
         ("openai/gsm8k:main:test", ["openai/gsm8k", "main"], dict(split="test")),
-        ("dir/rows.csv", ["csv"], dict(data_files="dir/rows.csv", split="train")),
-        ("rows.parquet", ["parquet"], dict(data_files="rows.parquet", split="train")),
     ],
 )
 def test_calls_of_the_datasets_package(dataset, names, options, monkeypatch):
@@ -212,17 +210,6 @@ def test_calls_of_the_datasets_package(dataset, names, options, monkeypatch):
     assert calls == [(tuple(names), options)]
     assert [e["row"] for e in examples] == TABLE
     assert examples[1]["where"] == f"{dataset} row 2"
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
-def test_tables(name, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    path = tmp_path / name
-    if name == "rows.csv":
-        path.write_text("prompt,completion\na>,b\nc>,d\n")
-    else:
-        datasets.Dataset.from_list(TABLE).to_parquet(str(path))
-    assert [e["row"] for e in load_file(path)] == TABLE
 
 
 # ---------------------------------------------------------------- formats of rows
@@ -424,7 +411,7 @@ def test_one_eos_at_the_end_is_trained(load, pad, completion):
         (lambda: letters(bos=True), 1),
         (lambda: letters(bos=True, chat=True), 1),
         (letters, 0),
-        (common.tiny_tokenizer, 0),
+        (sft.tiny_tokenizer, 0),
     ],
 )
 def test_bos_once_or_never(load, kind, make, count):
@@ -639,7 +626,7 @@ def test_kind_selects_the_rows_of_the_task(name, monkeypatch):
     monkeypatch.setattr(common, "TASK_ROWS", sizes)
     kind, make_example = MAKE_EXAMPLE[name]
     args = flags(dataset="sort", eval_dataset=None)
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     examples = common.load_examples("sort", kind, make_example, tokenizer, args)
     assert [e["row"] for e in examples] == common.task_rows(kind, False, args.seed)
     assert len(examples) == sizes[kind]

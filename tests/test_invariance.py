@@ -11,6 +11,7 @@ from conftest import (
     ARGS,
     CPU,
     as_rollouts,
+    at_last_token,
     distance,
     gradients,
     precise,
@@ -32,7 +33,7 @@ close = dict(rtol=1e-5, atol=1e-5)
 def load_policy(path, trainable=False, **changes):
     """common.load_policy with changed flags."""
     args = SimpleNamespace(**vars(ARGS) | changes)
-    return common.load_policy(path, common.tiny_tokenizer(), args, CPU, trainable=trainable)
+    return common.load_policy(path, sft.tiny_tokenizer(), args, CPU, trainable=trainable)
 
 
 def padded(batch, pad_id, more):
@@ -94,16 +95,17 @@ def test_scores_and_values_depend_on_neither_padding_nor_order(scorer):
 def test_results_do_not_depend_on_the_micro_batch_budget(name, request, scorers):
     """in_micro_batches puts every result back in its row and column."""
     policy = request.getfixturevalue(f"tiny_{name}")
-    batch = ragged_batch(2)
     for function, model, options in (
-        (logprobs_of, policy, [0.7]),  # the first item of a tuple
+        (lambda *args: logprobs_of(*args)[0], policy, [0.7]),
         (lambda *args: logprobs_of(*args)[1], policy, [1.3]),
         (common.last_token_scores, scorers[name], []),
         (ppo.token_values, scorers[name], []),
     ):
+        batch = ragged_batch(2)
+        if function is common.last_token_scores:
+            batch = at_last_token(batch)
         with torch.no_grad():
             whole = function(model, batch, *options)
-        whole = whole[0] if isinstance(whole, tuple) else whole
         for budget in BUDGETS:
             result = common.in_micro_batches(function, model, batch, budget, *options)
             result = result[:, : whole.shape[1]]
@@ -114,7 +116,7 @@ def test_results_do_not_depend_on_the_micro_batch_budget(name, request, scorers)
 def test_scores_of_a_reward_model_do_not_depend_on_the_budget(scorers, tmp_path):
     """A saved reward model has the scores of sequence_scores, in the order of the rollouts."""
     scorers["llama"].save_pretrained(tmp_path)
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     prompts, completions = ragged_ids(3)
     rollouts = as_rollouts(prompts, completions)

@@ -10,7 +10,6 @@ from language import write_rows
 from test_family import ROOT
 from test_scripts import chain, metrics  # noqa: F401
 
-import common
 import dpo
 import grpo
 import ppo
@@ -257,7 +256,7 @@ def given_sample(monkeypatch, script, completion):
         for example in examples:
             for g in range(num_generations):
                 letters, finished = completion(example, g)
-                ids = [common.tiny_tokenizer().convert_tokens_to_ids(x) for x in letters]
+                ids = [sft.tiny_tokenizer().convert_tokens_to_ids(x) for x in letters]
                 ids += [EOS] if finished else []
                 rollouts.append(example | {"completion_ids": ids, "finished": finished})
         return rollouts

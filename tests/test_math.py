@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, VOCAB, distance, gradients, ragged_batch
+from conftest import CPU, VOCAB, at_last_token, distance, gradients, ragged_batch
 
 import common
 import ppo
@@ -610,7 +610,7 @@ def test_sequence_scores(pad_id, scorer):
     batch = score_batch(sequences, pad_id)
     expected = [row[-1] for row in slow_heads(scorer, sequences)]
     for function in (reward_model.sequence_scores, common.last_token_scores):
-        scores = function(scorer, batch).flatten()
+        scores = function(scorer, at_last_token(batch)).flatten()
         assert scores.shape == (6,) and scores.dtype == torch.float32
         assert_near(scores, expected, atol=1e-5)
 

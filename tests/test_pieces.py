@@ -68,7 +68,7 @@ def fake_run(**changes):
         args=args,
         samples=samples,
         log_samples=log_samples,
-        tokenizer=common.tiny_tokenizer(),
+        tokenizer=sft.tiny_tokenizer(),
     )
 
 
@@ -104,7 +104,9 @@ def test_micro_batches_of_many_rows(tiny_llama, monkeypatch):
         monkeypatch.setattr(common, "SMALL_BATCH", small_batch)
         batch = ppo.completion_batch(rollouts, CPU)
         sizes = spy(monkeypatch, common, "take", lambda batch, rows: len(rows))
-        result = common.in_micro_batches(ppo.token_logprobs_and_entropy, tiny_llama, batch, budget)
+        result = common.in_micro_batches(
+            ppo.logprobs_without_gradient, tiny_llama, batch, budget, 1.0
+        )
         assert len(sizes) > 2 and sum(sizes) == len(rollouts)
         assert rollouts is not even or is_uneven(sizes)
         expected = [
@@ -469,7 +471,7 @@ def test_rollouts_of_an_iteration_in_pieces(tmp_path, monkeypatch):
     run = SimpleNamespace(
         args=args,
         dir=tmp_path,
-        tokenizer=common.tiny_tokenizer(),
+        tokenizer=sft.tiny_tokenizer(),
         append=lambda name, row: lines.append((name, row)),
         bar=SimpleNamespace(set_postfix_str=lambda text: None),
     )
@@ -481,15 +483,12 @@ def test_rollouts_of_an_iteration_in_pieces(tmp_path, monkeypatch):
         "rollouts.jsonl"
     }
 
-    def null(x):
-        return None if math.isnan(x) else x
-
     for i, record in enumerate(records):
         golds = [float(i % 4 < g) for g in range(N)]
-        scores = [null(score_of(i, g)) for g in range(N)]
+        scores = pytest.approx([score_of(i, g) for g in range(N)], nan_ok=True)
         assert record["iteration"] == 4 and record["row"]["i"] == i
         assert record["ids"] == [[4 + i // 26, 4 + i % 26, 4 + g, EOS] for g in range(N)]
-        assert record["scores"] == scores == record["member_scores"][0]
+        assert record["scores"] == scores and record["member_scores"][0] == scores
         assert record["member_scores"][1] == [i + 0.5] * N
         assert record["gold"] == golds and record["solve_rate"] == sum(golds) / N
         assert record["finished"] == [False, True, True]
@@ -497,7 +496,7 @@ def test_rollouts_of_an_iteration_in_pieces(tmp_path, monkeypatch):
     # means over all prompts of the iteration
     pairs = [(i, 0) for i in range(1, 150) if i % 7]
     found = rejection_sampling.selection_metrics(records, pairs)
-    known = [score for record in records for score in record["scores"] if score is not None]
+    known = [x for record in records for x in record["scores"] if not math.isnan(x)]
     assert float(found["score"]) == pytest.approx(sum(known) / len(known), rel=1e-5)
     selected = [score_of(i, 0) for i, _ in pairs]
     assert float(found["selected_score"]) == pytest.approx(sum(selected) / len(selected), rel=1e-5)

@@ -17,6 +17,7 @@ from language import write_rows
 
 import common
 import rejection_sampling as rs
+import sft
 
 NAN = math.nan
 BOOK = [
@@ -183,7 +184,7 @@ def test_repeated_completions_of_a_prompt_are_selected_once():
 def start(tmp_path_factory):
     """A folder with a random policy and a random reward model; the built-in task is small."""
     folder = tmp_path_factory.mktemp("start")
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -16,6 +16,7 @@ from test_data import refused as refused  # a fixture
 import common
 import dpo
 import reward_model as reward_model_script
+import sft
 
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 SHAPE |= dict(max_position_embeddings=128, initializer_range=0.3)
@@ -50,7 +51,7 @@ def other_tokenizer(bos=False, chat=False):
 
 def chat_policy():
     """The tiny tokenizer with a chat template: `content>` for every message."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
@@ -102,7 +103,7 @@ def reward_args(reward, micro_batch_tokens=64, combine="mean", coef=1.0):
 
 def load_reward(reward, examples, tokenizer=None, micro_batch_tokens=64):
     """--reward as a function; its attribute `model` is the reward model."""
-    tokenizer = tokenizer or common.tiny_tokenizer()
+    tokenizer = tokenizer or sft.tiny_tokenizer()
     args = reward_args(reward, micro_batch_tokens)
     args.model = policy_dir(tokenizer)
     models = [None]
@@ -140,7 +141,7 @@ PROMPTS = ["abcd>", "zyxwvuts>", "hello>", "q>", "monday>"]
 
 def tiny_rollouts(texts, prompts=PROMPTS):
     """Tiny tokenizer and rollouts; a text may spell [EOS] and [PAD]."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     examples = [example(tokenizer, prompt) for prompt in prompts]
     return tokenizer, rollouts_of(examples, [tokenizer(text).input_ids for text in texts])
 
@@ -173,7 +174,7 @@ def test_function_in_a_file(tmp_path):
     lines += ["    return [Rule().weight * len(text) for text in completions]"]
     lines += ["assert __name__ != '__main__'"]
     (tmp_path / "rules.py").write_text("\n".join(lines))
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     reward = load_reward(f"{tmp_path}/rules.py:length", [])
     completions = [tokenizer("ab[EOS]").input_ids, [1]]
     assert reward(rollouts_of([example(tokenizer, "ab>")] * 2, completions)).tolist() == [1.0, 0.0]
@@ -205,7 +206,7 @@ def test_any_other_name_is_a_model(reward, monkeypatch):
 
 def test_built_in_checker(refused):
     """A row without a usable answer is refused before sampling. A number in JSON is an answer."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     good = example(tokenizer, "ab>", answer="ba")
     reward = load_reward(common.TASK, [good])
     right = tokenizer("ba").input_ids
@@ -229,7 +230,7 @@ def test_built_in_checker(refused):
 
 
 def test_gold_is_the_exact_checker_of_data_or_reward():
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     right = rollouts_of([example(tokenizer, "ba>", answer="ab")], [tokenizer("ab[EOS]").input_ids])
     for dataset, reward, has_gold in [
         ("sort", "runs/reward_model", True),
@@ -244,7 +245,7 @@ def test_gold_is_the_exact_checker_of_data_or_reward():
 
 
 def test_checker_gets_texts_columns_and_finished():
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     calls = []
 
     def judge(prompts, completions, rows):
@@ -272,7 +273,7 @@ def test_checker_gets_texts_columns_and_finished():
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0] * 3, []])
 def test_checker_that_returns_a_wrong_number_of_scores(refused, scores):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     reward = common.checker_reward(lambda prompts, completions, rows: scores, tokenizer)
     rollouts = rollouts_of([example(tokenizer, "ab>")] * 2, [[5, 1], [6, 1]])
     refused(["--reward", "must return 2 scores"], reward, rollouts)
@@ -312,7 +313,7 @@ def test_score_if_pad_is_eos(save):
 def test_same_tokens_and_one_more(save):
     """A reward model with its own PAD still gets the ids of the policy, control tokens included."""
     tokenizer, rollouts = tiny_rollouts(SAMPLED)
-    richer = common.tiny_tokenizer()
+    richer = sft.tiny_tokenizer()
     richer.add_special_tokens({"pad_token": "<pad>"})
     reward = load_reward(save(richer), rollouts, tokenizer)
     assert common.vocabulary(policy_dir(tokenizer)) <= common.vocabulary(policy_dir(richer))
@@ -444,7 +445,7 @@ def test_messages_for_a_reward_model_without_template(save):
 
 
 def test_models_that_are_not_reward_models(save, refused):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     examples = [example(tokenizer, "ab>")]
     path = save(tokenizer, "LlamaForCausalLM")
     refused([path, "not a reward model"], load_reward, path, examples)
@@ -470,14 +471,14 @@ def load_new_scorer(path):
 
 
 def test_a_language_model_gets_a_new_head_and_a_scorer_keeps_its_own(save):
-    path = save(common.tiny_tokenizer(), "LlamaForCausalLM")
+    path = save(sft.tiny_tokenizer(), "LlamaForCausalLM")
     model = load_new_scorer(path)
     draw = common.generator(1, "head")
     expected = torch.nn.init.normal_(torch.zeros(1, 16), std=0.2, generator=draw)
     assert torch.equal(model.score.weight, expected) and expected.abs().min() > 0
     body = transformers.AutoModelForCausalLM.from_pretrained(path).model.state_dict()
     assert all(torch.equal(model.model.state_dict()[name], body[name]) for name in body)
-    path = save(common.tiny_tokenizer())
+    path = save(sft.tiny_tokenizer())
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(path)
     assert torch.equal(load_new_scorer(path).score.weight, saved.score.weight)
 
@@ -499,7 +500,7 @@ def test_pad_is_not_eos_and_has_an_embedding(save, tokens, spare, expected, rows
     """The embedding grows only if it must.
 
     `tokens` is the PAD of the tiny tokenizer, or all tokens of another one."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     if isinstance(tokens, str):
         tokenizer.pad_token = tokens
     else:
@@ -520,7 +521,7 @@ def test_pad_is_not_eos_and_has_an_embedding(save, tokens, spare, expected, rows
 
 def test_choose_pad_avoids_every_eos(save):
     """The generation config of Qwen2.5 lists its PAD among the EOS ids."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = "[UNK]"
     eos_ids = [tokenizer.eos_token_id, tokenizer.unk_token_id]
     model = load_new_scorer(save(tokenizer, "LlamaForCausalLM"))
@@ -531,7 +532,7 @@ def test_choose_pad_avoids_every_eos(save):
 
 def test_choose_pad_beyond_the_embedding(save):
     """A tokenizer with an added PAD, and a model that was not resized."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     path = save(tokenizer, "LlamaForCausalLM", vocab_size=30, pad_token_id=0)
     model = load_new_scorer(path)
@@ -543,7 +544,7 @@ def test_choose_pad_beyond_the_embedding(save):
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_transformers_scores_a_saved_model_the_same(save, tmp_path, tokens, pad_is_eos):
     """AutoModelForSequenceClassification reads the score at the last id that is not PAD."""
-    policy = common.tiny_tokenizer()
+    policy = sft.tiny_tokenizer()
     if tokens:
         policy = wordlevel(tokens, eos_token="[EOS]", pad_token="[EOS]")
     if pad_is_eos:
@@ -577,7 +578,7 @@ def test_transformers_scores_a_saved_model_the_same(save, tmp_path, tokens, pad_
 
 
 def test_tokenizer_without_pad_or_eos(tmp_path, refused):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "no_pad")
     assert common.load_tokenizer(str(tmp_path / "no_pad")).pad_token == "[EOS]"
@@ -589,7 +590,7 @@ def test_tokenizer_without_pad_or_eos(tmp_path, refused):
 
 def test_eos_of_the_generation_config_does_not_replace_that_of_the_tokenizer(tmp_path, refused):
     """Without an EOS token, completions would be trained without an end."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.eos_token = None
     path = str(tmp_path)
     tokenizer.save_pretrained(path)

@@ -12,6 +12,7 @@ from conftest import ARGS, CPU, VOCAB, load_policy, ragged_ids
 
 import common
 import ppo
+import sft
 
 # lengths of prompts; 30 is far above Gemma 2's window of 8
 LENGTHS = ((1, 1), (17, 1), (5, 1), (30, 1), (2, 1))
@@ -147,7 +148,7 @@ def test_draws_from_the_whole_distribution(temperature, tiny_llama, tmp_path):
         eos_token_id=[1, 9],
     )
     saved.save_pretrained(tmp_path)
-    common.tiny_tokenizer().save_pretrained(tmp_path)
+    sft.tiny_tokenizer().save_pretrained(tmp_path)
     model = load_policy(tmp_path)
     assert model.generation_config.eos_token_id == [1, 9]
     assert model.generation_config.top_k is None
@@ -276,7 +277,7 @@ def test_completions_have_at_most_max_new_tokens(limit, tiny_llama):
 @pytest.mark.parametrize("pad_id", [0, 1])
 def test_pad_may_equal_eos(pad_id, tiny_llama, tmp_path, sample_with_logprobs):
     """EOS is inside prompts, 0 pads on the left and is an EOS, and both pad the batch."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert common.load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id == 1
@@ -364,7 +365,7 @@ def test_no_graph_is_kept(tiny_llama):
 
 def test_gradient_checkpointing_changes_no_token(policy):
     """The cache is used, and all modules stay in eval mode."""
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     args = SimpleNamespace(**vars(ARGS) | {"gradient_checkpointing": True})
     checkpointed = common.load_policy(policy.name_or_path, tokenizer, args, CPU, trainable=True)
     prompts = prompts_of(15)

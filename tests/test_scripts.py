@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import background
 import pytest
 import torch
-from conftest import ARGS, CPU, end_two_of_three
+from conftest import ARGS, CPU, at_last_token, end_two_of_three
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
@@ -133,7 +133,8 @@ def test_reward_model_scores_the_same_in_transformers(chain):
     with torch.no_grad():
         expected = model(inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, 0]
         for score in (reward_model.sequence_scores, common.last_token_scores):
-            assert torch.allclose(score(ours, batch).flatten(), expected, atol=1e-5)
+            scores = score(ours, at_last_token(batch)).flatten()
+            assert torch.allclose(scores, expected, atol=1e-5)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -543,7 +544,7 @@ def test_ppo_refuses(chain, tmp_path, capsys, changes, words):
 
 def test_printed_samples_are_short_and_escaped(capsys):
     rollout = {"prompt": "a\nb\x1b[31m", "prompt_ids": [], "completion_ids": [5] * 500}
-    run = SimpleNamespace(append=lambda name, row: None, tokenizer=common.tiny_tokenizer())
+    run = SimpleNamespace(append=lambda name, row: None, tokenizer=sft.tiny_tokenizer())
     common.Run.log_samples(run, 1, [rollout], {})
     (line,) = capsys.readouterr().out.splitlines()
     assert r"a\nb\x1b[31m" in line and len(line) < 140

@@ -66,7 +66,7 @@ def scorer_dir(scorers, tmp_path_factory):
     """The tiny Llama with a score head."""
     folder = tmp_path_factory.mktemp("scorer")
     scorers["llama"].save_pretrained(folder)
-    common.tiny_tokenizer().save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -532,7 +532,7 @@ def scores_of(function, row=None):
     """The scores of two completions of one row."""
     example = {"row": row or {}, "prompt": "ab>", "prompt_ids": [4, 5, 3]}
     rollouts = [example | {"completion_ids": [4, 5, 1], "finished": True}] * 2
-    return common.checker_reward(function, common.tiny_tokenizer())(rollouts)
+    return common.checker_reward(function, sft.tiny_tokenizer())(rollouts)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def models(tmp_path_factory):
     policy; chat, the same with a chat template; reference, the policy with noise; scorer, another
     model with a scalar head."""
     folder = tmp_path_factory.mktemp("steps")
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     policy = tiny_gpt2(transformers.GPT2LMHeadModel, seed=1)
     reference = copy.deepcopy(policy)
     with torch.no_grad():

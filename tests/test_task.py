@@ -99,7 +99,7 @@ def test_every_row_becomes_an_example(kind, capsys, monkeypatch):
     """No row is dropped."""
     monkeypatch.setitem(common.TASK_ROWS, kind, 300)
     monkeypatch.setitem(common.TASK_ROWS, "held out", 100)
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     make_example, Args = {
         "sft": (sft.sft_example, sft.Args),
         "pairs": (dpo.preference_example, dpo.Args),
