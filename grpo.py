@@ -419,8 +419,6 @@ def scheduled_learning_rate(step, steps, args):
 
 def minibatch_rows(num_rows, step, epoch, args):
     """The rows of each minibatch, reshuffled every epoch."""
-    if num_rows < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: {num_rows} scored completions")
     rng = generator(args.seed, "minibatch", step, epoch)
     return torch.randperm(num_rows, generator=rng).tensor_split(args.num_minibatches)
 
@@ -591,6 +589,7 @@ def main(args):
     is_on_policy = args.update_epochs * args.num_minibatches == 1
     is_kl_reward = args.kl_coef and args.kl_estimator == "k1"
     is_kl_loss = args.kl_coef and args.kl_estimator != "k1"
+    aggregation = args.loss_aggregation
     max_length = args.max_completion_length
     max_tokens = args.micro_batch_tokens
     metrics = {}
@@ -608,13 +607,14 @@ def main(args):
             rollouts, num_replaced = replace_equal_groups(
                 rollouts, policy, reward, examples, args, step=step
             )
+        if len(rollouts) < args.num_minibatches:
+            fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
         batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)
         mask = batch["mask"]
         sampling_seconds = time.time() - start_time
 
         # rewards and advantages
-        # 5. old log-probs from a training forward pass (sampling rounds differently), at the
-        # sampling temperature (B); with a single update they are its own, detached
+        # 5. from a training forward pass (sampling rounds differently), at its temperature (B)
         if is_kl_reward or not is_on_policy:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
@@ -636,8 +636,7 @@ def main(args):
         for epoch in range(args.update_epochs):
             for rows in minibatch_rows(len(mask), step, epoch, args):
                 minibatch = take(batch, rows)
-                loss_mask = minibatch["loss_mask"]
-                minibatch["weights"] = loss_weights(loss_mask, args.loss_aggregation, max_length)
+                minibatch["weights"] = loss_weights(minibatch["loss_mask"], aggregation, max_length)
                 if not is_kl_loss:  # 8. skip completions of advantage 0: they have no gradient
                     minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])
                 for mb in micro_batches(minibatch, max_tokens):

@@ -290,8 +290,6 @@ def scheduled_learning_rate(step, steps, args):
 
 def minibatch_rows(num_rows, step, epoch, args):
     """The rows of each minibatch, reshuffled every epoch."""
-    if num_rows < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: {num_rows} scored completions")
     rng = generator(args.seed, "minibatch", step, epoch)
     return torch.randperm(num_rows, generator=rng).tensor_split(args.num_minibatches)
 
@@ -468,13 +466,14 @@ def main(args):
         prompts = shuffled_examples(examples, args.seed, first, first + args.prompts_per_step)
         rng = generator(args.seed, "sample", step)
         rollouts = sample_and_score(policy, reward, prompts, rng, args)
+        if len(rollouts) < args.num_minibatches:
+            fail(f"--num-minibatches {args.num_minibatches}: {len(rollouts)} scored completions")
         batch = completion_batch(rollouts, device)  # inputs, targets, attention_mask, mask: (B, T)
         mask = batch["mask"]
         sampling_seconds = time.time() - start_time
 
         # rewards and advantages
-        # 5. old log-probs from a training forward pass (sampling rounds differently), at the
-        # sampling temperature (B); with a single update they are its own, detached
+        # 5. from a training forward pass (sampling rounds differently), at its temperature (B)
         if args.kl_coef or not is_on_policy:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)

