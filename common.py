@@ -87,7 +87,7 @@ def setup(args):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if IS_CUDA else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if IS_CUDA else 4096)
+    args.micro_batch_tokens = args.micro_batch_tokens or (16_384 if IS_CUDA else 1024)
     if args.dtype == "auto":  # emulated bfloat16, as on older GPUs, is slower than float32
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float32"
@@ -151,7 +151,7 @@ def shard(model, device):
 
 
 def model_forward(function):
-    """Run function(model, ...), which calls submodules, under autocast and FSDP's gather."""
+    """Decorator for functions that call submodules: autocast, and weights gathered by FSDP."""
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
@@ -232,7 +232,7 @@ def end_of_turn_id(tokenizer):
 def context_of(config):
     """Maximum sequence length of a model, infinity if its config does not say.
 
-    LongRoPE (Phi 3): the original one, since a longer row changes the log-probs of its batch."""
+    LongRoPE (Phi 3): the original context. A longer row changes the positions of its batch."""
     config = config.get_text_config()
     original = getattr(config, "original_max_position_embeddings", None)
     return original or getattr(config, "max_position_embeddings", None) or math.inf
@@ -243,7 +243,7 @@ def check_fit(path, sequences, max_new_tokens=0):
     config = transformers.AutoConfig.from_pretrained(path).get_text_config()
     longest = max(map(len, sequences)) + max_new_tokens
     if longest > context_of(config):
-        fail(f"{path}: {longest} tokens exceed its context of {context_of(config)}: --max-*length")
+        fail(f"{path}: {longest} tokens exceed its context of {context_of(config)} (--max-*length)")
     if max(map(max, sequences)) >= config.vocab_size:
         fail(f"{path}: the tokenizer has ids beyond the vocabulary; resize the embeddings")
 
@@ -275,7 +275,7 @@ def prepare(model, args, device, trainable):
         if isinstance(module, GradientCheckpointingLayer):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     model.compute_dtype = args.dtype
-    # a recomputed layer would write to its cache twice, and FSDP needs equal passes on all ranks
+    # no sharing: a recomputed layer would write to its cache twice, and FSDP needs equal passes
     can_share = world_size() == 1 and not is_checkpointed
     layers = transformers.DynamicCache(config=model.config).layers
     model.can_share_prompts = can_share and all(isinstance(x, DynamicLayer) for x in layers)
@@ -330,11 +330,11 @@ def head_logits(model, hidden):
 
 
 def hidden_states(model, batch):
-    """Last hidden states at mask positions, in the order of the mask. Shapes: (B, T) -> (N, H).
+    """Last hidden states where the mask is 1, row by row. Shapes: batch of (B, T) -> (N, H).
 
-    Equal prompts go through the model once, up to the length of the shortest prompt. Each row
-    continues from a copy of their cache, and gradients flow through the copies. The mask is 0 at
-    all prompt tokens but the last."""
+    Let n be the length of the shortest prompt minus one. Rows that begin with the same n tokens
+    share them: they go through the model once, and each row continues from a copy of their cache.
+    Gradients flow through the copies. The mask must be 0 in the first n columns."""
     inputs = batch["inputs"]
     n = 0
     cache = None
@@ -594,7 +594,7 @@ def shuffled_examples(examples, seed, start, stop):
 
 
 # ---------------------------------------------------------------- 6. batches
-SMALL_BATCH = 4096 if IS_CUDA else 512  # tokens; less is no faster
+SMALL_BATCH = 4096 if IS_CUDA else 512  # tokens; smaller batches are no faster
 
 
 def pad_rows(rows, device, side="right"):
@@ -676,8 +676,8 @@ def sample(
     """Sample from softmax(logits / temperature): no top-k, no top-p. Temperature 0 is greedy.
 
     Returns P * num_generations rollouts, grouped by example: the example with completion_ids up to
-    the first EOS and finished (False if max_new_tokens came first). Each row and step has its own
-    random number, so results do not depend on token_budget (sampled together) or on ranks."""
+    the first EOS and finished (False if max_new_tokens came first). Each row and position has its
+    own random number, so results depend neither on token_budget nor on ranks."""
     prompts = [example["prompt_ids"] for example in examples]
     eos_ids = policy.generation_config.eos_token_id
     shape = (len(prompts), num_generations, max_new_tokens)
@@ -770,7 +770,7 @@ def sample_tokens(logits, temperature, noise):
 
 
 def completion_text(tokenizer, rollout):
-    """decode(prompt + completion) minus decode(prompt): alone, it could lose a leading space."""
+    """decode(prompt + completion) minus decode(prompt). Alone, it could lose a leading space."""
     prompt_ids = rollout["prompt_ids"]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(prompt_ids + rollout["completion_ids"], **options)
@@ -1055,7 +1055,7 @@ class Run:
         """Append a row to a JSONL log; NaN and infinity become null."""
         row = json.loads(json.dumps(row, default=str), parse_constant=lambda constant: None)
         if rank() == 0:
-            # a log that the checkpoint does not know begins anew
+            # overwrite a log that the checkpoint does not have
             with open(self.dir / name, "a" if name in self.log_sizes else "w") as file:
                 file.write(json.dumps(row) + "\n")
                 self.log_sizes[name] = file.tell()

@@ -147,7 +147,7 @@ class Args:
     max_grad_norm: float = 1.0
     """maximum gradient norm; 0: no clipping (RLHF book: 1)"""
     micro_batch_tokens: int | None = None
-    """padded tokens per forward pass (default: 16,384 on GPU, 4,096 on CPU)"""
+    """padded tokens per forward pass (default: 16,384 on GPU, 1,024 on CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; weights stay float32 (auto: bfloat16 if supported)"""
     gradient_checkpointing: bool = False
@@ -223,7 +223,7 @@ def token_logprobs_and_entropy(model, batch, temperature=1.0):
 
 @torch.no_grad()
 def logprobs_without_gradient(model, batch, temperature):
-    """Log-probs of a micro-batch, without gradient. Shapes: batch of (b, t) -> (b, t)."""
+    """Log-probs without gradient. Shapes: batch of (B, T) -> (B, T)."""
     return token_logprobs_and_entropy(model, batch, temperature)[0]
 
 
@@ -466,7 +466,7 @@ def update_metrics(sums, batch, args):
     """Means over the updates of a step; sums are over the micro-batches of this rank."""
     loss_mask = batch.get("loss_mask", batch["mask"])
     return {
-        "entropy": all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"]).clamp(min=1),
+        "entropy": all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"]),
         "clip_fraction": all_reduce(sums["clipped"])
         / (args.update_epochs * loss_mask.sum().clamp(min=1)),
         "ratio_max_dev": all_reduce(sums["ratio_max_dev"], op="max"),

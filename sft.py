@@ -111,7 +111,7 @@ class Args:
     max_grad_norm: float = 1.0
     """maximum gradient norm; 0: no clipping (RLHF book: 1)"""
     micro_batch_tokens: int | None = None
-    """padded tokens per forward pass (default: 16,384 on GPU, 4,096 on CPU)"""
+    """padded tokens per forward pass (default: 16,384 on GPU, 1,024 on CPU)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; weights stay float32 (auto: bfloat16 if supported)"""
     gradient_checkpointing: bool = False

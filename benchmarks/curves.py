@@ -160,44 +160,53 @@ def print_methods(methods):
 
 COLORS = dict(zip(METHODS, ("#222222", "C0", "C2", "C6", "C1", "C3", "C4", "C5", "C9")))
 DASHED = ("REINFORCE, no baseline", "PPO, learned reward", "DPO", "rejection sampling")
-AXES = {
-    "completions": "completions sampled from the policy (DPO: answers in its pairs)",
-    "seconds": "seconds of training on one CPU core",
-    "kl": "KL from the SFT model, nats per completion",
-}
 
 
-def draw_mean(axes, runs, axis, method):
-    """Mean of gold over seeds, with the range; over the KL, with the ends of the runs."""
-    import numpy as np
-
-    n = min(map(len, runs))
-    x = np.array([[point[axis] for point in run[:n]] for run in runs])
-    y = np.array([[point["gold"] for point in run[:n]] for run in runs])
-    color = COLORS[method]
-    line = "--" if method in DASHED else "-"
-    axes.plot(x.mean(0), y.mean(0), label=method, marker="o", ms=2.5, lw=1.4, color=color, ls=line)
-    if axis == "kl":
-        axes.plot(x[:, -1], y[:, -1], ".", ms=4, alpha=0.5, color=color)
-    else:
-        axes.fill_between(x.mean(0), y.min(0), y.max(0), alpha=0.12, lw=0, color=color)
+def mean_of(runs, axis):
+    """Mean over seeds of an axis and of gold, for each evaluation."""
+    points = list(zip(*runs))
+    x = [statistics.mean(point[axis] for point in seeds) for seeds in points]
+    return x, [statistics.mean(point["gold"] for point in seeds) for seeds in points]
 
 
-def draw(path, methods, panels):
-    """Draw one panel per axis."""
+def draw_methods(path, methods):
+    """A panel per method: its seeds and their mean, with the other means in gray."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for panel, axis in zip(axes, panels):
-        for method, runs in methods.items():
-            draw_mean(panel, runs, axis, method)
-        panel.set(xlabel=AXES[axis], xlim=(0, None))
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey=True)
+    for panel, (method, runs) in zip(axes.flat, methods.items()):
+        for other in methods.values():
+            panel.plot(*mean_of(other, "completions"), color="0.85", lw=1)
+        for run in runs:
+            gold = [point["gold"] for point in run]
+            panel.plot([point["completions"] for point in run], gold, color="C0", lw=0.8, alpha=0.5)
+        panel.plot(*mean_of(runs, "completions"), color="C0", lw=2)
+        seconds = statistics.mean(run[-1]["seconds"] for run in runs)
+        panel.set_title(f"{method}: {seconds:.0f} s", loc="left", fontsize=10)
+        panel.set(xlim=(0, None), ylim=(0, 1))
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("share of held-out prompts solved")
-    axes[0].set_title("Sorting letters, from one SFT model", loc="left", fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+        panel.xaxis.set_major_formatter(lambda x, position: f"{x / 1000:.0f}k")
+    figure.supylabel("share of held-out prompts solved", fontsize=10)
+    figure.supxlabel("completions sampled from the policy (DPO: answers in its pairs)", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_frontier(path, methods):
+    """Mean of gold over the mean KL, with the end of each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method, runs in methods.items():
+        style = dict(color=COLORS[method], ls="--" if method in DASHED else "-")
+        axes.plot(*mean_of(runs, "kl"), label=method, marker="o", ms=2.5, lw=1.4, **style)
+        ends = [(run[-1]["kl"], run[-1]["gold"]) for run in runs]
+        axes.plot(*zip(*ends), ".", ms=4, alpha=0.5, color=COLORS[method])
+    axes.set(xlabel="KL from the SFT model, nats per completion", xlim=(0, None))
+    axes.set_ylabel("share of held-out prompts solved")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -217,8 +226,8 @@ def main():
                 write_lines(POINTS, run(method, seed, folder), mode="a")
     methods = load()
     print_methods(methods)
-    draw(HERE / "curves.png", methods, ["completions", "seconds"])
-    draw(HERE / "frontier.png", methods, ["kl"])
+    draw_methods(HERE / "curves.png", methods)
+    draw_frontier(HERE / "frontier.png", methods)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ prompts of 32 tokens, completions of 96 tokens ("equal") or of 8 to 256, log-uni
 ("ragged"). AdamW at a constant 1e-4, gradients clipped at 1, no dropout, no gradient checkpointing.
 DPO's reference log-probs are computed before the measured steps. --model needs a tokenizer that
 keeps spaces in its words. It has 8 rows or pairs of 50 to 300 tokens ("ragged" only), or 2 prompts
-x 8 completions of at most 128 tokens, sampled by `generate` in TRL. With --new, all completions of
-rows and pairs have the same length ("equal").
+x 8 completions of at most 128 tokens, sampled by `generate` in TRL. With --new, completions of
+rows and pairs have a quarter to twice as many tokens ("ragged").
 
 Everything else is the default of each side. "TRL by length" is TRL's group_by_length, which is off
 by default and changes the rows that share a batch; our scripts sort rows by length within a batch.
@@ -109,7 +109,8 @@ def sizes_of(args):
     else:
         sizes = SIZES if args.model is None else REAL_SIZES
     if args.new is not None:
-        sizes = sizes | dict(prompt=args.prompt, new=args.new, completion=args.new)
+        ragged = (args.new // 4, 2 * args.new)
+        sizes = sizes | dict(prompt=args.prompt, new=args.new, ragged=ragged)
     return sizes
 
 
@@ -347,7 +348,7 @@ def measure(args):
     variants = [*OFFLINE, *args.backends] if args.model is None else [*OFFLINE[1:], BACKENDS[0]]
     if args.new is not None:
         setting |= dict(prompt=args.prompt, new=args.new)
-        variants = ["equal", "generate"]
+        variants = ["ragged", "generate"]
     cases = [case for case in CASES if case[0] in args.only and case[1] in variants]
     batches = BATCHES if args.model is None else args.steps
     words = words_of(args)

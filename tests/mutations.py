@@ -684,8 +684,8 @@ MUTANTS = [
     ),
     Mutant(
         "grpo.py",
-        'mb.get("old_logprobs", logprobs.detach())',
-        'mb.get("old_logprobs", logprobs)',
+        "logprobs.detach() if is_on_policy",
+        "logprobs if is_on_policy",
         "the on-policy ratio's denominator is not detached, so the gradient vanishes",
         "test_group.py::test_gradient_does_not_depend_on_the_micro_batches[grpo-flags2]",
     ),
@@ -1027,7 +1027,7 @@ MUTANTS = [
     ),
     Mutant(
         "ppo.py",
-        'all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"]).clamp(min=1)',
+        'all_reduce(sums["entropy"]) / all_reduce(sums["completion_tokens"])',
         'all_reduce(sums["entropy"]) / batch["mask"].sum()',
         "the logged entropy is summed over epochs instead of averaged",
         "test_steps.py::test_ppo_step_is_the_formula[all]",
@@ -1944,7 +1944,7 @@ MUTANTS = [
     ),
     Mutant(
         "grpo.py",
-        "                if not is_kl_loss:  # 8. skip completions of advantage 0: they have no gradient\n",
+        "                if not is_kl_loss:  # 8. no gradient at advantage 0: skip (not with other losses)\n",
         "                if True:\n",
         "completions without advantage miss the gradient of the KL",
         "test_shared_prompts.py::test_completions_without_gradient_are_skipped[grpo-flags3-24]",
@@ -1965,8 +1965,8 @@ MUTANTS = [
     ),
     Mutant(
         "rloo.py",
-        '                minibatch["weights"] = minibatch["mask"] / len(rows)  # mean over completions\n                # 7. skip completions of advantage 0: they have no gradient\n                minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])\n',
-        '                # 7. skip completions of advantage 0: they have no gradient\n                minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])\n                minibatch["weights"] = minibatch["mask"] / len(minibatch["mask"])\n',
+        '                minibatch["weights"] = minibatch["mask"] / len(rows)  # mean over completions\n                # 7. no gradient at advantage 0: skip (not with other losses)\n                minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])\n',
+        '                # 7. no gradient at advantage 0: skip (not with other losses)\n                minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])\n                minibatch["weights"] = minibatch["mask"] / len(minibatch["mask"])\n',
         "the mean ignores completions without advantage",
         "test_shared_prompts.py::test_completions_without_gradient_are_skipped[rloo-flags5-12]",
     ),

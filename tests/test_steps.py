@@ -233,6 +233,7 @@ def watch(script, patch, models):
     inner_forward = getattr(script, forward_name)
     inner_clip = script.clip_gradients
     inner_load = common.load_policy
+    inner_rows = getattr(script, "minibatch_rows", None)
 
     def forward(model, batch, *options):
         if torch.is_grad_enabled():
@@ -260,8 +261,8 @@ def watch(script, patch, models):
         path = path if trainable else str(models / "reference")
         return inner_load(path, tokenizer, args, device, trainable=trainable)
 
-    def minibatch_rows(*args, inner=getattr(script, "minibatch_rows", None)):
-        minibatches = inner(*args)
+    def minibatch_rows(*args):
+        minibatches = inner_rows(*args)
         record.minibatches.extend(rows.tolist() for rows in minibatches)
         return minibatches
 
