@@ -269,7 +269,7 @@ def kl_penalty(logprobs, ref_logprobs, estimator):
     k2 and k3 give these gradients only while the ratio is 1. k1 as a loss has mean gradient 0.
 
     For distillation (--reward none, --loss-aggregation constant), k1 in the reward gives the
-    gradient of the KL of whole completions, times (G - 1) / G. k2 as a loss gives the
+    gradient of the KL of whole completions, up to a constant factor. k2 as a loss gives the
     gradient of the KL of each next token, without the effect of a token on later ones."""
     x = logprobs - ref_logprobs
     if estimator == "k1":

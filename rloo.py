@@ -1,12 +1,12 @@
-"""REINFORCE with a leave-one-out baseline (RLOO): the group is the baseline, without a value model.
+"""REINFORCE with a leave-one-out baseline (RLOO): no value model.
 
     maximize  E[ score(prompt, completion) ] - kl_coef * KL(policy || reference)
 
 Ahmadian et al. 2024, Back to basics; the baseline is from Kool et al. 2019. The whole completion is
 one action. Its reward is the score minus kl_coef * (log pi - log pi_ref), summed over its tokens.
 The baseline is the mean reward of the other completions of its prompt, which keeps the gradient
-unbiased. The loss is -advantage * log pi(completion), with one update per step. More updates
-(--update-epochs, --num-minibatches) add a clipped importance ratio of the whole completion.
+unbiased. The loss is -advantage * log pi(completion), with one update per step. With several
+updates (--update-epochs, --num-minibatches), it has a clipped ratio of the whole completion.
 On-policy distillation (Gu et al. 2024, MiniLLM) is --reference TEACHER --reward none --kl-coef 1:
 the update is then the gradient of KL(policy || teacher) of whole completions. Not included: a value
 model, normalization of rewards and advantages, generation engines, LoRA.

@@ -108,7 +108,7 @@ def at(points, axis, where, name):
     return points[-1][name]
 
 
-def spread(values, digits=3):
+def spread(values, digits=2):
     """Mean and standard deviation over seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
