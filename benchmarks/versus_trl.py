@@ -375,17 +375,29 @@ def measure(args):
 
 
 def table(lines):
-    """Print medians over pairs of runs, and the range of the ratio of seconds."""
-    for setting in {str(line["setting"]): line["setting"] for line in lines}.values():
-        print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
+    """Print medians over pairs of runs, and the range of the ratio of seconds.
+
+    A table per setting; runs with --new, of several lengths, share one."""
+    lengths = ("prompt", "new")
+    settings = {}
+    for line in lines:
+        shared = {k: v for k, v in line["setting"].items() if k not in lengths}
+        settings.setdefault(f"{shared}, {'new' in line['setting']}", (shared, []))[1].append(line)
+    for shared, found in settings.values():
+        print("\n" + ", ".join(f"{name} {value}" for name, value in shared.items()))
         names = ["method", "rows", "ours, s", "TRL, s", "ratio (range)"]
         names += ["peak: ours, TRL, MiB", "ratio"]
         print_header([*names, "minus imports and model: ours, TRL, MiB", "ratio"])
         for method, variant in CASES:
-            key = dict(method=method, variant=variant, setting=setting)
-            pairs = [line for line in lines if key.items() <= line.items()]
-            if pairs:
-                print_row([f"`{method}.py`", variant, *cells_of(pairs)])
+            rows = {}
+            for line in found:
+                if (line["method"], line["variant"]) == (method, variant):
+                    label = " + ".join(
+                        str(line["setting"][x]) for x in lengths if x in line["setting"]
+                    )
+                    rows.setdefault(label or variant, []).append(line)
+            for label, pairs in rows.items():
+                print_row([f"`{method}.py`", label, *cells_of(pairs)])
 
 
 def cells_of(pairs):

@@ -26,6 +26,8 @@ OTHER_FLAGS |= {
     "--growth",
     "--repeats",
     "--only",
+    "--prompt",
+    "--new",
 }
 FLAG = r"--[a-z][a-z-]*"
 
