@@ -408,6 +408,10 @@ def test_metrics_are_means(name, script, flags, chain, tmp_path, monkeypatch):  
             if metric == "ratio_max_dev":
                 assert max(a, b) < 1e-4
                 continue
+            # while the policy is the reference, rounding decides which reward is higher
+            before = 0 if metric.startswith("eval/") else 1
+            if script is dpo and "accuracy" in metric and once["step"] == before:
+                continue
             # a ratio at the end of the clip range may be on either side
             is_clip = metric.endswith("clip_fraction")
             tolerance = 2 / num_tokens if is_clip else 1e-3
