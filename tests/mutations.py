@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant(
         "sft.py",
         '(tokenizer.bos_token if has_bos else "") + PLAIN_TEMPLATE',
-        "pass",
+        "PLAIN_TEMPLATE",
         "the plain chat template drops BOS",
         "test_data.py::test_plain_chat_template",
     ),
@@ -1969,13 +1969,6 @@ MUTANTS = [
         '                # 7. no gradient at advantage 0: skip (not with other losses)\n                minibatch = take(minibatch, minibatch["advantages"].any(1).nonzero()[:, 0])\n                minibatch["weights"] = minibatch["mask"] / len(minibatch["mask"])\n',
         "the mean ignores completions without advantage",
         "test_shared_prompts.py::test_completions_without_gradient_are_skipped[rloo-flags5-12]",
-    ),
-    Mutant(
-        "reward_model.py",
-        '            prompt_lengths.append(len(example["prompt_ids"]))\n',
-        "            prompt_lengths.append(len(sequence))\n",
-        "the mask begins within the shared tokens",
-        "test_shared_prompts.py::test_scores_and_values[token_scores]",
     ),
     Mutant(
         "common.py",
