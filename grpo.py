@@ -614,7 +614,7 @@ def main(args):
         sampling_seconds = time.time() - start_time
 
         # rewards and advantages
-        # 5. from a training forward pass (sampling rounds differently), at its temperature (B)
+        # 5. old log-probs from a training forward pass, at the sampling temperature (B)
         if is_kl_reward or not is_on_policy:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)

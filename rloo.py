@@ -227,7 +227,7 @@ def reinforce_loss(logprobs, old_logprobs, advantages, weights, epsilon, epsilon
 
     Sum of weights * -A * ratio * log pi(completion), where the ratio pi / pi_old of the whole
     completion is a constant, 1 at the first update. A completion has no gradient where PPO's clip
-    would remove it. Long completions reach the clip range within small steps. Returns the loss and
+    would remove it. Small updates move long completions out of the clip range. Returns the loss and
     a mask of the clipped tokens. Shapes: all (B, T), advantages equal along a row -> scalar, (B, T)
     bool."""
     if epsilon_high is None:
@@ -473,7 +473,7 @@ def main(args):
         sampling_seconds = time.time() - start_time
 
         # rewards and advantages
-        # 5. from a training forward pass (sampling rounds differently), at its temperature (B)
+        # 5. old log-probs from a training forward pass, at the sampling temperature (B)
         if args.kl_coef or not is_on_policy:
             batch["old_logprobs"] = batch_logprobs(policy, batch, args)  # (B, T)
         rewards = torch.tensor([rollout["reward"] for rollout in rollouts], device=device)  # (B,)
